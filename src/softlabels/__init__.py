@@ -1,0 +1,1 @@
+"""Better image classifiers from better labels."""
