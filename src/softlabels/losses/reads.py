@@ -1,0 +1,87 @@
+"""What a method may read: the signals, as plain declarations without any providing code.
+
+A method declares `reads`, a mapping from each argument of its `forward` to one of these.
+How a signal is provided is `softlabels.signals`' business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "Features",
+    "FromBatch",
+    "Logits",
+    "Signal",
+    "Target",
+    "TeacherLogits",
+    "Votes",
+    "WeakLogits",
+]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Base of all signals: one kind of tensor that a method's `forward` may ask for."""
+
+
+@dataclass(frozen=True)
+class Logits(Signal):
+    """The student's logits, [B, C]."""
+
+
+@dataclass(frozen=True)
+class Target(Signal):
+    """The batch's labels: [B] class indices or [B, C] probabilities, never smoothed."""
+
+
+@dataclass(frozen=True)
+class TeacherLogits(Signal):
+    """The teacher's logits, [B, C], without gradient, in the student's class order."""
+
+
+@dataclass(frozen=True)
+class WeakLogits(Signal):
+    """Logits of a linear head on a pooled feature inside the student, [B, C].
+
+    Attributes:
+        tap: Where the feature is read: `"middle"`, `"last"`, or a dotted module path.
+    """
+
+    tap: str = "middle"
+
+
+@dataclass(frozen=True)
+class Votes(Signal):
+    """The class that the student's own head predicts at every position, [B, K], no gradient.
+
+    Attributes:
+        upsample: Factor by which the last map is enlarged (bilinear) before voting.
+    """
+
+    upsample: int = 1
+
+
+@dataclass(frozen=True)
+class Features(Signal):
+    """Outputs of inner modules, a list of tensors in the order of `stages`.
+
+    Attributes:
+        of: Which network they are read from.
+        stages: `"middle"`, `"last"`, or dotted module paths.
+    """
+
+    of: Literal["student", "teacher"] = "student"
+    stages: tuple[str, ...] = ("last",)
+
+
+@dataclass(frozen=True)
+class FromBatch(Signal):
+    """An extra tensor that the caller passes with the batch, by name.
+
+    Attributes:
+        name: The keyword, as in `distiller(images, target, index=...)`.
+    """
+
+    name: str = "index"

@@ -1,0 +1,172 @@
+"""Hooks that collect the outputs of inner modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["FeatureTap", "TapPoint", "find_module"]
+
+Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the module of `model` at the dotted `path`.
+
+    Raises:
+        ValueError: No such module; the message lists the nearest names.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if path in modules:
+        return modules[path]
+    near = difflib.get_close_matches(path, modules, n=5, cutoff=0.4)
+    if not near:
+        near = [name for name, _ in model.named_children()][:8]
+    raise ValueError(
+        f"{type(model).__name__} has no module {path!r}; near names: {', '.join(near) or 'none'}"
+    )
+
+
+class _Recorder:
+    """Keeps one module's output until it is popped; its bound method is the hook."""
+
+    def __init__(self, path: str, tap: FeatureTap) -> None:
+        self.path = path
+        self.tap = tap
+        self.value: Tensor | None = None
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if not self.tap.enabled:
+            return
+        if self.value is not None:
+            raise RuntimeError(
+                f"module {self.path!r} ran again before its output was popped: call pop() after "
+                "each forward; a module that runs twice in one forward cannot be tapped"
+            )
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"module {self.path!r} returns {type(output).__name__}, only a tensor can be tapped"
+            )
+        self.value = output
+
+
+class FeatureTap:
+    """Collects the outputs of inner modules by forward hooks.
+
+    The hooks are bound to objects that this tap owns, never to the model: saving the model
+    stores no feature, and a deep copy that holds both model and tap records into its own tap.
+    Add a tap before the model is compiled or wrapped.
+
+    Args:
+        model: Any module; it is not edited.
+        paths: Dotted names of inner modules, as in `model.named_modules()`.
+
+    Attributes:
+        enabled: While False, forwards are not recorded.
+
+    Raises:
+        ValueError: A path that the model does not have; the message lists near names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> with FeatureTap(model, ["1"]) as tap:
+        ...     logits = model(torch.ones(5, 4))
+        ...     feature = tap.pop()["1"]
+        >>> feature.shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        if isinstance(paths, str):
+            paths = [paths]
+        modules = {path: find_module(model, path) for path in paths}
+        self.enabled = True
+        self._recorders = {path: _Recorder(path, self) for path in modules}
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self._recorders[path].record)
+            for path, module in modules.items()
+        ]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The tapped modules' dotted names."""
+        return tuple(self._recorders)
+
+    def pop(self) -> dict[str, Tensor]:
+        """Return the recorded outputs by path, and forget them.
+
+        Raises:
+            RuntimeError: A tapped module did not run since the last pop.
+        """
+        features: dict[str, Tensor] = {}
+        for path, recorder in self._recorders.items():
+            if recorder.value is None:
+                raise RuntimeError(f"module {path!r} did not run in the last forward")
+            features[path] = recorder.value
+            recorder.value = None
+        return features
+
+    def clear(self) -> None:
+        """Forget what is recorded, for instance after a forward that failed."""
+        for recorder in self._recorders.values():
+            recorder.value = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    def __enter__(self) -> FeatureTap:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A place in a model, and what its output looks like.
+
+    Attributes:
+        path: Dotted name of the module.
+        kind: `"NCHW"` or `"NHWC"` map, `"tokens"` [B, N, D], or `"vector"` [B, D].
+        channels: Width of the feature.
+        height: Of the map, or of the grid of patch tokens; 1 for a vector.
+        width: Likewise.
+        prefix_tokens: Tokens before the patch tokens.
+        class_token: Whether the first token is a class token.
+    """
+
+    path: str
+    kind: Kind
+    channels: int
+    height: int = 1
+    width: int = 1
+    prefix_tokens: int = 0
+    class_token: bool = False
+
+    def pooled(self, feature: Tensor) -> Tensor:
+        """[B, D]: mean over a map's positions; the class token, or the mean of the tokens."""
+        if self.kind == "NCHW":
+            return feature.mean((2, 3))
+        if self.kind == "NHWC":
+            return feature.mean((1, 2))
+        if self.kind == "tokens":
+            return feature[:, 0] if self.class_token else feature[:, self.prefix_tokens :].mean(1)
+        return feature
+
+    def as_map(self, feature: Tensor) -> Tensor:
+        """[B, D, H, W]: the map, or the patch tokens on their grid."""
+        if self.kind == "NCHW":
+            return feature
+        if self.kind == "NHWC":
+            return feature.permute(0, 3, 1, 2)
+        patches = feature[:, self.prefix_tokens :] if self.kind == "tokens" else feature[:, None]
+        return patches.transpose(1, 2).reshape(len(patches), self.channels, self.height, self.width)
