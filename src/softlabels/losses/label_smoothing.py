@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from softlabels.losses.nontarget import (
     Reduction,
+    SoftLabels,
     check_choice,
     check_logits,
     check_number,
     check_target,
     in_float32,
     label_probabilities,
+    normalized,
     reduce_batch,
 )
 
 __all__ = ["LabelSmoothingLoss", "SmoothOver", "label_smoothing_loss"]
 
 SmoothOver: TypeAlias = Literal["all", "non_target"]
+
+
+def _smoothed(labels: Tensor, smoothing: float, smooth_over: SmoothOver) -> Tensor:
+    """The smoothed labels, [B, C]."""
+    num_classes = labels.shape[1]
+    if smooth_over == "all":
+        return (1 - smoothing) * labels + smoothing / num_classes
+    return (1 - smoothing) * labels + (1 - labels) * (smoothing / (num_classes - 1))
 
 
 def label_smoothing_loss(
@@ -66,12 +77,7 @@ def label_smoothing_loss(
     check_number("smoothing", smoothing, at_most=1)
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
     logits = in_float32(logits)
-    num_classes = logits.shape[1]
-    labels = label_probabilities(target, logits)
-    if smooth_over == "all":
-        smoothed = (1 - smoothing) * labels + smoothing / num_classes
-    else:
-        smoothed = (1 - smoothing) * labels + (1 - labels) * (smoothing / (num_classes - 1))
+    smoothed = _smoothed(label_probabilities(target, logits), smoothing, smooth_over)
     return reduce_batch(-(smoothed * logits.log_softmax(1)).sum(1), reduction)
 
 
@@ -107,4 +113,13 @@ class LabelSmoothingLoss(nn.Module):
             smoothing=self.smoothing,
             smooth_over=self.smooth_over,
             reduction=self.reduction,
+        )
+
+    def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
+        """The smoothed labels: their value at labelled classes, and the even rest."""
+        labels = label_probabilities(target, in_float32(logits))
+        labelled = labels > 0
+        smoothed = _smoothed(labels, self.smoothing, self.smooth_over)
+        return SoftLabels(
+            smoothed.masked_fill(~labelled, 0.0), normalized(torch.ones_like(labels), labelled)
         )

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from softlabels.taps.feature_tap import FeatureTap, Kind, TapPoint, find_module
 from softlabels.taps.position_head import PositionHead, TwoHalves
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Layout:
             return hook
 
         model = self._model
-        with _undisturbed(model):
+        with undisturbed(model):
             logits = self._forward(model)
             for path, module in model.named_modules():
                 handles.append(module.register_forward_pre_hook(before(path)))
@@ -387,7 +387,7 @@ class Layout:
             for r in later
             if not any(_inside(r.path, other.path) for other in later)
         )
-        with _undisturbed(self._model), FeatureTap(self._model, [point.path]) as tap:
+        with undisturbed(self._model), FeatureTap(self._model, [point.path]) as tap:
             logits = self._forward(self._model)
             feature = tap.pop()[point.path]
             tap.enabled = False
@@ -415,7 +415,7 @@ def _inside(path: str, other: str) -> bool:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; mode, buffers and random state are put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -20,9 +20,11 @@ __all__ = ["PositionHead", "TwoHalves"]
 class TwoHalves(Protocol):
     """A timm model: `forward_head(forward_features(images))` are its logits."""
 
-    def forward_features(self, x: Tensor) -> object: ...
+    def forward_features(self, x: Tensor) -> object:
+        """Images to the last map or tokens."""
 
-    def forward_head(self, x: Tensor) -> Tensor: ...
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last map or tokens to logits."""
 
 
 _CHUNK_BYTES = 64 * 2**20

@@ -1,0 +1,203 @@
+"""The signals that methods read, and how each is provided.
+
+Signals of the student are provided inside the trained module, by a `Provider` each, which may
+have learned parts. The others are given to it: labels, extras of the batch, the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from softlabels.losses.reads import (
+    Features,
+    FromBatch,
+    Logits,
+    Signal,
+    Target,
+    TeacherLogits,
+    Votes,
+    WeakLogits,
+)
+from softlabels.taps import FeatureTap, Layout, PositionHead, TapPoint
+from softlabels.teacher import Teacher
+
+__all__ = [
+    "Features",
+    "FromBatch",
+    "Logits",
+    "Provider",
+    "Signal",
+    "Target",
+    "TeacherLogits",
+    "TeacherReader",
+    "Value",
+    "Votes",
+    "WeakLogits",
+    "given_values",
+    "provider_for",
+    "reads_teacher",
+]
+
+Value: TypeAlias = "Tensor | list[Tensor]"
+
+
+class Provider(nn.Module):
+    """Provides one signal of the student inside the trained module's forward.
+
+    Attributes:
+        points: Where it reads features.
+    """
+
+    def __init__(self, points: Sequence[TapPoint] = ()) -> None:
+        super().__init__()
+        self.points = tuple(points)
+
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        """The signal's value, from the student's logits and its tapped features by path."""
+        raise NotImplementedError
+
+    def monitored(self, value: Value, logits: Tensor) -> dict[str, Tensor]:
+        """Scalars about the value that are worth a log line, without gradient."""
+        return {}
+
+
+class _LogitsProvider(Provider):
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        return logits
+
+
+class _WeakLogitsProvider(Provider):
+    """A linear head on the pooled feature; default PyTorch initialisation."""
+
+    def __init__(self, point: TapPoint, num_classes: int) -> None:
+        super().__init__([point])
+        self.fc = nn.Linear(point.channels, num_classes)
+
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        point = self.points[0]
+        weak_logits: Tensor = self.fc(point.pooled(features[point.path]))
+        return weak_logits
+
+
+class _VotesProvider(Provider):
+    def __init__(self, head: PositionHead, upsample: int) -> None:
+        super().__init__([head.point])
+        self.head = head
+        self.upsample = upsample
+
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        return self.head.votes(student, features[self.head.point.path], self.upsample)
+
+    def monitored(self, value: Value, logits: Tensor) -> dict[str, Tensor]:
+        """Share of samples whose majority vote is their prediction.
+
+        Only where a class token predicts: no task loss trains the patch tokens then, and the
+        votes may mean nothing.
+        """
+        if not self.head.point.class_token or not isinstance(value, Tensor):
+            return {}
+        counts = torch.zeros_like(logits).scatter_add(
+            1, value, torch.ones_like(value, dtype=logits.dtype)
+        )
+        agrees = counts.argmax(1) == logits.argmax(1)
+        return {"votes_agree": agrees.float().mean()}
+
+
+class _FeaturesProvider(Provider):
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        return [features[point.path] for point in self.points]
+
+
+def provider_for(signal: Signal, layout: Callable[[], Layout]) -> Provider | None:
+    """The provider of a signal of the student; None for a signal that is given from outside.
+
+    Args:
+        signal: What a method reads.
+        layout: Gives the student's layout; called only if the signal needs it.
+
+    Raises:
+        ValueError: The student has no such layer.
+    """
+    if isinstance(signal, Logits):
+        return _LogitsProvider()
+    if isinstance(signal, WeakLogits):
+        found = layout()
+        return _WeakLogitsProvider(found.point(signal.tap), found.num_classes)
+    if isinstance(signal, Votes):
+        return _VotesProvider(layout().head(), signal.upsample)
+    if isinstance(signal, Features) and signal.of == "student":
+        found = layout()
+        return _FeaturesProvider([found.point(stage) for stage in signal.stages])
+    return None
+
+
+class TeacherReader:
+    """Runs the teacher once a batch, for all the signals that are read from it.
+
+    Args:
+        teacher: The frozen network.
+        signals: What a method reads; those of the teacher are picked.
+        layout: Gives the teacher's layout; called only if an inner feature is read.
+    """
+
+    def __init__(
+        self, teacher: Teacher, signals: Sequence[Signal], layout: Callable[[], Layout]
+    ) -> None:
+        self.teacher = teacher
+        self._paths = {
+            signal: tuple(layout().point(stage).path for stage in signal.stages)
+            for signal in signals
+            if isinstance(signal, Features) and signal.of == "teacher"
+        }
+        paths = sorted({path for group in self._paths.values() for path in group})
+        self._tap = FeatureTap(teacher.model, paths) if paths else None
+
+    def read(self, images: Tensor) -> dict[Signal, Value]:
+        """Logits and features of the teacher for a batch, without gradient."""
+        if self._tap is not None:
+            self._tap.clear()
+        values: dict[Signal, Value] = {TeacherLogits(): self.teacher(images)}
+        if self._tap is not None:
+            features = self._tap.pop()
+            for signal, paths in self._paths.items():
+                values[signal] = [features[path].detach() for path in paths]
+        return values
+
+
+def given_values(
+    reads: Mapping[str, Signal],
+    target: Tensor,
+    extras: Mapping[str, Tensor],
+    from_teacher: Mapping[Signal, Value],
+) -> dict[str, Value]:
+    """Values of the signals that do not come from the student, by argument name.
+
+    Raises:
+        ValueError: An extra that the method reads is missing from the batch.
+    """
+    values: dict[str, Value] = {}
+    for argument, signal in reads.items():
+        if isinstance(signal, Target):
+            values[argument] = target
+        elif isinstance(signal, FromBatch):
+            if signal.name not in extras:
+                raise ValueError(
+                    f"the method reads {signal.name!r} from the batch, got "
+                    f"{', '.join(sorted(extras)) or 'no extras'}: call "
+                    f"distiller(images, target, {signal.name}=...)"
+                )
+            values[argument] = extras[signal.name]
+        elif signal in from_teacher:
+            values[argument] = from_teacher[signal]
+    return values
+
+
+def reads_teacher(signal: Signal) -> bool:
+    """Whether a signal comes from the teacher."""
+    return isinstance(signal, TeacherLogits) or (
+        isinstance(signal, Features) and signal.of == "teacher"
+    )

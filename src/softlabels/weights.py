@@ -1,0 +1,244 @@
+"""Reading and writing a model's weights: all of them or none, and never any code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import secrets
+import struct
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_metadata", "save_weights"]
+
+_SUFFIX = ".safetensors"
+_WRAPPED_UNDER = ("state_dict", "model", "student")
+_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
+_SHOWN = 5
+
+# What a damaged pickle may raise: its bytes are instructions, so nearly anything goes wrong.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+    """Load a file of weights into a model, or leave the model as it was.
+
+    Reads `.safetensors` files, and torch files that hold nothing but tensors and plain values: a
+    state dict, alone or under the key `state_dict`, `model` or `student`. The prefixes that
+    DistributedDataParallel and `torch.compile` add to all names are taken off.
+
+    Args:
+        model: Receives the weights, on its own device and in its own dtype.
+        path: The file.
+        strict: Whether every tensor of the model must be in the file and the other way round. If
+            not, what differs is left out with a warning; at least one name must agree. Shapes
+            must agree in both cases.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, holds code or other objects, or does not fit.
+    """
+    path = _existing_file(path)
+    expected = model.state_dict(keep_vars=True)
+    given = _read_tensors(path)
+    given = _without_prefixes(given, expected)
+
+    # Of tensors that the model shares between names, a file may hold just one.
+    given_ids = {id(expected[name]) for name in given if name in expected}
+    missing = [n for n, value in expected.items() if n not in given and id(value) not in given_ids]
+    unexpected = [name for name in given if name not in expected]
+    reshaped = [
+        f"{name}: got {tuple(given[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in given and isinstance(value, Tensor) and given[name].shape != value.shape
+    ]
+
+    differences = []
+    if missing:
+        differences.append(f"missing {_some(missing)}")
+    if unexpected:
+        differences.append(f"unexpected {_some(unexpected)}")
+    if reshaped:
+        differences.append(f"other shapes: {_some(reshaped)}")
+    described = f"{path} does not fit {type(model).__name__}: {'; '.join(differences)}"
+    if reshaped or (strict and differences) or (expected and len(unexpected) == len(given)):
+        raise ValueError(described)
+    if differences:
+        warnings.warn(f"{described} (left out)", stacklevel=2)
+    model.load_state_dict(given, strict=False)
+
+
+def save_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model's weights to a `.safetensors` file, which appears complete or not at all.
+
+    Tensors that the model shares between names are written once for each name, so that the file
+    loads anywhere.
+
+    Args:
+        model: The model. Its tensors may lie on any device.
+        path: The file, in an existing folder; an older one is replaced.
+        metadata: Texts for the file's header.
+
+    Raises:
+        TypeError: If `metadata` holds anything but texts, or the model's state anything but
+            tensors.
+        ValueError: If the name does not end with `.safetensors`.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.suffix != _SUFFIX:
+        raise ValueError(f"path must end with {_SUFFIX}, got {str(path)!r}")
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"only tensors can be saved, got {type(value).__name__} for {name!r}")
+        # The format refuses shared memory, hence the copy.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    _write_atomically(path, save(tensors, metadata=dict(metadata) if metadata else None))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the texts in the header of a `.safetensors` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What `save_weights` got as `metadata`; empty if nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _existing_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _existing_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such weights file: {path}")
+    if not path.is_file():
+        raise ValueError(f"expected a weights file, got a folder: {path}")
+    return path
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == _SUFFIX:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors: dict[str, Tensor] = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        return tensors
+    return _state_dict_in(_read_torch_file(path), path)
+
+
+def _read_torch_file(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file is reported below, once
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        # torch's text runs on with advice to load the file unsafely: just the finding is kept.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path} holds more than tensors and plain values: {refused[1]}. Loading that "
+                "could run code, so nothing was loaded or run. If you trust its origin, write its "
+                "state dict alone to a new file"
+            ) from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error)
+        first_line = (reason.splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is not a readable weights file: {first_line.partition(' In PyTorch')[0]}"
+        ) from error
+    return content
+
+
+def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for key in _WRAPPED_UNDER:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    others = [key for key, value in content.items() if not _is_entry(key, value)]
+    if others or not content:
+        raise ValueError(
+            f"{path} holds no state dict, neither alone nor under {', '.join(_WRAPPED_UNDER)}; "
+            f"got entries that are no named tensors: {_some(others) or 'an empty dict'}"
+        )
+    return dict(content)
+
+
+def _is_entry(key: object, value: object) -> bool:
+    return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+
+
+def _without_prefixes(given: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Take off prefixes that all names have, until some name is one of the model's."""
+    while given and not given.keys() & expected.keys():
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in given):
+                given = {name[len(prefix) :]: value for name, value in given.items()}
+                break
+        else:
+            break
+    return given
+
+
+def _some(items: Iterable[object]) -> str:
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    # In the same folder, because only a rename within one file system is atomic.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
