@@ -1,30 +1,88 @@
 """Better image classifiers from better labels: from a teacher, or from the network itself."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from softlabels.distiller import Distiller, StepOutput
-from softlabels.losses import (
-    KDLoss,
-    LabelSmoothingLoss,
-    NKDLoss,
-    SoftLabels,
-    USKDLoss,
-    ZipfLSLoss,
-    kd_loss,
-    label_smoothing_loss,
-    nkd_loss,
-    uskd_loss,
-    uskd_targets,
-    zipf_ls_loss,
-    zipf_ls_targets,
-)
-from softlabels.taps import FeatureTap
-from softlabels.teacher import Teacher
-
 if TYPE_CHECKING:
-    from softlabels.training import train
+    from softlabels.distiller import (
+        Distiller as Distiller,
+    )
+    from softlabels.distiller import (
+        StepOutput as StepOutput,
+    )
+    from softlabels.losses import (
+        KDLoss as KDLoss,
+    )
+    from softlabels.losses import (
+        LabelSmoothingLoss as LabelSmoothingLoss,
+    )
+    from softlabels.losses import (
+        NKDLoss as NKDLoss,
+    )
+    from softlabels.losses import (
+        SoftLabels as SoftLabels,
+    )
+    from softlabels.losses import (
+        USKDLoss as USKDLoss,
+    )
+    from softlabels.losses import (
+        ZipfLSLoss as ZipfLSLoss,
+    )
+    from softlabels.losses import (
+        kd_loss as kd_loss,
+    )
+    from softlabels.losses import (
+        label_smoothing_loss as label_smoothing_loss,
+    )
+    from softlabels.losses import (
+        nkd_loss as nkd_loss,
+    )
+    from softlabels.losses import (
+        uskd_loss as uskd_loss,
+    )
+    from softlabels.losses import (
+        uskd_targets as uskd_targets,
+    )
+    from softlabels.losses import (
+        zipf_ls_loss as zipf_ls_loss,
+    )
+    from softlabels.losses import (
+        zipf_ls_targets as zipf_ls_targets,
+    )
+    from softlabels.taps import (
+        FeatureTap as FeatureTap,
+    )
+    from softlabels.teacher import (
+        Teacher as Teacher,
+    )
+    from softlabels.training import (
+        train as train,
+    )
 
 __version__ = "0.1.0"
+
+# Read when first asked for: `softlabels --help` does not wait for torch, and `train` needs the
+# extra `softlabels[train]`, which the rest does not.
+_ROOMS = {
+    "Distiller": "distiller",
+    "StepOutput": "distiller",
+    "KDLoss": "losses",
+    "LabelSmoothingLoss": "losses",
+    "NKDLoss": "losses",
+    "SoftLabels": "losses",
+    "USKDLoss": "losses",
+    "ZipfLSLoss": "losses",
+    "kd_loss": "losses",
+    "label_smoothing_loss": "losses",
+    "nkd_loss": "losses",
+    "uskd_loss": "losses",
+    "uskd_targets": "losses",
+    "zipf_ls_loss": "losses",
+    "zipf_ls_targets": "losses",
+    "FeatureTap": "taps",
+    "Teacher": "teacher",
+    "train": "training",
+}
 
 __all__ = [
     "Distiller",
@@ -37,6 +95,7 @@ __all__ = [
     "Teacher",
     "USKDLoss",
     "ZipfLSLoss",
+    "__version__",
     "kd_loss",
     "label_smoothing_loss",
     "nkd_loss",
@@ -48,9 +107,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `train` needs the extra `softlabels[train]`: it is imported when it is first asked for.
-    if name == "train":
-        from softlabels.training import train
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

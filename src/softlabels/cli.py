@@ -1,0 +1,343 @@
+"""The command `softlabels`. Torch is imported by the commands that need it, not for help."""
+
+import contextlib
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+__all__ = ["main"]
+
+Result = TypeVar("Result")
+
+_COMMANDS = {
+    "train": "train a classifier, from a recipe or from settings",
+    "eval": "measure a trained student on a test set",
+    "predict": "classify images with a trained student",
+    "demo": "train one small student four ways on the embedded data, and compare",
+    "methods": "list the methods, what they read, and their settings",
+    "config": "`config show`: print a resolved configuration",
+}
+
+
+class _UsageError(ValueError):
+    """The command line does not fit."""
+
+
+def _overview() -> str:
+    lines = [
+        "usage: softlabels COMMAND [OPTIONS]",
+        "",
+        "Train better image classifiers with better labels: from a teacher (NKD), from the",
+        "network itself (USKD), or from Zipf's law (Zipf's LS).",
+        "",
+        "commands:",
+        *(f"  {name:9} {text}" for name, text in _COMMANDS.items()),
+        "",
+        "softlabels COMMAND --help tells the options of a command; softlabels --version the",
+        "version. For a start: softlabels demo",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0; 2 for anything that the user can put right, after one line that says
+        what; 1 for a run that failed; 130 for a run that the user stopped.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if given[0] == "--version":
+        from softlabels import __version__
+
+        print(f"softlabels {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    try:
+        return _run(name, rest)
+    except SystemExit as stop:  # help of a command
+        return int(stop.code or 0)
+    except KeyboardInterrupt as stop:
+        _complain(name, str(stop) or "stopped")
+        return 130
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        _complain(name, _in_words(error))
+        return 2
+    except RuntimeError as error:
+        from softlabels.training.guards import NonFiniteLossError
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        _complain(name, str(error))
+        return 1
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: the commands need pip install 'softlabels[train]'"
+    return str(error) or type(error).__name__
+
+
+def _complain(command: str, message: str) -> None:
+    print(f"softlabels {command}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "demo": _demo,
+        "methods": _methods,
+        "config": _config,
+    }
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=2)
+        raise _UsageError(f"no such command: expected {', '.join(near or commands)}")
+    return commands[name](arguments)
+
+
+def _tyro(target: Callable[..., Result], arguments: list[str], prog: str, **options: Any) -> Result:
+    """Let tyro parse; its error, a box of lines, becomes one line."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            result: Result = tyro.cli(target, args=arguments, prog=f"softlabels {prog}", **options)
+            return result
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _UsageError(_unboxed(complaint.getvalue(), prog)) from stop
+
+
+def _unboxed(text: str, prog: str) -> str:
+    """The message in one of tyro's boxes, without borders and what is below its first rule."""
+    inside = [line.strip("│╭╮╰╯ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    message: list[str] = []
+    for line in inside[1:] or inside:
+        if line and set(line) <= set("─"):
+            break
+        if line.strip("─"):
+            message.append(line)
+    words = re.sub(r"\s*\[type=.*?errors\.pydantic\.dev\S*", "", " ".join(message))
+    words = re.sub(r"Error parsing \S+: \d+ validation errors? for \S+ (\S+)", r"\1:", words)
+    return f"{words} (softlabels {prog} --help lists the options)"
+
+
+def _configured(arguments: list[str], prog: str) -> Any:
+    """A configuration: defaults, over them a recipe, over that the options."""
+    import tyro
+
+    from softlabels.training.config import (
+        METHOD_SETTINGS,
+        Config,
+        checked,
+        load_recipe,
+        parse,
+        with_method,
+    )
+
+    values: dict[str, Any] = {}
+    if arguments and not arguments[0].startswith("-"):
+        values = load_recipe(arguments[0])
+        arguments = arguments[1:]
+    # The kind decides which options there are, so it is looked for before tyro parses.
+    for position, argument in enumerate(arguments):
+        flag, equals, kind = argument.partition("=")
+        if flag == "--method.kind":
+            if not equals:
+                kind = arguments[position + 1] if position + 1 < len(arguments) else ""
+            values = with_method(values, kind)
+    config = _tyro(
+        Config,
+        arguments,
+        f"{prog} [RECIPE]",
+        default=parse(values),
+        description=(
+            "Settings of a run. RECIPE is a YAML file or the name of a recipe in the package "
+            "(`softlabels config` lists them); options override it. --method.kind is one of "
+            f"{', '.join(METHOD_SETTINGS)}; the help then shows that method's options."
+        ),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return checked(config)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _train(arguments: list[str]) -> int:
+    from softlabels.training.run import run
+
+    result = run(_configured(arguments, "train"), console=_console())
+    print(_metrics_line(result.final))
+    print(f"everything is in {result.folder} (report.html, student.safetensors)")
+    return 0
+
+
+def _metrics_line(metrics: dict[str, float]) -> str:
+    parts = [f"top-1 {metrics['top1']:.2f} %", f"top-5 {metrics['top5']:.2f} %"]
+    if "group_top1" in metrics:
+        parts.append(f"group {metrics['group_top1']:.2f} %")
+    return ", ".join([*parts, f"NLL {metrics['nll']:.3f} nats", f"ECE {metrics['ece']:.2f} %"])
+
+
+def _config(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: softlabels config show [RECIPE] [OPTIONS]\n\n"
+            "Print the configuration that `softlabels train` with the same arguments would use,\n"
+            "as YAML that `softlabels train FILE` takes. Recipes in the package:\n"
+        )
+        from softlabels.training.config import recipe_names
+
+        print("\n".join(f"  {name}" for name in recipe_names()))
+        return 0
+    if arguments[0] != "show":
+        raise _UsageError(f"expected `config show`, got {arguments[0]!r}")
+    from softlabels.training.config import dump
+
+    print(dump(_configured(arguments[1:], "config show")), end="")
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    import tyro
+
+    def evaluate_student(
+        student: Annotated[str, tyro.conf.Positional],
+        path: str | None = None,
+        source: str | None = None,
+        batch_size: int = 256,
+        format: Literal["text", "json"] = "text",
+    ) -> int:
+        """Measure a trained student on a test set.
+
+        Args:
+            student: A run's folder, or a student.safetensors.
+            path: Folder of the data. Without path and source, the run's own data.
+            source: Kind of the data: glyphs100, folder or idx.
+            batch_size: Images per forward.
+            format: text or json.
+        """
+        from softlabels.training.predict import evaluate_file
+
+        metrics = evaluate_file(student, path=path, source=source, batch_size=batch_size)
+        print(json.dumps(metrics) if format == "json" else _metrics_line(metrics))
+        return 0
+
+    return _tyro(evaluate_student, arguments, "eval")
+
+
+def _predict(arguments: list[str]) -> int:
+    import tyro
+
+    def classify(
+        student: Annotated[str, tyro.conf.Positional],
+        images: Annotated[tuple[str, ...], tyro.conf.Positional],
+        top: int = 3,
+        batch_size: int = 64,
+        format: Literal["text", "json", "csv"] = "text",
+    ) -> int:
+        """Classify images with a trained student.
+
+        Args:
+            student: A run's folder, or a student.safetensors.
+            images: Images, or folders of images.
+            top: How many classes are named for each image.
+            batch_size: Images per forward.
+            format: text, json (one object a line), or csv.
+        """
+        from softlabels.training.predict import find_images, load_student, predict
+
+        if not images:
+            raise _UsageError("expected one or more images after the student")
+        if top < 1 or batch_size < 1:
+            raise _UsageError(f"top and batch_size must be 1 or more, got {top}, {batch_size}")
+        found = find_images(images)
+        network, record = load_student(student)
+        predictions = predict(network, record, found, top=top, batch_size=batch_size)
+        if format == "csv":
+            import csv
+
+            writer = csv.writer(sys.stdout)
+            writer.writerow(["image", "rank", "class", "probability"])
+            for item in predictions:
+                for rank, (name, value) in enumerate(
+                    zip(item.classes, item.probabilities, strict=True), 1
+                ):
+                    writer.writerow([item.path, rank, name, f"{value:.6f}"])
+            return 0
+        for item in predictions:
+            pairs = zip(item.classes, item.probabilities, strict=True)
+            if format == "json":
+                classes = [{"class": name, "probability": value} for name, value in pairs]
+                print(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
+            else:
+                print(f"{item.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in pairs))
+        return 0
+
+    return _tyro(classify, arguments, "predict")
+
+
+def _demo(arguments: list[str]) -> int:
+    def demo(
+        output: str = "runs/demo", epochs: int = 8, seed: int = 0, jobs: int = 2, steps: int = 30
+    ) -> int:
+        """Train one small student four ways on the embedded glyphs100, and compare.
+
+        Cross-entropy, Zipf's LS, USKD, and NKD with the teacher that ships in the package; equal
+        initial weights, data and steps. Ends with a table and report.html.
+
+        Args:
+            output: Folder of the four runs and the report.
+            epochs: Passes over the training set.
+            seed: Of everything random.
+            jobs: Runs at a time, one thread each.
+            steps: Rounds of the step-time measurement at the end.
+        """
+        from softlabels.training.demo import run_demo
+
+        for name, value in (("epochs", epochs), ("jobs", jobs), ("steps", steps)):
+            if value < 1:
+                raise _UsageError(f"{name} must be 1 or more, got {value}")
+        report = run_demo(
+            Path(output), epochs=epochs, seed=seed, jobs=jobs, rounds=steps, console=_console()
+        )
+        print(f"report: {report}")
+        return 0
+
+    return _tyro(demo, arguments, "demo")
+
+
+def _methods(arguments: list[str]) -> int:
+    def methods(kind: str | None = None) -> int:
+        """List the methods, what they read, and their settings.
+
+        Args:
+            kind: Show this one alone.
+        """
+        from softlabels.training.config import METHOD_SETTINGS, describe_method
+
+        if kind is not None and kind not in METHOD_SETTINGS:
+            raise _UsageError(f"no method {kind!r}: expected one of {', '.join(METHOD_SETTINGS)}")
+        print("\n\n".join(describe_method(k) for k in METHOD_SETTINGS if kind in (None, k)))
+        return 0
+
+    return _tyro(methods, arguments, "methods")

@@ -1,0 +1,316 @@
+"""Reads what the trainer left in a run folder."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import statistics
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCORES = ("top1", "top5", "group_top1", "nll", "ece")
+"""The scores of an evaluation that the report knows; others are ignored."""
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One logged quantity.
+
+    Attributes:
+        x: Finished epochs or steps, rising, shape [N].
+        y: The values, all finite, shape [N].
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """A test image with its soft label and the network's answer.
+
+    Attributes:
+        index: The image's index in the test set.
+        height: Height in pixels.
+        width: Width in pixels.
+        png: The picture, a base64 PNG.
+        true_class: Name of the true class.
+        target_value: The soft label's value for the true class; any real number.
+        non_target: Wrong classes and the share of the non-target weight that each gets, 0 to 1.
+        prediction: The likeliest classes and their probabilities, 0 to 1.
+        is_right: Whether the likeliest class is the true one; None without a prediction.
+    """
+
+    index: int
+    height: int
+    width: int
+    png: str
+    true_class: str
+    target_value: float
+    non_target: tuple[tuple[str, float], ...]
+    prediction: tuple[tuple[str, float], ...]
+    is_right: bool | None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The saved test images of a run.
+
+    Attributes:
+        what: A sentence that says what the method's soft label is.
+        images: The images.
+    """
+
+    what: str
+    images: tuple[GalleryImage, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        folder: Where the run lies.
+        label: The run's name in tables and plots.
+        method: Kind of the method, None for the task's loss alone.
+        model: Name of the network.
+        data: Name of the data.
+        seed: The seed.
+        epochs: Number of epochs.
+        seconds: Time of the whole run in seconds.
+        parameters: Number of the network's parameters.
+        is_complete: False for a run that was stopped early.
+        test_images: Number of test images, None where the run does not say it.
+        final: Scores after the last epoch, by names of `SCORES`.
+        best: Scores of the best epoch, by names of `SCORES`.
+        best_epoch: The best epoch, None where the run does not say it.
+        images_per_second: Median over epochs, None without timings.
+        curves: Logged quantities by key: "eval/..." over finished epochs, others over steps.
+        config: Text of the configuration, empty where there is none.
+        environment: Versions, commit, hardware and the like.
+        gallery: The saved test images, None where there are none.
+    """
+
+    folder: Path
+    label: str
+    method: str | None
+    model: str
+    data: str
+    seed: int
+    epochs: int
+    seconds: float
+    parameters: int
+    is_complete: bool
+    test_images: int | None
+    final: Mapping[str, float]
+    best: Mapping[str, float]
+    best_epoch: int | None
+    images_per_second: float | None
+    curves: Mapping[str, Curve]
+    config: str
+    environment: Mapping[str, str]
+    gallery: Gallery | None
+
+
+class _Fields:
+    """A JSON object whose values are checked as they are read; errors name the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
+        self.path = path
+        self.values = values
+
+    def get(self, key: str, kind: type[_T]) -> _T:
+        value = self.values.get(key)
+        # In Python a bool is an int; in a record it is a mistake.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            got = f"{value!r:.80}" if key in self.values else "nothing"
+            raise ValueError(f"{self.path}: {key!r} is {got}, expected {kind.__name__}")
+        return value
+
+    def optional(self, key: str, kind: type[_T]) -> _T | None:
+        return None if self.values.get(key) is None else self.get(key, kind)
+
+    def number(self, key: str) -> float:
+        return _number(self.values.get(key), f"{self.path}: {key!r}")
+
+    def scores(self, key: str) -> dict[str, float]:
+        given = self.get(key, dict)
+        return {
+            name: _number(given[name], f"{self.path}: {key!r}, {name!r}")
+            for name in SCORES
+            if given.get(name) is not None
+        }
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run folder.
+
+    `summary.json` must be there; everything else may be absent. Unknown keys are ignored.
+    Unreadable lines of a log (the last one, where a run was killed while writing) are left out
+    with a warning.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: `summary.json` is missing, or a file is damaged; the message names the file.
+    """
+    folder = Path(folder)
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} has no summary.json; expected the folder of a run")
+    summary = _read_object(folder / "summary.json")
+    best = summary.optional("best", dict) or {}
+    speeds = [
+        _number(line["images_per_second"], f"{folder / 'timings.jsonl'}: 'images_per_second'")
+        for line in _read_lines(folder / "timings.jsonl")
+        if line.get("images_per_second") is not None
+    ]
+    environment = folder / "environment.json"
+    gallery = folder / "gallery.json"
+    config = folder / "config.yaml"
+    return RunRecord(
+        folder=folder,
+        label=summary.get("label", str),
+        method=summary.optional("method", str),
+        model=summary.get("model", str),
+        data=summary.get("data", str),
+        seed=summary.get("seed", int),
+        epochs=summary.get("epochs", int),
+        seconds=summary.number("seconds"),
+        parameters=summary.get("parameters", int),
+        is_complete=summary.get("complete", bool),
+        test_images=summary.optional("test_images", int),
+        final=summary.scores("final"),
+        best=summary.scores("best") if best else {},
+        best_epoch=_Fields(summary.path, best).optional("epoch", int),
+        images_per_second=statistics.median(speeds) if speeds else None,
+        curves=_read_curves(folder / "metrics.jsonl"),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        environment=_read_environment(environment) if environment.is_file() else {},
+        gallery=_read_gallery(gallery) if gallery.is_file() else None,
+    )
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{what} is {value!r:.80}, expected a number")
+    return float(value)
+
+
+def _read_object(path: Path) -> _Fields:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return _Fields(path, values)
+
+
+def _read_lines(path: Path) -> list[dict[str, object]]:
+    """The objects of a JSON-lines file; none where the file is absent."""
+    lines: list[dict[str, object]] = []
+    if not path.is_file():
+        return lines
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            lines.append(values)
+        else:
+            warnings.warn(f"{path}, line {number} is unreadable and left out", stacklevel=2)
+    return lines
+
+
+def _read_curves(path: Path) -> dict[str, Curve]:
+    points: dict[str, dict[float, float]] = {}
+    for line in _read_lines(path):
+        for key, value in line.items():
+            position = line.get("epoch" if key.startswith("eval/") else "step")
+            if "/" not in key or isinstance(value, bool) or isinstance(position, bool):
+                continue
+            if isinstance(value, (int, float)) and isinstance(position, (int, float)):
+                # A resumed run may log a step again: the later line counts.
+                points.setdefault(key, {})[float(position)] = float(value)
+    curves = {}
+    for key, values in points.items():
+        x, y = np.array(sorted(values.items()), dtype=np.float64).T
+        finite = np.isfinite(y)
+        if finite.any():
+            curves[key] = Curve(x[finite], y[finite])
+    return curves
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in _read_object(path).values.items()
+    }
+
+
+def _read_gallery(path: Path) -> Gallery:
+    fields = _read_object(path)
+    names = fields.get("class_names", list)
+    images = []
+    for values in fields.get("images", list):
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: 'images' holds {values!r:.80}, expected JSON objects")
+        images.append(_read_image(_Fields(path, values), names))
+    return Gallery(what=fields.optional("what", str) or "", images=tuple(images))
+
+
+def _read_image(fields: _Fields, names: list[object]) -> GalleryImage:
+    path = fields.path
+
+    def class_name(index: int) -> str:
+        return str(names[index]) if 0 <= index < len(names) else f"class {index}"
+
+    def pairs(key: str) -> list[tuple[int, float]]:
+        found = []
+        for pair in fields.get(key, list):
+            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], int):
+                raise ValueError(f"{path}: {key!r} holds {pair!r:.80}, expected [class, number]")
+            found.append((pair[0], _number(pair[1], f"{path}: {key!r}")))
+        return found
+
+    shape = fields.get("shape", list)
+    if len(shape) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"{path}: 'shape' is {shape!r:.80}, expected [height, width, ...]")
+    png = fields.get("png", str)
+    try:
+        is_png = base64.b64decode(png, validate=True).startswith(_PNG_SIGNATURE)
+    except (binascii.Error, ValueError):
+        is_png = False
+    if not is_png:
+        raise ValueError(f"{path}: 'png' is {png!r:.40}, expected a PNG file in base64")
+    target = fields.get("target", int)
+    prediction = pairs("prediction")
+    return GalleryImage(
+        index=fields.get("index", int),
+        height=shape[0],
+        width=shape[1],
+        png=png,
+        true_class=class_name(target),
+        target_value=fields.number("target_value"),
+        non_target=tuple((class_name(index), share) for index, share in pairs("non_target")),
+        prediction=tuple((class_name(index), share) for index, share in prediction),
+        is_right=prediction[0][0] == target if prediction else None,
+    )

@@ -1,0 +1,210 @@
+"""The loop. It knows a Distiller, batches and things with a state; no method and no file format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from softlabels.data import Batch, DataSource
+from softlabels.data.mixup import MixupCutmix
+from softlabels.data.randomness import derive_seed
+from softlabels.distiller import Distiller, StepOutput
+from softlabels.training.checkpoint import Stateful
+from softlabels.training.config import Config
+from softlabels.training.evaluate import evaluate
+from softlabels.training.guards import InterruptGuard, LossLog
+
+__all__ = ["Engine", "Observer"]
+
+
+class Observer(Protocol):
+    """What the engine tells of a run."""
+
+    def step(self, epoch: int, step: int, images: int, scalars: dict[str, float]) -> None:
+        """A step is done; `scalars` is not empty at every `log_every`-th."""
+        ...
+
+    def epoch(
+        self, epoch: int, step: int, seconds: float, images: int, scalars: dict[str, float]
+    ) -> None:
+        """An epoch is trained and evaluated; `epoch` counts the finished ones."""
+        ...
+
+
+class Engine:
+    """Trains a Distiller on a data source.
+
+    Args:
+        distiller: On the accelerator's device; its `trainable` is wrapped here.
+        optimizer: Over the distiller's parameters.
+        schedule: timm's, per step.
+        source: Training and test data.
+        accelerator: Device, precision and processes.
+        config: The run's settings.
+        mixer: Mixup and cutmix, or None.
+        observer: Told of steps and epochs.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler,
+        source: DataSource,
+        accelerator: Accelerator,
+        config: Config,
+        mixer: MixupCutmix | None,
+        observer: Observer,
+    ) -> None:
+        self.source = source
+        self.accelerator = accelerator
+        self.config = config
+        self.mixer = mixer
+        self.observer = observer
+        self.schedule = schedule
+        self.core = distiller.trainable
+        # Before wrapping: the copy must hold plain modules with a tap of their own.
+        self.ema = ModelEmaV3(self.core, decay=config.ema_decay) if config.ema_decay else None
+        if config.compile:
+            distiller.trainable = torch.compile(distiller.trainable)  # type: ignore[assignment]  # a module
+        distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
+        self.distiller = distiller
+        self.finished_epochs = 0
+        self.steps_per_epoch = source.steps_per_epoch(config.batch_size)
+
+    @property
+    def stateful(self) -> dict[str, Stateful | None]:
+        """All that a checkpoint must hold; the place in the run is `finished_epochs`."""
+        return {
+            "trained": self.distiller,
+            "optimizer": self.optimizer,
+            "ema": self.ema,
+            "scaler": self.accelerator.scaler,
+        }
+
+    @property
+    def network(self) -> nn.Module:
+        """The plain network that is evaluated and exported: the averaged one if there is one."""
+        if self.ema is not None:
+            averaged = self.ema.module.student
+            assert isinstance(averaged, nn.Module)
+            return averaged
+        return self.distiller.student
+
+    def fit(self, interrupt: InterruptGuard) -> None:
+        """Train up to the configured epoch, evaluating after each.
+
+        Raises:
+            NonFiniteLossError: The loss is not finite.
+            Interrupted: The user asked to stop.
+        """
+        for epoch in range(self.finished_epochs, self.config.epochs):
+            started = time.perf_counter()
+            self.distiller.train()
+            log = LossLog(eager=self.accelerator.device.type == "cpu")
+            num_images = 0
+            for index, batch in enumerate(self._batches(epoch)):
+                interrupt.check()
+                step = epoch * self.steps_per_epoch + index
+                loss, parts = self._step(batch, epoch, index)
+                log.add(step, loss, parts)
+                num_images += len(batch.target)
+                done = step + 1
+                due = done % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
+                scalars = self._logged(log) if due else {}
+                self.observer.step(epoch, done, len(batch.target), scalars)
+            self.distiller.after_epoch()
+            seconds = time.perf_counter() - started
+            self.finished_epochs = epoch + 1
+            self.observer.epoch(
+                epoch + 1,
+                (epoch + 1) * self.steps_per_epoch,
+                seconds,
+                num_images * self.accelerator.num_processes,
+                self.evaluate(),
+            )
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        return self.source.train_batches(
+            seed=self.config.seed,
+            epoch=epoch,
+            batch_size=self.config.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            device=self.accelerator.device,
+        )
+
+    def _step(self, batch: Batch, epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update of the weights; the loss and its parts, averaged over the micro-batches."""
+        seed, rank = self.config.seed, self.accelerator.process_index
+        # Dropout and the like are a function of the place in the run: a resume needs no state.
+        torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
+        if self.mixer is not None:
+            batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
+        if self.config.channels_last:
+            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        num_parts = min(self.config.accumulation, len(batch.target))
+        shares: list[tuple[float, StepOutput]] = []
+        for number, (images, target, sample) in enumerate(
+            zip(
+                batch.images.chunk(num_parts),
+                batch.target.chunk(num_parts),
+                batch.index.chunk(num_parts),
+                strict=True,
+            )
+        ):
+            is_last = number == num_parts - 1
+            waits: Any = (
+                nullcontext() if is_last else self.accelerator.no_sync(self.distiller.trainable)
+            )
+            with waits:
+                with self.accelerator.autocast():
+                    output = self.distiller(images, target, index=sample)
+                share = len(target) / len(batch.target)
+                self.accelerator.backward(share * output.loss)
+            shares.append((share, output))
+        if self.config.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step_update(epoch * self.steps_per_epoch + index + 1)
+        self.distiller.after_step()
+        if self.ema is not None:
+            self.ema.update(self.core)
+        loss = torch.stack([share * output.loss.detach() for share, output in shares]).sum()
+        parts = {
+            name: torch.stack([share * output.parts[name] for share, output in shares]).sum()
+            for name in shares[0][1].parts
+        }
+        return loss, parts
+
+    def _logged(self, log: LossLog) -> dict[str, float]:
+        means = {f"train/{name}": value for name, value in log.means().items()}
+        if means:
+            means["train/lr"] = self.optimizer.param_groups[0]["lr"]
+        return means
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of `network` on the test set, the same on every process."""
+        batches = self.source.test_batches(
+            batch_size=self.config.eval_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            device=self.accelerator.device,
+        )
+        metrics = evaluate(
+            self.network,
+            batches,
+            self.source.info,
+            self.accelerator.device,
+            self.accelerator.autocast,
+        )
+        return {f"eval/{name}": value for name, value in metrics.items()}

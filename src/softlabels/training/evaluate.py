@@ -1,0 +1,83 @@
+"""Evaluation of a plain network on a source's test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from softlabels.data import Batch, DataInfo
+
+__all__ = ["evaluate"]
+
+Autocast = Callable[[], AbstractContextManager[None]]
+
+
+def _metrics(info: DataInfo) -> dict[str, Metric]:
+    classes = info.num_classes
+    metrics: dict[str, Metric] = {
+        "top1": MulticlassAccuracy(classes, average="micro"),
+        "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
+        "nll": MeanMetric(),
+        "ece": MulticlassCalibrationError(classes, n_bins=15),
+    }
+    if info.groups is not None:
+        metrics["group_top1"] = MulticlassAccuracy(max(info.groups) + 1, average="micro")
+    return metrics
+
+
+def evaluate(
+    student: nn.Module,
+    batches: Iterable[Batch],
+    info: DataInfo,
+    device: torch.device,
+    autocast: Autocast = nullcontext,
+) -> dict[str, float]:
+    """Measure a network on unpadded shards of a test set.
+
+    Args:
+        student: [B, C, H, W] -> [B, classes]; put back into its mode afterwards.
+        batches: This process' share of the test set; over all processes each sample once.
+        info: Classes, and their groups if there are any.
+        device: Where the metrics are kept.
+        autocast: Context of the forward.
+
+    Returns:
+        `top1`, `top5`, `ece` (15 bins) and, where there are groups, `group_top1` in percent;
+        `nll` in nats. The same on every process.
+
+    Raises:
+        ValueError: No test images.
+    """
+    metrics = {name: metric.to(device) for name, metric in _metrics(info).items()}
+    groups = torch.tensor(info.groups or (), device=device)
+    was_training = student.training
+    student.eval()
+    num_images = 0
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                with autocast():
+                    logits: Tensor = student(batch.images)
+                _update(metrics, logits.float(), batch.target, groups)
+                num_images += len(batch.target)
+    finally:
+        student.train(was_training)
+    if num_images == 0 and not torch.distributed.is_initialized():
+        raise ValueError("the test set holds no images")
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    return {name: value if name == "nll" else 100 * value for name, value in values.items()}
+
+
+def _update(metrics: dict[str, Metric], logits: Tensor, target: Tensor, groups: Tensor) -> None:
+    metrics["top1"].update(logits, target)
+    metrics["top5"].update(logits, target)
+    metrics["nll"].update(functional.cross_entropy(logits, target, reduction="none"))
+    metrics["ece"].update(logits.softmax(1), target)
+    if "group_top1" in metrics:
+        metrics["group_top1"].update(groups[logits.argmax(1)], groups[target])

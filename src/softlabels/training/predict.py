@@ -1,0 +1,207 @@
+"""A trained student by its file: build it, read images for it, classify them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from softlabels.data import open_source
+from softlabels.models import build_model
+from softlabels.models.build import FileRecord, read_record
+from softlabels.teacher import Teacher
+from softlabels.training.assemble import build_source
+from softlabels.training.config import load_recipe, resolve
+from softlabels.training.evaluate import evaluate
+
+__all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
+
+_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+_SMALL_IMAGE = 64  # pixels; images of this size are resized whole, larger ones cropped
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a student says of an image.
+
+    Attributes:
+        path: The image.
+        classes: Names, most probable first.
+        probabilities: Of these classes, 0 to 1.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def load_student(path: str | Path) -> tuple[nn.Module, FileRecord]:
+    """Build a student from its own file, or from its run's folder.
+
+    Args:
+        path: `student.safetensors`, or a folder that holds one.
+
+    Returns:
+        The plain network in eval mode, and what its file says of it.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file does not say which network it is for.
+    """
+    file = Path(path)
+    file = file / "student.safetensors" if file.is_dir() else file
+    record = read_record(str(file))
+    model = build_model(
+        f"file:{file}", num_classes=record.num_classes, in_channels=record.in_channels
+    )
+    return model.eval(), record
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The images among files and folders, folders with all that is below them.
+
+    Raises:
+        ValueError: A path that does not exist, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS)
+            if not inside:
+                raise ValueError(f"{path} holds no images ({', '.join(sorted(_ENDINGS))})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} does not exist: expected an image or a folder of images")
+    return found
+
+
+def _transform(record: FileRecord) -> v2.Compose:
+    if record.image_size is None or record.mean is None or record.std is None:
+        raise ValueError("the student's file does not say the size and normalisation of its images")
+    height, width = record.image_size
+    if max(height, width) <= _SMALL_IMAGE:
+        sized: list[v2.Transform] = [v2.Resize((height, width), antialias=True)]
+    else:
+        # As the folder source evaluates: the crop is 7/8 of the short side.
+        sized = [
+            v2.Resize(round(max(height, width) / 0.875), antialias=True),
+            v2.CenterCrop((height, width)),
+        ]
+    return v2.Compose(
+        [
+            v2.Grayscale(record.in_channels) if record.in_channels == 1 else v2.Identity(),
+            *sized,
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(record.mean), list(record.std)),
+        ]
+    )
+
+
+def _read(path: Path, in_channels: int) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels: Tensor = v2.functional.pil_to_tensor(
+                image.convert("L" if in_channels == 1 else "RGB")
+            )
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no readable image: {error}") from error
+    return pixels
+
+
+def predict(
+    student: nn.Module,
+    record: FileRecord,
+    images: Sequence[Path],
+    *,
+    top: int = 3,
+    batch_size: int = 64,
+) -> list[Prediction]:
+    """Classify images from files.
+
+    Args:
+        student: From `load_student`.
+        record: Likewise.
+        images: Files.
+        top: How many classes are named for each.
+        batch_size: Images per forward.
+
+    Raises:
+        ValueError: An image that cannot be read, with its path.
+    """
+    transform = _transform(record)
+    names = record.class_names or tuple(str(label) for label in range(record.num_classes))
+    predictions = []
+    for start in range(0, len(images), batch_size):
+        paths = images[start : start + batch_size]
+        batch = torch.stack([transform(_read(path, record.in_channels)) for path in paths])
+        with torch.inference_mode():
+            probabilities = student(batch).float().softmax(1)
+        values, classes = probabilities.topk(min(top, record.num_classes), dim=1)
+        predictions += [
+            Prediction(path, tuple(names[label] for label in labels), tuple(row))
+            for path, labels, row in zip(paths, classes.tolist(), values.tolist(), strict=True)
+        ]
+    return predictions
+
+
+def evaluate_file(
+    student: str | Path,
+    *,
+    path: str | None = None,
+    source: str | None = None,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """Measure a trained student on a test set.
+
+    Args:
+        student: A run's folder, or `student.safetensors`.
+        path: Folder of the data; without path and source, the data of the student's run.
+        source: Kind of the data.
+        batch_size: Images per forward.
+
+    Returns:
+        As `softlabels.training.evaluate`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Data that do not fit the student: other classes, channels or no such folder.
+    """
+    model, record = load_student(student)
+    if path is None and source is None:
+        folder = Path(student) if Path(student).is_dir() else Path(student).parent
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{student} stands in no run's folder: name the data with --path")
+        data = build_source(resolve(load_recipe(str(folder / "config.yaml"))))
+    else:
+        data = open_source(source, path)
+    info = data.info
+    try:
+        for what, got, expected in (
+            ("classes", info.num_classes, record.num_classes),
+            ("channels", info.in_channels, record.in_channels),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"the data {info.name} have {got} {what}, the student was trained for "
+                    f"{expected}"
+                )
+        normalization = None
+        if record.mean is not None and record.std is not None:
+            normalization = (record.mean, record.std)
+        # A frozen network on images that were normalised for another one: that is a Teacher.
+        network = Teacher(
+            model,
+            normalization=normalization,
+            student_normalization=None if normalization is None else (info.mean, info.std),
+        )
+        batches = data.test_batches(batch_size=batch_size, device="cpu")
+        return evaluate(network, batches, info, torch.device("cpu"))
+    finally:
+        data.close()

@@ -1,0 +1,389 @@
+"""One run, from a configuration to a folder with everything in it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from rich.console import Console
+from torch import nn
+
+from softlabels.data import DataInfo, DataSource
+from softlabels.data.randomness import derive_seed
+from softlabels.models import model_metadata
+from softlabels.report import write_report
+from softlabels.training.assemble import (
+    build_distiller,
+    build_mixer,
+    build_optimizer,
+    build_schedule,
+    build_source,
+    with_defaults,
+)
+from softlabels.training.checkpoint import load_checkpoint, save_checkpoint
+from softlabels.training.config import Config, resolve, with_method
+from softlabels.training.engine import Engine
+from softlabels.training.folder import RunFolder, environment
+from softlabels.training.gallery import make_gallery
+from softlabels.training.guards import Interrupted, InterruptGuard
+from softlabels.training.tracking import Tracker
+from softlabels.weights import save_weights
+
+__all__ = ["TrainResult", "run", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives.
+
+    Attributes:
+        folder: Everything that was written.
+        final: Metrics after the last epoch, by name.
+        best: Metrics of the epoch with the best top-1, and `epoch`.
+        student: The plain trained network, on the CPU, in eval mode.
+    """
+
+    folder: Path
+    final: dict[str, float]
+    best: dict[str, float]
+    student: nn.Module
+
+
+class _Observer:
+    """Tells the tracker; stores weights and checkpoint after each epoch."""
+
+    def __init__(self, folder: RunFolder, metadata: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.metadata = dict(metadata)
+        self.final: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.seconds = 0.0
+        self.engine: Engine | None = None
+        self.tracker: Tracker | None = None
+        self._since = time.perf_counter()
+        self._images = 0
+
+    def step(self, epoch: int, step: int, images: int, scalars: dict[str, float]) -> None:
+        assert self.tracker is not None
+        assert self.engine is not None
+        self._images += images * self.engine.accelerator.num_processes
+        now, speed = time.perf_counter(), None
+        if now - self._since > 1:
+            speed = f"{self._images / (now - self._since):,.0f} images/s"
+            self._since, self._images = now, 0
+        self.tracker.advance(speed=speed)
+        if scalars:
+            self.tracker.metrics(epoch, step, scalars)
+
+    def epoch(
+        self, epoch: int, step: int, seconds: float, images: int, scalars: dict[str, float]
+    ) -> None:
+        assert self.tracker is not None
+        self.tracker.metrics(epoch, step, scalars)
+        self.tracker.timing(epoch, step, seconds, images / seconds)
+        self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
+        self.seconds += seconds
+        improved = self.final["top1"] > self.best.get("top1", -math.inf)
+        if improved:
+            self.best = {**self.final, "epoch": epoch}
+        self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
+        self._store(improved)
+        self._since, self._images = time.perf_counter(), 0
+
+    def _store(self, improved: bool) -> None:
+        assert self.engine is not None
+        assert self.tracker is not None
+        accelerator = self.engine.accelerator
+        if accelerator.is_main_process:
+            save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
+            if improved:
+                save_weights(self.engine.network, self.folder.best_student, metadata=self.metadata)
+            save_checkpoint(self.folder.last, self._progress(), self.engine.stateful)
+        accelerator.wait_for_everyone()
+
+    def _progress(self) -> dict[str, Any]:
+        assert self.engine is not None
+        assert self.tracker is not None
+        return {
+            "finished_epochs": self.engine.finished_epochs,
+            "final": self.final,
+            "best": self.best,
+            "seconds": self.seconds,
+            "lengths": self.tracker.lengths(),
+        }
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint says."""
+        assert self.engine is not None
+        self.engine.finished_epochs = progress["finished_epochs"]
+        self.final, self.best = progress["final"], progress["best"]
+        self.seconds = progress["seconds"]
+
+
+def run(
+    config: Config,
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    method: nn.Module | None = None,
+    source: DataSource | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train as a configuration says, or go on where an earlier call stopped.
+
+    Args:
+        config: The settings.
+        student: A network to train in place of the one that the settings name.
+        teacher: Likewise.
+        method: Likewise.
+        source: Data in place of those that the settings name.
+        console: Where progress is shown; None: nowhere.
+
+    Raises:
+        ValueError: Anything that does not fit, before the first step.
+        NonFiniteLossError: A part of the loss is not finite.
+        Interrupted: The user asked to stop; the last complete epoch is stored.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.precision,
+        dataloader_config=DataLoaderConfiguration(),
+    )
+    _check_batch_size(config, accelerator.num_processes)
+    console = console if accelerator.is_main_process else None
+    opened = source is None
+    source = build_source(config) if source is None else source
+    try:
+        config = with_defaults(config, source.info)
+        distiller = build_distiller(
+            config, source.info, student=student, teacher=teacher, method=method
+        ).to(accelerator.device)
+        if config.channels_last:
+            distiller.trainable.to(memory_format=torch.channels_last)
+        config = _with_output(config, source.info)
+        folder = RunFolder(Path(config.output or ""))
+        if accelerator.is_main_process:
+            folder.claim(config)
+        accelerator.wait_for_everyone()
+        return _fit(config, distiller, source, accelerator, folder, console)
+    finally:
+        if opened:
+            source.close()
+
+
+def _check_batch_size(config: Config, num_processes: int) -> None:
+    parts = num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of processes * accumulation = "
+            f"{num_processes} * {config.accumulation}"
+        )
+
+
+def _with_output(config: Config, info: DataInfo) -> Config:
+    if config.output is not None:
+        return config
+    student = (config.student.name or "").rpartition(":")[2].replace("/", "_")
+    name = f"{info.name}-{student}-{config.label}-{config.seed}"
+    return config.model_copy(update={"output": str(Path("runs") / name)})
+
+
+def _fit(
+    config: Config,
+    distiller: Any,
+    source: DataSource,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    console: Console | None,
+) -> TrainResult:
+    torch.manual_seed(derive_seed(config.seed, "run"))
+    info = source.info
+    num_parameters = sum(p.numel() for p in distiller.student.parameters())
+    optimizer = build_optimizer(config.optimizer, distiller.trainable)
+    schedule = build_schedule(
+        config.schedule,
+        optimizer,
+        epochs=config.epochs,
+        steps_per_epoch=source.steps_per_epoch(config.batch_size),
+    )
+    metadata = model_metadata(
+        config.student.name or "",
+        num_classes=info.num_classes,
+        in_channels=info.in_channels,
+        image_size=info.image_size,
+        settings=config.student.settings,
+        mean=info.mean,
+        std=info.std,
+        class_names=info.class_names,
+    )
+    observer = _Observer(folder, metadata)
+    engine = Engine(
+        distiller,
+        optimizer,
+        schedule,
+        source,
+        accelerator,
+        config,
+        build_mixer(config, info),
+        observer,
+    )
+    observer.engine = engine
+    progress: dict[str, Any] = {}
+    if folder.last.is_file():
+        progress = load_checkpoint(folder.last, engine.stateful, accelerator.device)
+        observer.restore(progress)
+        step = engine.finished_epochs * engine.steps_per_epoch
+        schedule.step_update(step)
+        if console is not None:
+            console.print(f"going on after epoch {engine.finished_epochs} of {config.epochs}")
+    if accelerator.is_main_process and not progress:
+        folder.write_json(
+            folder.environment, environment(config, accelerator.device, accelerator.num_processes)
+        )
+    _announce(config, console, folder)
+    total = config.epochs * engine.steps_per_epoch
+    with (
+        InterruptGuard() as interrupt,
+        Tracker(
+            folder.path if accelerator.is_main_process else None,
+            progress.get("lengths", {}),
+            total_steps=total,
+            console=console,
+            label=config.label,
+            first_step=engine.finished_epochs * engine.steps_per_epoch,
+        ) as tracker,
+    ):
+        observer.tracker = tracker
+        try:
+            engine.fit(interrupt)
+        except Interrupted as error:
+            raise Interrupted(
+                f"stopped by a signal; epoch {engine.finished_epochs} of {config.epochs} is the "
+                f"last complete one in {folder.path}: the same command goes on from there"
+            ) from error
+    if accelerator.is_main_process:
+        _finish(config, engine, observer, folder, num_parameters)
+    accelerator.wait_for_everyone()
+    exported = engine.distiller.export() if engine.ema is None else engine.network
+    return TrainResult(folder.path, observer.final, observer.best, exported.cpu().eval())
+
+
+def _announce(config: Config, console: Console | None, folder: RunFolder) -> None:
+    if console is None:
+        return
+    console.print(
+        f"{config.label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
+        f"-> {folder.path}",
+        highlight=False,
+    )
+    for key, reason in config.assumed.items():
+        console.print(f"assumed {key}: {reason}", highlight=False)
+
+
+def _finish(
+    config: Config, engine: Engine, observer: _Observer, folder: RunFolder, num_parameters: int
+) -> None:
+    """Write what is left at the end: gallery, summary, report."""
+    if config.gallery:
+        gallery = make_gallery(
+            engine.distiller,
+            engine.network,
+            engine.source,
+            num_images=config.gallery,
+            batch_size=config.eval_batch_size,
+            device=engine.accelerator.device,
+        )
+        folder.write_json(folder.gallery, gallery)
+    summary = {
+        "label": config.label,
+        "method": None if config.method.kind == "none" else config.method.kind,
+        "model": config.student.name,
+        "data": engine.source.info.name,
+        "test_images": engine.source.num_test,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "final": observer.final,
+        "best": observer.best,
+        "seconds": observer.seconds,
+        "parameters": num_parameters,
+        "assumed": config.assumed,
+        "complete": True,
+    }
+    folder.write_json(folder.summary, summary)
+    write_report(
+        [folder.path],
+        folder.report,
+        title=f"{config.label} on {engine.source.info.name}",
+        notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
+    )
+
+
+def train(
+    data: str | Path | Mapping[str, Any] | DataSource | None = None,
+    student: str | Mapping[str, Any] | nn.Module | None = None,
+    method: str | Mapping[str, Any] | nn.Module | None = None,
+    teacher: str | Mapping[str, Any] | nn.Module | None = None,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainResult:
+    """Train a classifier: the Python form of `softlabels train`.
+
+    Args:
+        data: A folder, settings of the data, or a source of your own. None: glyphs100.
+        student: A model's name (`timm:NAME`, ...), settings, or a network of your own.
+        method: A method's name (`"uskd"`), settings with its `kind`, or a module that declares
+            `reads`. None: cross-entropy alone.
+        teacher: A model's name, settings, or a network; needed by some methods.
+        progress: Whether a progress bar is shown.
+        **settings: Any other setting of a run, as in a recipe: `epochs=20`,
+            `optimizer={"lr": 0.1}`, `output="runs/mine"`.
+
+    Returns:
+        Folder, metrics and the trained network.
+
+    Raises:
+        ValueError: A setting or an input that does not fit, before the first step.
+
+    Example:
+        softlabels.train(data="flowers/", student="timm:resnet18", method="uskd", epochs=30)
+    """
+    values: dict[str, Any] = dict(settings)
+    modules: dict[str, nn.Module] = {}
+    for part, given in (("student", student), ("teacher", teacher)):
+        if isinstance(given, nn.Module):
+            modules[part] = given
+            values[part] = {"name": f"object:{type(given).__name__}"}
+        elif given is not None:
+            values[part] = {"name": given} if isinstance(given, str) else dict(given)
+    if isinstance(method, nn.Module):
+        modules["method"] = method
+    elif isinstance(method, str):
+        values = with_method(values, method)
+    elif method is not None:
+        values["method"] = dict(method)
+    source: DataSource | None = None
+    if isinstance(data, str | Path):
+        values["data"] = {"path": str(data)}
+    elif isinstance(data, Mapping):
+        values["data"] = dict(data)
+    elif data is not None:
+        source = data
+        values["data"] = {"source": f"object:{type(data).__name__}"}
+    return run(
+        resolve(values),
+        student=modules.get("student"),
+        teacher=modules.get("teacher"),
+        method=modules.get("method"),
+        source=source,
+        console=Console(stderr=True) if progress else None,
+    )

@@ -1,0 +1,106 @@
+"""Small run folders as the trainer writes them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imsave
+
+
+def png_text() -> str:
+    buffer = io.BytesIO()
+    imsave(buffer, np.linspace(0, 1, 64).reshape(8, 8), format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture
+def make_gallery() -> Callable[..., dict[str, object]]:
+    """Returns a function that makes the content of a gallery with one image."""
+
+    def make(class_names: list[str] | None = None, **changes: object) -> dict[str, object]:
+        image = {
+            "index": 17,
+            "target": 0,
+            "shape": [8, 8],
+            "png": png_text(),
+            "target_value": 1.1337,
+            "non_target": [[2, 0.5], [1, 0.25]],
+            "prediction": [[2, 0.625], [0, 0.25], [1, 0.125]],
+        }
+        return {
+            "class_names": class_names or ["ant", "bee", "cat"],
+            "images": [{**image, **changes}],
+            "what": "Zipf's law over the ranks.",
+        }
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Returns a function that writes a run folder and returns it."""
+
+    def make(
+        name: str = "uskd",
+        *,
+        metrics: str | None = None,
+        gallery: Mapping[str, object] | None = None,
+        environment: Mapping[str, object] | None = None,
+        config: str = "method:\n  kind: uskd\n",
+        final: Mapping[str, float] | None = None,
+        **summary: object,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        final = {"top1": 61.237, "nll": 1.23456, "ece": 4.321} if final is None else final
+        record = {
+            "label": name.upper(),
+            "method": name,
+            "model": "timm:tiny",
+            "data": "toy",
+            "seed": 0,
+            "epochs": 2,
+            "final": final,
+            "best": {**final, "top1": 62.5, "epoch": 1},
+            "seconds": 12.5,
+            "parameters": 1234,
+            "complete": True,
+            **summary,
+        }
+        (folder / "summary.json").write_text(json.dumps(record))
+        if metrics is None:
+            lines: list[dict[str, float]] = [
+                {
+                    "epoch": step // 4,
+                    "step": step,
+                    "train/loss": 3.5 - step / 8,
+                    "train/task": 2.5 - step / 8,
+                    "train/method": 1.0,
+                    "train/lr": 0.1,
+                }
+                for step in range(8)
+            ]
+            lines += [
+                {"epoch": epoch, "step": 4 * epoch}
+                | {f"eval/{key}": value - 2 + epoch for key, value in final.items()}
+                for epoch in (1, 2)
+            ]
+            metrics = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(metrics)
+        (folder / "timings.jsonl").write_text(
+            '{"epoch": 0, "seconds": 6.0, "images_per_second": 900}\n'
+            '{"epoch": 1, "seconds": 6.0, "images_per_second": 1100}\n'
+        )
+        (folder / "config.yaml").write_text(config)
+        (folder / "environment.json").write_text(json.dumps(environment or {"torch": "2.6.0"}))
+        if gallery is not None:
+            (folder / "gallery.json").write_text(json.dumps(gallery))
+        return folder
+
+    return make

@@ -1,0 +1,112 @@
+"""Damaged and unusual run folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from softlabels.report.read import read_run
+
+
+def change_summary(run, **changes):
+    path = run / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_folder_without_summary_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no summary\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"label": "x"', r"summary\.json is damaged: "),
+        (b"\xff\xfe", r"summary\.json is damaged: "),
+        (b"[1]", r"summary\.json holds a list, expected a JSON object"),
+        (b"{}", r"summary\.json: 'label' is nothing, expected str"),
+    ],
+)
+def test_damaged_summary_is_an_error_that_names_it(make_run, content, message):
+    run = make_run()
+    (run / "summary.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": 3}, "'label' is 3, expected str"),
+        ({"seed": True}, "'seed' is True, expected int"),
+        ({"epochs": None}, "'epochs' is None, expected int"),
+        ({"seconds": "long"}, "'seconds' is 'long', expected a number"),
+        ({"complete": 1}, "'complete' is 1, expected bool"),
+        ({"final": {"top1": "high"}}, "'final', 'top1' is 'high', expected a number"),
+    ],
+)
+def test_wrong_value_in_the_summary_is_named(make_run, changes, message):
+    run = make_run()
+    change_summary(run, **changes)
+    with pytest.raises(ValueError, match=rf"summary\.json: {message}"):
+        read_run(run)
+
+
+def test_unknown_keys_are_ignored(make_run):
+    run = make_run()
+    change_summary(run, novel={"a": 1}, final={"top1": 5, "novel": [1], "ece": None})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "step": 9, "novel": "x", "a/b": "text", "a/c": null}\n{}\n')
+    record = read_run(run)
+    assert record.final == {"top1": 5.0}
+    assert not {"a/b", "a/c", "novel"} & set(record.curves)
+
+
+def test_curves_use_epochs_for_scores_and_steps_for_losses(make_run):
+    record = read_run(make_run())
+    assert record.curves["eval/top1"].x.tolist() == [1, 2]
+    assert record.curves["eval/top1"].y.tolist() == [60.237, 61.237]
+    assert record.curves["train/task"].x.tolist() == list(range(8))
+
+
+def test_later_line_of_a_resumed_run_counts(make_run):
+    steps = [(0, 9.0), (1, 8.0), (2, 7.0), (1, 6.0), (2, 5.0)]
+    lines = [json.dumps({"epoch": 0, "step": s, "train/task": y}) for s, y in steps]
+    curve = read_run(make_run(metrics="\n".join(lines))).curves["train/task"]
+    assert curve.x.tolist() == [0, 1, 2]
+    assert curve.y.tolist() == [9, 6, 5]
+
+
+def test_values_that_are_not_finite_are_left_out(make_run):
+    lines = ['{"step": 0, "train/task": NaN, "train/method": Infinity}']
+    lines += ['{"step": 1, "train/task": 2.5, "train/method": NaN}']
+    curves = read_run(make_run(metrics="\n".join(lines))).curves
+    assert curves["train/task"].x.tolist() == [1]
+    assert "train/method" not in curves
+
+
+def test_class_without_a_name_gets_its_number(make_run, make_gallery):
+    record = read_run(make_run(gallery=make_gallery(["ant"], prediction=[[0, 1.0]])))
+    image = record.gallery.images[0]
+    assert image.true_class == "ant"
+    assert image.non_target[0] == ("class 2", 0.5)
+    assert image.is_right
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"png": "javascript:alert(1)"}, "'png' is 'javascript:alert.*', expected a PNG file"),
+        ({"png": "aGVsbG8="}, "'png' is 'aGVsbG8=', expected a PNG file in base64"),
+        ({"shape": [8]}, r"'shape' is \[8\], expected \[height, width, ...\]"),
+        ({"non_target": [["a", 1.0]]}, r"'non_target' holds \['a', 1.0\], expected \[class, numb"),
+        ({"prediction": [[1, None]]}, "'prediction' is None, expected a number"),
+        ({"target": "ant"}, "'target' is 'ant', expected int"),
+        ({"target_value": None}, "'target_value' is None, expected a number"),
+    ],
+)
+def test_damaged_gallery_is_an_error_that_names_it(make_run, make_gallery, changes, message):
+    run = make_run(gallery=make_gallery(**changes))
+    with pytest.raises(ValueError, match=rf"gallery\.json: {message}"):
+        read_run(run)
