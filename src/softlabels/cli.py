@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"softlabels {__version__}")
         return 0
     name, rest = given[0], given[1:]
+    sys.path.append(str(Path.cwd()))  # for models named as module:function
     try:
         return _run(name, rest)
     except SystemExit as stop:  # help of a command
@@ -298,7 +299,12 @@ def _predict(arguments: list[str]) -> int:
 
 def _demo(arguments: list[str]) -> int:
     def demo(
-        output: str = "runs/demo", epochs: int = 8, seed: int = 0, jobs: int = 2, steps: int = 30
+        output: str = "runs/demo",
+        epochs: int = 8,
+        seed: int = 0,
+        jobs: int = 2,
+        steps: int = 30,
+        fonts: int | None = None,
     ) -> int:
         """Train one small student four ways on the embedded glyphs100, and compare.
 
@@ -310,15 +316,22 @@ def _demo(arguments: list[str]) -> int:
             epochs: Passes over the training set.
             seed: Of everything random.
             jobs: Runs at a time, one thread each.
-            steps: Rounds of the step-time measurement at the end.
+            steps: Rounds of the step-time measurement at the end, 2 or more.
+            fonts: Train on so many of the 239 fonts only, for a quick look.
         """
         from softlabels.training.demo import run_demo
 
-        for name, value in (("epochs", epochs), ("jobs", jobs), ("steps", steps)):
-            if value < 1:
-                raise _UsageError(f"{name} must be 1 or more, got {value}")
+        for name, value, least in (("epochs", epochs, 1), ("jobs", jobs, 1), ("steps", steps, 2)):
+            if value < least:
+                raise _UsageError(f"{name} must be {least} or more, got {value}")
         report = run_demo(
-            Path(output), epochs=epochs, seed=seed, jobs=jobs, rounds=steps, console=_console()
+            Path(output),
+            epochs=epochs,
+            seed=seed,
+            jobs=jobs,
+            rounds=steps,
+            console=_console(),
+            num_fonts=fonts,
         )
         print(f"report: {report}")
         return 0

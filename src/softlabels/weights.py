@@ -67,9 +67,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     missing = [n for n, value in expected.items() if n not in given and id(value) not in given_ids]
     unexpected = [name for name in given if name not in expected]
     reshaped = [
-        f"{name}: got {tuple(given[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in given and isinstance(value, Tensor) and given[name].shape != value.shape
+        f"{name}: got {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+        and isinstance(expected.get(name), Tensor)
+        and value.shape != expected[name].shape
     ]
 
     differences = []

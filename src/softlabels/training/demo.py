@@ -40,7 +40,14 @@ _DATA_NOTE = (
 
 
 def run_demo(
-    output: Path, *, epochs: int, seed: int, jobs: int, rounds: int, console: Console
+    output: Path,
+    *,
+    epochs: int,
+    seed: int,
+    jobs: int,
+    rounds: int,
+    console: Console,
+    num_fonts: int | None = None,
 ) -> Path:
     """Train the four runs, time their steps, write the table and the report.
 
@@ -53,6 +60,7 @@ def run_demo(
         jobs: Runs at a time, one thread each.
         rounds: Of the interleaved step times.
         console: Where progress and the table are shown.
+        num_fonts: Train on so many fonts only, for a quick look; None: all.
 
     Returns:
         The report's path.
@@ -61,13 +69,17 @@ def run_demo(
         ValueError: `output` holds runs of other settings.
         RuntimeError: A run failed; the message ends with its last line.
     """
-    configs = {name: _config(name, output, epochs, seed) for name in RECIPES}
+    options: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": 1}
+    if num_fonts is not None:
+        options["data.num_fonts"] = num_fonts
+    configs = {name: _config(name, output, options) for name in RECIPES}
+    command = _command_line(epochs, seed, num_fonts)
     output.mkdir(parents=True, exist_ok=True)
     console.print(
         f"{len(configs)} runs of {epochs} epochs on glyphs100, {jobs} at a time, into {output}",
         highlight=False,
     )
-    _train_all(configs, jobs, console)
+    _train_all(configs, options, jobs, console)
     console.print(f"step times, in turn, {rounds} rounds", highlight=False)
     ratios = step_ratios(configs, rounds=rounds)
     summaries = {
@@ -75,7 +87,7 @@ def run_demo(
         for name in configs
     }
     results = {name: _result(summaries[name], ratios[name]) for name in configs}
-    _write_results(output, results, epochs=epochs, seed=seed)
+    _write_results(output, results, command)
     console.print(_table(results))
     console.print(f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}", highlight=False)
     return write_report(
@@ -89,23 +101,36 @@ def run_demo(
             f"times: median of {rounds} rounds in turn, one thread, batch 128; NKD includes the "
             "teacher's forward.",
         ],
-        command=f"softlabels demo --epochs {epochs} --seed {seed}",
+        command=command,
     )
 
 
-def _config(name: str, output: Path, epochs: int, seed: int) -> Config:
+def _command_line(epochs: int, seed: int, num_fonts: int | None) -> str:
+    fonts = "" if num_fonts is None else f" --fonts {num_fonts}"
+    return f"softlabels demo --epochs {epochs} --seed {seed}{fonts}"
+
+
+def _config(name: str, output: Path, options: Mapping[str, Any]) -> Config:
     values = load_recipe(f"glyphs100/{name}")
-    values |= {"epochs": epochs, "seed": seed, "threads": 1, "output": str(output / name)}
+    values["output"] = str(output / name)
+    for key, value in options.items():
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
     return resolve(values)
 
 
-def _command(name: str, config: Config) -> list[str]:
-    settings = {"epochs": config.epochs, "seed": config.seed, "threads": 1, "output": config.output}
-    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "softlabels", "train", f"glyphs100/{name}", *options]
+def _command(name: str, config: Config, options: Mapping[str, Any]) -> list[str]:
+    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    own = [sys.executable, "-m", "softlabels", "train", f"glyphs100/{name}"]
+    return [*own, *given, "--output", str(config.output)]
 
 
-def _train_all(configs: Mapping[str, Config], jobs: int, console: Console) -> None:
+def _train_all(
+    configs: Mapping[str, Config], options: Mapping[str, Any], jobs: int, console: Console
+) -> None:
     """Train in processes of one thread each, `jobs` at a time, with a bar for each."""
     waiting = [n for n, c in configs.items() if not RunFolder(Path(c.output or "")).is_complete()]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -125,7 +150,10 @@ def _train_all(configs: Mapping[str, Config], jobs: int, console: Console) -> No
                     log = Path(configs[name].output or "").with_suffix(".log")
                     with log.open("wb") as file:
                         running[name] = subprocess.Popen(
-                            _command(name, configs[name]), stdout=file, stderr=file, env=environment
+                            _command(name, configs[name], options),
+                            stdout=file,
+                            stderr=file,
+                            env=environment,
                         )
                     progress.start_task(tasks[name])
                 time.sleep(0.3)
@@ -216,16 +244,10 @@ def _result(summary: Mapping[str, Any], time_ratio: Ratio) -> dict[str, float]:
     }
 
 
-def _write_results(
-    output: Path, results: Mapping[str, Mapping[str, float]], *, epochs: int, seed: int
-) -> None:
+def _write_results(output: Path, results: Mapping[str, Mapping[str, float]], command: str) -> None:
     first = RunFolder(output / next(iter(results)))
     environment = json.loads(first.environment.read_text(encoding="utf-8"))
-    content = {
-        "command": f"softlabels demo --epochs {epochs} --seed {seed}",
-        "environment": environment,
-        "results": results,
-    }
+    content = {"command": command, "environment": environment, "results": results}
     first.write_json(output / "demo.json", content)
 
 

@@ -1,0 +1,59 @@
+# Each verb sets up what it needs: a virtual environment in .venv with everything in pyproject.toml.
+# The first set-up downloads torch and takes some minutes; after that it is skipped.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help demo test test-slow check format bench docs teacher picture clean
+
+help: ## List the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=..."; exit 1; }
+	@echo "setting up $(VENV) (once; some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train one small student four ways, and write runs/demo/report.html
+	$(BIN)/softlabels demo --output runs/demo
+
+test: $(STAMP) ## Run the tests (some minutes on 2 cores)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## Run the tests that train for minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: $(STAMP) ## Check format, style, types and spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
+
+format: $(STAMP) ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Measure overheads and write results/benchmarks.json
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.run
+
+docs: $(STAMP) ## Write the figures in README and docs from results/
+	$(BIN)/python -m benchmarks.render
+
+teacher: $(STAMP) ## Train the teacher that the package ships again (10 minutes on one thread)
+	$(BIN)/softlabels train glyphs100/teacher --threads 1 --output runs/teacher
+	cp runs/teacher/student.safetensors src/softlabels/recipes/glyphs100/teacher.safetensors
+	mkdir -p results/teacher
+	cp runs/teacher/summary.json runs/teacher/environment.json runs/teacher/metrics.jsonl \
+		runs/teacher/config.yaml results/teacher/
+
+picture: ## Take the picture of the demo's report for the docs (needs chromium)
+	sh docs/picture.sh runs/demo/report.html docs/demo_report.png
+
+clean: ## Remove the environment and what tools left behind
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
