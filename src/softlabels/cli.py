@@ -184,7 +184,7 @@ def _console() -> Any:
 
 
 def _train(arguments: list[str]) -> int:
-    from softlabels.training.run import run
+    from softlabels.training.trainer import run
 
     result = run(_configured(arguments, "train"), console=_console())
     print(_metrics_line(result.final))

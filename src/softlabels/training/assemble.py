@@ -196,7 +196,8 @@ def build_schedule(
         sched=form,
         num_epochs=num_steps,
         decay_epochs=milestones[0] if milestones else num_steps,
-        decay_milestones=milestones or [num_steps + 1],
+        # timm's multistep looks one step ahead.
+        decay_milestones=[milestone + 1 for milestone in milestones or [num_steps]],
         decay_rate=settings.decay_rate,
         min_lr=settings.min_lr,
         warmup_epochs=round(settings.warmup_epochs * steps_per_epoch),

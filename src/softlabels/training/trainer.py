@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import nn
 
 from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import derive_seed
+from softlabels.distiller import Distiller
 from softlabels.models import model_metadata
 from softlabels.report import write_report
 from softlabels.training.assemble import (
@@ -153,10 +154,11 @@ def run(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    # accelerate keeps the first precision of a process; a second run may want another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.precision,
-        dataloader_config=DataLoaderConfiguration(),
     )
     _check_batch_size(config, accelerator.num_processes)
     console = console if accelerator.is_main_process else None
@@ -169,12 +171,13 @@ def run(
         ).to(accelerator.device)
         if config.channels_last:
             distiller.trainable.to(memory_format=torch.channels_last)
-        config = _with_output(config, source.info)
+        label = config.label if method is None else type(method).__name__
+        config = _with_output(config, source.info, label)
         folder = RunFolder(Path(config.output or ""))
         if accelerator.is_main_process:
             folder.claim(config)
         accelerator.wait_for_everyone()
-        return _fit(config, distiller, source, accelerator, folder, console)
+        return _fit(config, label, distiller, source, accelerator, folder, console)
     finally:
         if opened:
             source.close()
@@ -189,17 +192,18 @@ def _check_batch_size(config: Config, num_processes: int) -> None:
         )
 
 
-def _with_output(config: Config, info: DataInfo) -> Config:
+def _with_output(config: Config, info: DataInfo, label: str) -> Config:
     if config.output is not None:
         return config
     student = (config.student.name or "").rpartition(":")[2].replace("/", "_")
-    name = f"{info.name}-{student}-{config.label}-{config.seed}"
+    name = f"{info.name}-{student}-{label}-{config.seed}"
     return config.model_copy(update={"output": str(Path("runs") / name)})
 
 
 def _fit(
     config: Config,
-    distiller: Any,
+    label: str,
+    distiller: Distiller,
     source: DataSource,
     accelerator: Accelerator,
     folder: RunFolder,
@@ -249,7 +253,7 @@ def _fit(
         folder.write_json(
             folder.environment, environment(config, accelerator.device, accelerator.num_processes)
         )
-    _announce(config, console, folder)
+    _announce(config, label, console, folder)
     total = config.epochs * engine.steps_per_epoch
     with (
         InterruptGuard() as interrupt,
@@ -258,7 +262,7 @@ def _fit(
             progress.get("lengths", {}),
             total_steps=total,
             console=console,
-            label=config.label,
+            label=label,
             first_step=engine.finished_epochs * engine.steps_per_epoch,
         ) as tracker,
     ):
@@ -271,17 +275,17 @@ def _fit(
                 f"last complete one in {folder.path}: the same command goes on from there"
             ) from error
     if accelerator.is_main_process:
-        _finish(config, engine, observer, folder, num_parameters)
+        _finish(config, label, engine, observer, folder, num_parameters)
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     return TrainResult(folder.path, observer.final, observer.best, exported.cpu().eval())
 
 
-def _announce(config: Config, console: Console | None, folder: RunFolder) -> None:
+def _announce(config: Config, label: str, console: Console | None, folder: RunFolder) -> None:
     if console is None:
         return
     console.print(
-        f"{config.label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
+        f"{label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
         f"-> {folder.path}",
         highlight=False,
     )
@@ -290,7 +294,12 @@ def _announce(config: Config, console: Console | None, folder: RunFolder) -> Non
 
 
 def _finish(
-    config: Config, engine: Engine, observer: _Observer, folder: RunFolder, num_parameters: int
+    config: Config,
+    label: str,
+    engine: Engine,
+    observer: _Observer,
+    folder: RunFolder,
+    num_parameters: int,
 ) -> None:
     """Write what is left at the end: gallery, summary, report."""
     if config.gallery:
@@ -304,7 +313,7 @@ def _finish(
         )
         folder.write_json(folder.gallery, gallery)
     summary = {
-        "label": config.label,
+        "label": label,
         "method": None if config.method.kind == "none" else config.method.kind,
         "model": config.student.name,
         "data": engine.source.info.name,
@@ -322,7 +331,7 @@ def _finish(
     write_report(
         [folder.path],
         folder.report,
-        title=f"{config.label} on {engine.source.info.name}",
+        title=f"{label} on {engine.source.info.name}",
         notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
     )
 

@@ -1,0 +1,316 @@
+"""Whole runs on a tiny data set, through `softlabels.train`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm import create_model
+from torch import nn
+
+import softlabels
+from softlabels.data.memory import InMemorySource
+from softlabels.losses import METHODS
+from softlabels.training import trainer
+from softlabels.training.config import load_recipe, resolve
+from softlabels.training.guards import Interrupted, InterruptGuard, NonFiniteLossError
+from softlabels.weights import load_weights
+
+FAST = {
+    "student": "timm:resnet8_glyphs",
+    "epochs": 4,
+    "batch_size": 32,
+    "optimizer": {"lr": 0.1},
+    "log_every": 2,
+    "gallery": 3,
+    "progress": False,
+}
+TEACHED = ("kd", "nkd")
+
+
+def train(source: InMemorySource, output: Path, **settings) -> softlabels.training.TrainResult:
+    return softlabels.train(source, output=str(output), **{**FAST, **settings})
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def teacher_for(method: str | None) -> dict:
+    if method not in TEACHED:
+        return {}
+    torch.manual_seed(5)
+    return {"teacher": create_model("resnet8_glyphs", num_classes=6)}
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, method):
+    result = train(source, tmp_path / "run", method=method, **teacher_for(method))
+
+    assert result.final["top1"] > 60  # chance is 17 %
+    names = {path.name for path in result.folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "summary.json",
+        "gallery.json",
+        "report.html",
+        "student.safetensors",
+        "student_best.safetensors",
+        "tensorboard",
+        "checkpoints",
+    }
+    logged = [line for line in lines(result.folder / "metrics.jsonl") if "train/loss" in line]
+    assert logged[-1]["train/loss"] < logged[0]["train/loss"]
+    assert ("train/method" in logged[0]) == (method is not None)
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["final"] == result.final
+    assert summary["complete"] is True
+    assert summary["method"] == method
+    environment = json.loads((result.folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.partition("+")[0]
+    assert environment["seed"] == 0
+    assert list((result.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("method", ["uskd", "zipf_ls"])
+def test_exported_student_loads_into_the_plain_model(source, tmp_path, method):
+    result = train(source, tmp_path / "run", method=method, epochs=1)
+    plain = create_model("resnet8_glyphs", num_classes=6)
+    load_weights(plain, result.folder / "student.safetensors", strict=True)
+
+    images = next(source.test_batches(batch_size=8, device="cpu")).images
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), result.student(images))
+    assert not any(module._forward_hooks for module in result.student.modules())
+
+
+def test_run_with_a_teacher_without_one_is_refused_before_training(source, tmp_path):
+    with pytest.raises(ValueError, match="'nkd' reads from a teacher"):
+        train(source, tmp_path / "run", method="nkd")
+    assert not (tmp_path / "run").exists()
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    calls = iter(range(steps))
+
+    def check(self: InterruptGuard) -> None:
+        if next(calls, None) is None:
+            raise Interrupted
+
+    monkeypatch.setattr(InterruptGuard, "check", check)
+
+
+@pytest.mark.parametrize("method", [None, "uskd"])
+def test_resumed_run_equals_a_straight_one_to_the_last_bit(source, tmp_path, monkeypatch, method):
+    extra = {
+        "method": method,
+        "ema_decay": 0.9,
+        "mix": {"mixup": 0.4, "cutmix": 1.0},
+        "student": {"name": "timm:resnet8_glyphs", "settings": {"drop_rate": 0.2}},
+    }
+    straight = train(source, tmp_path / "straight", **extra)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)  # 3 steps an epoch: in the third
+        with pytest.raises(Interrupted, match="epoch 2 of 4 is the last complete one"):
+            train(source, tmp_path / "resumed", **extra)
+    assert not (tmp_path / "resumed" / "summary.json").exists()
+    resumed = train(source, tmp_path / "resumed", **extra)
+
+    for name in ("metrics.jsonl", "student.safetensors", "student_best.safetensors"):
+        assert (straight.folder / name).read_bytes() == (resumed.folder / name).read_bytes(), name
+    assert resumed.final == straight.final
+
+
+def test_repeating_config_yaml_repeats_the_run(source, tmp_path):
+    first = train(source, tmp_path / "first", method="uskd", epochs=2)
+    values = load_recipe(str(first.folder / "config.yaml"))
+    values["output"] = str(tmp_path / "second")
+    second = trainer.run(resolve(values), source=source)
+
+    weights = [r.folder.joinpath("student.safetensors").read_bytes() for r in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def test_methods_share_initial_weights_and_data(source, tmp_path, monkeypatch):
+    seen: dict[str, list] = {}
+    build = trainer.build_distiller
+
+    def spy(config, info, **modules):
+        distiller = build(config, info, **modules)
+        seen[config.label] = [p.detach().clone() for p in distiller.student.parameters()]
+        return distiller
+
+    monkeypatch.setattr(trainer, "build_distiller", spy)
+    indices: dict[str, list] = {}
+    batches = InMemorySource.train_batches
+    for method in (None, "uskd", "zipf_ls"):
+        label = method or "cross_entropy"
+
+        def watched(self, *, label=label, **where):
+            for batch in batches(self, **where):
+                indices.setdefault(label, []).append((batch.index, batch.images.clone()))
+                yield batch
+
+        monkeypatch.setattr(InMemorySource, "train_batches", watched)
+        train(source, tmp_path / label, method=method, epochs=1)
+
+    for label in ("uskd", "zipf_ls"):
+        pairs = zip(seen["cross_entropy"], seen[label], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        for (index, images), (other, others) in zip(
+            indices["cross_entropy"], indices[label], strict=True
+        ):
+            assert torch.equal(index, other)
+            assert torch.equal(images, others)
+
+
+def test_not_finite_loss_stops_with_step_and_part(source, tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+, from its part 'task'"):
+        train(source, tmp_path / "run", optimizer={"lr": 1e30})
+
+
+def test_not_finite_method_is_named_as_the_part(source, tmp_path):
+    class Broken(nn.Module):
+        from softlabels.signals import Logits
+
+        reads = {"logits": Logits()}  # noqa: RUF012 - a constant
+
+        def forward(self, logits):
+            return logits.sum() * math.inf
+
+    with pytest.raises(NonFiniteLossError, match="at step 0, from its part 'method'"):
+        train(source, tmp_path / "run", method=Broken())
+
+
+def test_folder_of_other_settings_is_refused(source, tmp_path):
+    train(source, tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match="holds a run with another epochs: it has 1, this run 2"):
+        train(source, tmp_path / "run", epochs=2)
+
+
+def test_folder_that_is_no_run_is_refused(source, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no run folder"):
+        train(source, tmp_path, epochs=1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_complete_run_is_not_trained_again(source, tmp_path):
+    first = train(source, tmp_path / "run", epochs=1)
+    before = (first.folder / "metrics.jsonl").read_bytes()
+    again = train(source, tmp_path / "run", epochs=1)
+
+    assert (again.folder / "metrics.jsonl").read_bytes() == before
+    assert again.final == first.final
+
+
+def test_averaged_weights_are_what_is_evaluated_and_exported(source, tmp_path):
+    # With so slow an average, the exported student is almost the initial one.
+    slow = train(source, tmp_path / "slow", epochs=1, ema_decay=0.9999)
+    plain = train(source, tmp_path / "plain", epochs=1)
+    moved = sum(
+        (a - b).abs().sum().item()
+        for a, b in zip(slow.student.parameters(), plain.student.parameters(), strict=True)
+    )
+    assert moved > 1
+    assert slow.final != plain.final
+
+
+def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path):
+    settings = {
+        "student": {"name": "timm:vit_mini_patch4_32", "settings": {"depth": 2}},
+        "epochs": 1,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "method": "zipf_ls",
+    }
+    whole = train(source, tmp_path / "whole", **settings)
+    parts = train(source, tmp_path / "parts", accumulation=4, **settings)
+    for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"channels_last": True},
+        {"clip_norm": 1.0},
+        {"mix": {"mixup": 0.8}},
+        {"mix": {"cutmix": 1.0}},
+        {"optimizer": {"name": "adamw", "lr": 2e-3, "decay_norm_and_bias": False}},
+        {"task": {"label_smoothing": 0.1}},
+        {"schedule": {"name": "multistep", "decay_epochs": [2, 3]}},
+        {"schedule": {"name": "step", "decay_epochs": [2], "warmup_epochs": 1}},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("method", ["uskd"])
+def test_setting_trains(source, tmp_path, settings, method):
+    result = train(source, tmp_path / "run", method=method, **settings)
+    assert result.final["top1"] > 40
+    assert all(math.isfinite(value) for value in result.final.values())
+
+
+def test_schedule_follows_the_settings_per_step(source, tmp_path):
+    schedule = {"name": "multistep", "decay_epochs": [2], "warmup_epochs": 1, "warmup_lr": 0.0}
+    result = train(
+        source, tmp_path / "run", epochs=3, log_every=1, schedule=schedule, optimizer={"lr": 0.09}
+    )
+    rates = [
+        line["train/lr"] for line in lines(result.folder / "metrics.jsonl") if "train/lr" in line
+    ]
+    # Each line holds the rate of the next step; three steps an epoch.
+    assert rates == pytest.approx([0.03, 0.06, 0.09, 0.09, 0.09, 0.009, 0.009, 0.009, 0.009])
+
+
+def test_gallery_holds_the_same_images_and_soft_labels_for_each_method(source, tmp_path):
+    galleries = {}
+    for method in (None, "uskd", "zipf_ls", "nkd"):
+        extra = teacher_for(method)
+        result = train(source, tmp_path / str(method), method=method, epochs=1, **extra)
+        galleries[method] = json.loads((result.folder / "gallery.json").read_text())
+    indices = {m: [image["index"] for image in g["images"]] for m, g in galleries.items()}
+    assert len(indices[None]) == 3
+    assert len({tuple(i) for i in indices.values()}) == 1
+    for method, gallery in galleries.items():
+        for image in gallery["images"]:
+            total = sum(probability for _, probability in image["non_target"])
+            assert total == pytest.approx(0 if method is None else 1, abs=1e-5)
+            assert image["target"] not in [label for label, _ in image["non_target"]]
+    assert all(image["target_value"] == 1 for image in galleries[None]["images"])
+
+
+def test_assumed_settings_stand_beside_the_results(source, tmp_path):
+    result = train(source, tmp_path / "run", epochs=1, assumed={"batch_size": "nobody says"})
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["assumed"] == {"batch_size": "nobody says"}
+    assert "nobody says" in (result.folder / "report.html").read_text()
+
+
+def test_resolved_configuration_names_what_was_left_open(image_folder, tmp_path):
+    result = softlabels.train(
+        data={"path": str(image_folder), "image_size": 32, "workers": 0},
+        method="zipf_ls",
+        epochs=1,
+        batch_size=16,
+        output=str(tmp_path / "run"),
+        progress=False,
+    )
+    config = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert config["student"]["name"] == "timm:resnet20"
+    assert config["method_weight"] == 0.1
+    assert config["output"] == str(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(source, tmp_path):
+    eager = train(source, tmp_path / "eager", method="uskd", epochs=1)
+    compiled = train(source, tmp_path / "compiled", method="uskd", epochs=1, compile=True)
+    assert compiled.final["nll"] == pytest.approx(eager.final["nll"], rel=1e-2)
