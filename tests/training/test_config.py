@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import yaml
+
+from softlabels.data.source import SOURCES
+from softlabels.losses import METHODS
+from softlabels.training.config import (
+    METHOD_SETTINGS,
+    Config,
+    ConfigError,
+    DataSettings,
+    build_method,
+    describe_method,
+    dump,
+    load_recipe,
+    recipe_names,
+    resolve,
+)
+
+TEACHER = {"name": "timm:resnet20"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_resolves_and_its_dump_reloads_equal(name):
+    config = resolve(load_recipe(name))
+    assert resolve(yaml.safe_load(dump(config))) == config
+
+
+def test_there_are_recipes():
+    assert {"glyphs100/cross_entropy", "glyphs100/uskd", "glyphs100/teacher"} <= {*recipe_names()}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_settings_and_defaults_are_those_of_the_method(kind):
+    parameters = inspect.signature(METHODS[kind]).parameters
+    declared = {n: p.default for n, p in parameters.items() if n != "reduction"}
+    fields = METHOD_SETTINGS[kind].model_fields
+    assert {n: f.default for n, f in fields.items() if n != "kind"} == declared
+    assert all(field.description for name, field in fields.items() if name != "kind")
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_method_is_built_from_its_settings(kind):
+    config = resolve({"method": kind, "teacher": TEACHER})
+    assert type(build_method(config.method)) is METHODS[kind]
+
+
+def test_settings_reach_the_method():
+    config = resolve(
+        {"method": {"kind": "uskd", "target_weight": "1e-1", "rank_by": "probability"}}
+    )
+    method = build_method(config.method)
+    assert method is not None
+    assert method.target_weight == 0.1
+
+
+def test_every_setting_of_every_source_is_a_data_setting():
+    names = {
+        name
+        for source in SOURCES.values()
+        for name, parameter in inspect.signature(source).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert names <= {*DataSettings.model_fields}
+
+
+def test_every_setting_has_a_description():
+    def walk(model, path=""):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if inspect.isclass(inner) and hasattr(inner, "model_fields"):
+                walk(inner, f"{path}{name}.")
+            elif name not in ("kind", "method"):
+                assert field.description, path + name
+
+    walk(Config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch': expected epochs"),
+        ({"optimizer": {"lrr": 3}}, "unknown setting 'optimizer.lrr': expected lr"),
+        (
+            {"method": {"kind": "uskd", "weak_wieght": 1}},
+            "unknown setting 'method.weak_wieght': expected weak_weight",
+        ),
+        ({"epochs": 0}, "epochs: Input should be greater than or equal to 1, got 0"),
+        ({"epochs": "many"}, "epochs: .*valid integer.* got 'many'"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: .*finite number"),
+        ({"method": "uksd"}, "no method 'uksd': expected one of none, .*; near: uskd"),
+        (
+            {"method": {"kind": "uskd", "target_weight": -1}},
+            "method: target_weight must be finite, 0 or more, got -1",
+        ),
+        (
+            {"method": {"kind": "zipf_ls", "rank_from": "dice"}},
+            "method.rank_from: .*'votes' or 'logits', got 'dice'",
+        ),
+        ({"method": {"target_weight": 1}}, "method: .*kind"),
+        ({"method": "nkd"}, "method 'nkd' reads from a teacher: give teacher.name"),
+        ({"teacher": {"mean": [0.5]}}, "teacher.mean and teacher.std go together"),
+        ({"batch_size": 10, "accumulation": 4}, "batch_size 10 must be a multiple of acc"),
+        ({"schedule": {"name": "multistep"}}, "schedule multistep takes one or more numbers"),
+        ({"schedule": {"name": "step", "decay_epochs": [1, 2]}}, "schedule step takes one number"),
+        ({"data": {"source": 3}}, "data.source: .*string, got 3"),
+        ({"data": 5}, "data: .*got 5"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line_that_names_it(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold a mapping of settings, got list"),
+        ("a: [", "is no YAML"),
+        ("!!python/object/apply:os.system ['true']", "is no YAML"),
+    ],
+)
+def test_recipe_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
+
+
+def test_unknown_recipe_lists_near_ones():
+    with pytest.raises(ConfigError, match=r"no recipe 'glyphs100/uskdd'.*near: glyphs100/uskd"):
+        load_recipe("glyphs100/uskdd")
+
+
+def test_description_of_a_method_names_what_it_reads():
+    text = describe_method("uskd")
+    assert "WeakLogits" in text
+    assert "weak_weight = 0.005" in text
