@@ -1,0 +1,162 @@
+"""Write the figures in README and docs from the files in results/: `make docs`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
+NAMES = {
+    "cross_entropy": "cross-entropy",
+    "zipf_ls": "Zipf's LS",
+    "uskd": "USKD",
+    "nkd": "NKD (with the teacher)",
+    "kd": "KD",
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+    return content
+
+
+def _where(environment: Mapping[str, Any]) -> str:
+    return (
+        f"{environment['processor']}, {environment['cores']} cores, one thread a run, "
+        f"torch {environment['torch']}, commit {environment['commit']}"
+    )
+
+
+def _demo_rows(demo: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| labels | top-1 % | group % | NLL nats | ECE % | step time / cross-entropy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, values in demo["results"].items():
+        cells = (
+            f"{values['top1']:.1f}",
+            f"{values['group_top1']:.1f}",
+            f"{values['nll']:.3f}",
+            f"{values['ece']:.1f}",
+            f"{values['step_time_ratio']:.2f}",
+        )
+        rows.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return rows
+
+
+def demo_table() -> str:
+    """The demo's table, with the command that makes it."""
+    demo = _read("demo.json")
+    lines = _demo_rows(demo)
+    seed = demo["environment"]["seed"]
+    lines += ["", f"`{demo['command']}`, seed {seed}, 8,000 test images, last epoch."]
+    return "\n".join(lines)
+
+
+def demo_details() -> str:
+    """The demo's table with what it was run on."""
+    demo = _read("demo.json")
+    spread = [
+        f"{NAMES[name]} {v['step_time_ratio_low']:.2f} to {v['step_time_ratio_high']:.2f}"
+        for name, v in demo["results"].items()
+        if name != "cross_entropy"
+    ]
+    return "\n".join(
+        [
+            *_demo_rows(demo),
+            "",
+            f"`{demo['command']}` on {_where(demo['environment'])}. One seed: no evidence of a "
+            "difference between methods. glyphs100 is rendered text, not natural images.",
+            "",
+            f"Step times are medians over rounds in turn; their middle halves: {'; '.join(spread)}. "
+            "NKD's includes the forward of a teacher with 31 times the student's parameters.",
+        ]
+    )
+
+
+def teacher() -> str:
+    """What the shipped teacher reached."""
+    summary = _read("teacher/summary.json")
+    environment = _read("teacher/environment.json")
+    final = summary["final"]
+    return (
+        f"`{summary['model']}`, {summary['parameters']:,} parameters, {summary['epochs']} epochs, "
+        f"seed {summary['seed']}: top-1 {final['top1']:.2f} %, group {final['group_top1']:.2f} %, "
+        f"NLL {final['nll']:.3f} nats, ECE {final['ece']:.2f} %. `make teacher` trains it again "
+        f"(torch {environment['torch']})."
+    )
+
+
+def benchmarks() -> str:
+    """Overheads and start-up times."""
+    results = _read("benchmarks.json")
+    lines = [
+        "| student | method | over | median | middle half |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for part in results["overhead"]:
+        for name, value in part["ratio"].items():
+            label = NAMES[name].partition(" (")[0]
+            over = value["over"].replace("_", "-")
+            spread = f"{value['low']:.3f} to {value['high']:.3f}"
+            lines.append(
+                f"| {part['student']} | {label} | {over} | {value['median']:.3f} | {spread} |"
+            )
+    lines += [
+        "",
+        f"Step times as ratios, batch {results['overhead'][0]['batch_size']}, {results['rounds']} "
+        "rounds in turn.",
+        "",
+        "| student | speed from the in-memory source / on one fixed batch | middle half |",
+        "| --- | ---: | ---: |",
+    ]
+    for part in results["pipeline"]:
+        value = part["speed_ratio"]
+        spread = f"{value['low']:.3f} to {value['high']:.3f}"
+        lines.append(f"| {part['student']} | {value['median']:.3f} | {spread} |")
+    start = results["start_up"]
+    lines += [
+        "",
+        f"Importing all of `softlabels` takes {start['import everything beyond torch']:.2f} s beyond "
+        f"torch's own import; `softlabels --help` takes {start['seconds']['softlabels --help']:.2f} "
+        "s as a whole process.",
+        "",
+        f"`{results['command']}` on {_where(results['environment'])}.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "demo-table": demo_table,
+    "demo-details": demo_details,
+    "teacher": teacher,
+    "benchmarks": benchmarks,
+}
+
+
+def rendered(text: str) -> str:
+    """A page's text with every generated section filled in."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name}:begin -->\n{SECTIONS[name]()}\n<!-- {name}:end -->"
+
+    return re.sub(r"<!-- ([\w-]+):begin -->\n.*?<!-- \1:end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        path.write_text(after, encoding="utf-8")
+        print(f"{page}: {'changed' if after != before else 'as it was'}")
+
+
+if __name__ == "__main__":
+    main()

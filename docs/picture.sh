@@ -1,0 +1,10 @@
+#!/bin/sh
+# Take a picture of a report: sh docs/picture.sh REPORT.html PICTURE.png (needs chromium)
+set -eu
+report=$(realpath "$1")
+profile=$(mktemp -d)
+trap 'rm -rf "$profile"' EXIT
+chromium --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking \
+	--disable-component-update --disable-sync --hide-scrollbars --user-data-dir="$profile" \
+	--window-size=1100,2400 --screenshot="$2" "file://$report" 2>/dev/null
+echo "wrote $2"
