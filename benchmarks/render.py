@@ -65,6 +65,7 @@ def demo_details() -> str:
         for name, v in demo["results"].items()
         if name != "cross_entropy"
     ]
+    times = _read("teacher/summary.json")["parameters"] / demo["parameters"]
     return "\n".join(
         [
             *_demo_rows(demo),
@@ -72,8 +73,9 @@ def demo_details() -> str:
             f"`{demo['command']}` on {_where(demo['environment'])}. One seed: no evidence of a "
             "difference between methods. glyphs100 is rendered text, not natural images.",
             "",
-            f"Step times are medians over rounds in turn; their middle halves: {'; '.join(spread)}. "
-            "NKD's includes the forward of a teacher with 31 times the student's parameters.",
+            "Step times are medians over rounds in turn; their middle halves: "
+            f"{'; '.join(spread)}. NKD's includes the forward of a teacher with "
+            f"{times:.0f} times the student's parameters.",
         ]
     )
 
@@ -121,9 +123,9 @@ def benchmarks() -> str:
     start = results["start_up"]
     lines += [
         "",
-        f"Importing all of `softlabels` takes {start['import everything beyond torch']:.2f} s beyond "
-        f"torch's own import; `softlabels --help` takes {start['seconds']['softlabels --help']:.2f} "
-        "s as a whole process.",
+        f"Importing all of `softlabels` takes {start['import everything beyond torch']:.2f} s "
+        "beyond torch's own import; `softlabels --help` takes "
+        f"{start['seconds']['softlabels --help']:.2f} s as a whole process.",
         "",
         f"`{results['command']}` on {_where(results['environment'])}.",
     ]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm import create_model
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-import softlabels.models as models
 from softlabels import Distiller, ZipfLSLoss
+from softlabels.models import build_model
 
 
 def work(rank: int, meeting_point: str) -> None:
@@ -23,7 +22,7 @@ def work(rank: int, meeting_point: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
     torch.manual_seed(0)
-    student = create_model("vit_mini_patch4_32", num_classes=10, depth=2)
+    student = build_model("vit_mini_patch4_32", num_classes=10, settings={"depth": 2})
     distiller = Distiller(student, ZipfLSLoss(), example_shape=(3, 32, 32))
     distiller.trainable = DistributedDataParallel(distiller.trainable)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
@@ -37,11 +36,10 @@ def work(rank: int, meeting_point: str) -> None:
 
 
 def main() -> None:
-    print(f"with the networks of {models.__name__}")
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = (Path(folder) / "meeting").as_uri()
         spawn(work, args=(meeting_point,), nprocs=2)
-    print("both processes trained to the same loss function and weights")
+    print("two processes trained one student with one loss")
 
 
 if __name__ == "__main__":

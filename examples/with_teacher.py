@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import torch
-from timm import create_model
 from timm.data.mixup import Mixup
 
-import softlabels.models as models
 from softlabels import Distiller, NKDLoss, Teacher
+from softlabels.models import build_model
 
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"small-image networks of {models.__name__} are in timm's registry")
-    student = create_model("vit_mini_patch4_32", num_classes=10)
+    student = build_model("vit_mini_patch4_32", num_classes=10)
     teacher = Teacher(
-        create_model("resnet8x4", num_classes=20),  # yours would be trained
+        build_model("resnet8x4", num_classes=20),  # yours would be trained
         class_map=range(10),  # its first ten classes are the student's
         normalization=((0.5,), (0.25,)),
         student_normalization=((0.5,), (0.5,)),

@@ -87,7 +87,7 @@ def run_demo(
         for name in configs
     }
     results = {name: _result(summaries[name], ratios[name]) for name in configs}
-    _write_results(output, results, command)
+    _write_results(output, results, command, summaries[RECIPES[0]]["parameters"])
     console.print(_table(results))
     console.print(f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}", highlight=False)
     return write_report(
@@ -244,10 +244,20 @@ def _result(summary: Mapping[str, Any], time_ratio: Ratio) -> dict[str, float]:
     }
 
 
-def _write_results(output: Path, results: Mapping[str, Mapping[str, float]], command: str) -> None:
+def _write_results(
+    output: Path,
+    results: Mapping[str, Mapping[str, float]],
+    command: str,
+    parameters: int,
+) -> None:
     first = RunFolder(output / next(iter(results)))
     environment = json.loads(first.environment.read_text(encoding="utf-8"))
-    content = {"command": command, "environment": environment, "results": results}
+    content = {
+        "command": command,
+        "environment": environment,
+        "parameters": parameters,
+        "results": results,
+    }
     first.write_json(output / "demo.json", content)
 
 
