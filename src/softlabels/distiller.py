@@ -331,7 +331,7 @@ class Distiller(nn.Module):
         return self._core.load_state_dict(own, strict=strict, assign=assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for module in (self.teacher, self.method, self.task_loss):
             if isinstance(module, nn.Module):
                 module._apply(fn)

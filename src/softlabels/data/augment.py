@@ -1,0 +1,188 @@
+"""Augmentations of whole batches, on any device, whose draws belong to the sample and the epoch.
+
+Each one takes float images [B, C, H, W] in 0..1, the indices of their samples [B] and the parts
+of a key, such as `(seed, epoch)`, and gives new images of the same shape in 0..1. The same sample
+and key give the same image in any batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from softlabels.data.randomness import derive_seed, normal, uniform
+
+
+class Augmentation(Protocol):
+    """What an `InMemorySource` calls for every batch."""
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            images: [B, C, H, W] float in 0..1; not changed.
+            index: Indices of the samples, [B] int64.
+            *key: What the draws belong to besides the sample, for example `seed, epoch`.
+
+        Returns:
+            [B, C, H, W] float in 0..1.
+        """
+        ...
+
+
+def _between(draws: Tensor, low: float, high: float) -> Tensor:
+    """Stretch draws from [0, 1) to [low, high)."""
+    return draws * (high - low) + low
+
+
+def _check_range(name: str, low: float, high: float) -> None:
+    """Raise unless 0 < low <= high."""
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got ({low}, {high})")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Random rotation, scaling, horizontal shear and shift around the centre, bilinear.
+
+    What comes in from outside the image is 0: black, the background of white-on-black drawings.
+
+    Args:
+        rotation: Largest angle either way, degrees.
+        scale: (low, high) factor of the size; 2 makes things twice as large.
+        shear: Largest angle either way by which vertical lines lean, degrees, below 90.
+        shift: Largest shift either way along each axis, pixels.
+    """
+
+    rotation: float = 15.0
+    scale: tuple[float, float] = (0.8, 1.2)
+    shear: float = 10.0
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_range("scale", *self.scale)
+        if not 0 <= self.shear < 90:
+            raise ValueError(f"shear must be in [0, 90) degrees, got {self.shear}")
+        for name, value in (("rotation", self.rotation), ("shift", self.shift)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        height, width = images.shape[-2:]
+        draws = uniform(derive_seed(*key, "affine"), index, 5)
+        angle = _between(draws[:, 0], -self.rotation, self.rotation).deg2rad_()
+        lean = _between(draws[:, 1], -self.shear, self.shear).deg2rad_().tan_()
+        zoom = _between(draws[:, 2], *self.scale).reciprocal_()
+        shift = _between(draws[:, 3:], -self.shift, self.shift)
+
+        # For each output pixel, where to read: undo the shift, then the turn and the zoom, then the
+        # shear. All in pixels from the centre.
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        along_x = torch.stack((cos + lean * sin, -sin), dim=1)
+        along_y = torch.stack((sin - lean * cos, cos), dim=1)
+        x = torch.arange(width, device=images.device) - (width - 1) / 2 - shift[:, :1]
+        y = torch.arange(height, device=images.device) - (height - 1) / 2 - shift[:, 1:]
+        # grid_sample wants -1..1 from edge to edge. The grid is a sum of a row and a column part,
+        # which is several times faster than torch's affine_grid.
+        unit = images.new_tensor((2 / width, 2 / height))
+        columns = x.unsqueeze(2) * (along_x * unit).unsqueeze(1)
+        rows = y.unsqueeze(2) * (along_y * unit).unsqueeze(1)
+        grid = rows.unsqueeze(2) + columns.unsqueeze(1)
+        return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Random contrast: every pixel's distance from its image's mean is scaled by one factor.
+
+    Args:
+        low: Smallest factor, above 0.
+        high: Largest factor.
+    """
+
+    low: float = 0.5
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range("contrast", self.low, self.high)
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        draws = uniform(derive_seed(*key, "contrast"), index, 1)
+        factor = _between(draws, self.low, self.high)[:, :, None, None]
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        return torch.lerp(mean, images, factor).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise, independent at each pixel and channel.
+
+    Args:
+        std: Standard deviation; the images' range is 0..1.
+    """
+
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise ValueError(f"std must be at least 0, got {self.std}")
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        noise = normal(derive_seed(*key, "noise"), index, images[0].numel())
+        return noise.mul_(self.std).view(images.shape).add_(images).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random crop of the image with a black border, then perhaps a mirror image; exact pixels.
+
+    Args:
+        padding: Width of the border, pixels; the crop has the image's own size.
+        flip: Whether to mirror left and right with probability 1/2.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"padding must be at least 0, got {self.padding}")
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        height, width = images.shape[-2:]
+        draws = uniform(derive_seed(*key, "crop and flip"), index, 3)
+        corner = (draws[:, :2] * (2 * self.padding + 1)).long()
+        # Every possible crop, as a view; indexing copies one of them for each image.
+        windows = F.pad(images, [self.padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        each = torch.arange(len(images), device=images.device)
+        crops = windows[each, :, corner[:, 0], corner[:, 1]]
+        if not self.flip:
+            return crops
+        mirrored = (draws[:, 2] < 0.5)[:, None, None, None]
+        return torch.where(mirrored, crops.flip(3), crops)
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Several augmentations, one after the other.
+
+    Args:
+        steps: The augmentations; the position of each is part of its key.
+    """
+
+    steps: tuple[Augmentation, ...]
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        for position, step in enumerate(self.steps):
+            images = step(images, index, *key, position)
+        return images

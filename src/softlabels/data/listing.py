@@ -1,0 +1,161 @@
+"""Which images a folder holds, their classes, and which of them are for testing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torchvision.datasets.folder import is_image_file, make_dataset
+
+from softlabels.data.randomness import derive_seed
+
+_TEST_FOLDERS = ("val", "valid", "validation", "test")
+_EXPECTED = (
+    "expected a folder with one subfolder of images for each class, or such in train/ and val/"
+)
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Files with their classes.
+
+    Held in arrays, not lists, so that worker processes share their memory.
+
+    Args:
+        paths: [N] the files' names as bytes.
+        targets: [N] int64, class indices.
+    """
+
+    paths: NDArray[np.bytes_]
+    targets: NDArray[np.int64]
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[tuple[str, int]]) -> ImageList:
+        """Build a list from pairs.
+
+        Args:
+            samples: (path, class index) of each image.
+
+        Returns:
+            The same as arrays.
+        """
+        paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
+        return cls(paths, np.array([target for _, target in samples], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def path(self, index: int) -> str:
+        """The name of an image's file.
+
+        Args:
+            index: The image, 0 <= index < N.
+
+        Returns:
+            The path.
+        """
+        return os.fsdecode(bytes(self.paths[index]))
+
+
+def list_images(
+    path: str | Path, validation_fraction: float
+) -> tuple[tuple[str, ...], ImageList, ImageList]:
+    """Find the images of a folder and split them.
+
+    Args:
+        path: A folder with `train/` and one of `val/`, `valid/`, `validation/` or `test/`
+            (taken in this order), each with a subfolder for each class; or the subfolders of the
+            classes alone. Hidden files and folders are left out.
+        validation_fraction: Share of each class that is held out for testing where no folder says
+            which images are, 0 < fraction < 1. Which ones depends on the files' names alone.
+
+    Returns:
+        The names of the classes, sorted as text; the training images; the test images.
+
+    Raises:
+        ValueError: If the path is no folder, or holds no images, or fewer than two classes, or
+            a class without images, or other classes in the test folder; if the fraction is out of
+            its range.
+    """
+    root = Path(path).expanduser()
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {problem}; {_EXPECTED}")
+    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
+    test_folder = next((folders[name] for name in _TEST_FOLDERS if name in folders), None)
+    if "train" not in folders and test_folder is not None and folders.keys() <= {*_TEST_FOLDERS}:
+        raise ValueError(f"{root} has {test_folder.name}/ but no train/; {_EXPECTED}")
+
+    train_folder = folders.get("train", root)
+    class_names, samples = _list_classes(train_folder)
+    if "train" not in folders or test_folder is None:
+        train, test = _hold_out(samples, train_folder, validation_fraction)
+        return class_names, ImageList.from_samples(train), ImageList.from_samples(test)
+    test_names, test_samples = _list_classes(test_folder)
+    if test_names != class_names:
+        differences = (
+            f"only in {train_folder}: {sorted({*class_names} - {*test_names})}",
+            f"only in {test_folder}: {sorted({*test_names} - {*class_names})}",
+        )
+        raise ValueError(f"the classes for training and testing differ; {'; '.join(differences)}")
+    return class_names, ImageList.from_samples(samples), ImageList.from_samples(test_samples)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """The visible subfolders, sorted by name."""
+    hidden = (".", "__MACOSX")
+    return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith(hidden))
+
+
+def _is_visible_image(path: str) -> bool:
+    return is_image_file(path) and not os.path.basename(path).startswith(".")
+
+
+def _list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The classes of a folder and its images with their class indices."""
+    names = tuple(subfolder.name for subfolder in _subfolders(folder))
+    if not names:
+        raise ValueError(f"{folder} has no subfolders; {_EXPECTED}")
+    samples: list[tuple[str, int]] = make_dataset(
+        str(folder),
+        {name: index for index, name in enumerate(names)},
+        is_valid_file=_is_visible_image,
+        allow_empty=True,
+    )
+    filled = {target for _, target in samples}
+    if not filled:
+        raise ValueError(f"{folder} holds no images in its {len(names)} subfolders; {_EXPECTED}")
+    if len(filled) < len(names):
+        empty = [name for index, name in enumerate(names) if index not in filled]
+        raise ValueError(f"these class folders in {folder} hold no images: {empty}")
+    if len(names) < 2:
+        raise ValueError(f"{folder} has one class only, {names[0]!r}; expected two or more")
+    return names, samples
+
+
+def _hold_out(
+    samples: list[tuple[str, int]], folder: Path, fraction: float
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Split off a share of every class, by a hash of the files' names."""
+
+    def position(sample: tuple[str, int]) -> int:
+        return derive_seed("held out", Path(sample[0]).relative_to(folder).as_posix())
+
+    by_class: dict[int, list[tuple[str, int]]] = {}
+    for sample in samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    held_out: set[str] = set()
+    for members in by_class.values():
+        # At least one, but never the last image of a class.
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out.update(path for path, _ in sorted(members, key=position)[:count])
+    if not held_out:
+        raise ValueError(f"{folder} has one image a class; none can be held out for testing")
+    train = [sample for sample in samples if sample[0] not in held_out]
+    return train, [sample for sample in samples if sample[0] in held_out]

@@ -1,0 +1,215 @@
+"""A data set that lies in memory as a whole and is augmented on the device, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabels.data.augment import Augmentation
+from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Args:
+        images: [N, C, H, W] uint8.
+        target: Class indices [N] int64.
+    """
+
+    images: Tensor
+    target: Tensor
+
+    @classmethod
+    def from_arrays(cls, images: NDArray[np.uint8], target: NDArray[np.integer]) -> Split:
+        """Bring arrays into a split's shape.
+
+        Args:
+            images: [N, H, W] for gray images, or [N, H, W, C]; uint8.
+            target: Class indices [N], any integer type.
+
+        Returns:
+            The split, on the CPU.
+
+        Raises:
+            TypeError: If the images are not uint8 or the targets not integers.
+            ValueError: If the shapes do not fit, or there are no images.
+        """
+        if images.dtype != np.uint8:
+            raise TypeError(f"images must be uint8, got {images.dtype}")
+        if not np.issubdtype(target.dtype, np.integer):
+            raise TypeError(f"targets must be integers, got {target.dtype}")
+        if images.ndim not in (3, 4):
+            raise ValueError(f"images must be [N, H, W] or [N, H, W, C], got {images.shape}")
+        if not len(images) or target.shape != images.shape[:1]:
+            raise ValueError(
+                "there must be images and a target for each,"
+                f" got shapes {images.shape} and {target.shape}"
+            )
+        with_channels = images[..., None] if images.ndim == 3 else images
+        # torch wants arrays that may be written to.
+        channels_first = np.require(with_channels.transpose(0, 3, 1, 2), requirements=("C", "W"))
+        return cls(torch.from_numpy(channels_first), torch.from_numpy(target.astype(np.int64)))
+
+    def augmented(self, augmentation: Augmentation, *key: int | str) -> Split:
+        """Apply one fixed draw of an augmentation, rounded to 256 levels.
+
+        Args:
+            augmentation: What is done to the images.
+            *key: What the draw belongs to.
+
+        Returns:
+            A split of new images with the same targets.
+        """
+        drawn = torch.empty_like(self.images)
+        for index in torch.split(torch.arange(len(self.target)), _CHUNK):
+            images = augmentation(self.images[index].float().div_(255), index, *key)
+            drawn[index] = images.mul_(255).round_().byte()
+        return Split(drawn, self.target)
+
+    def to(self, device: torch.device) -> Split:
+        """Copy the split to a device, unless it lies there already.
+
+        Args:
+            device: Where it shall lie.
+
+        Returns:
+            The split on that device.
+        """
+        return Split(self.images.to(device), self.target.to(device))
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, as fractions of 255.
+
+    Args:
+        images: [N, C, H, W] uint8, N > 0.
+
+    Returns:
+        The means and the standard deviations, C numbers each. The deviation of a channel that never
+        changes is given as 1, so that one can divide by it.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    share = torch.stack(counts).double() / (images.numel() / images.shape[1])
+    mean = share @ levels
+    std = (share * (levels - mean.unsqueeze(1)).square()).sum(dim=1).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
+
+
+class InMemorySource:
+    """A data source over two splits in memory.
+
+    The images are moved to the device once, as uint8; batches are made there.
+
+    Args:
+        train: The training split.
+        test: The test split.
+        info: Facts about the data set; its mean and std normalise the images.
+        augmentation: What is done to training images, or None. Test images are read as they are.
+
+    Raises:
+        ValueError: If the splits do not fit the facts.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        test: Split,
+        info: DataInfo,
+        *,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        shape = (info.in_channels, *info.image_size)
+        for name, split in (("training", train), ("test", test)):
+            if tuple(split.images.shape[1:]) != shape:
+                raise ValueError(
+                    f"{name} images of {info.name} must be {shape} (channels, height, width),"
+                    f" got {tuple(split.images.shape[1:])}"
+                )
+            if split.target.min() < 0 or split.target.max() >= info.num_classes:
+                raise ValueError(
+                    f"{name} targets of {info.name} must be in 0..{info.num_classes - 1},"
+                    f" got {int(split.target.min())}..{int(split.target.max())}"
+                )
+        self._info = info
+        self._augmentation = augmentation
+        self._train = train
+        self._test = test
+
+    @property
+    def info(self) -> DataInfo:
+        """Facts about the data set."""
+        return self._info
+
+    @property
+    def num_train(self) -> int:
+        """Number of training samples."""
+        return len(self._train.target)
+
+    @property
+    def num_test(self) -> int:
+        """Number of test samples."""
+        return len(self._test.target)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Number of training batches in an epoch; see `DataSource`."""
+        return steps_per_epoch(self.num_train, batch_size)
+
+    def train_batches(
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        device: torch.device | str,
+    ) -> Iterator[Batch]:
+        """Read training batches; see `DataSource`."""
+        steps = train_indices(
+            self.num_train,
+            seed=seed,
+            epoch=epoch,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+        self._train = self._train.to(torch.device(device))
+        return (self._batch(self._train, index, self._augmentation, seed, epoch) for index in steps)
+
+    def test_batches(
+        self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
+    ) -> Iterator[Batch]:
+        """Read test batches; see `DataSource`."""
+        parts = shard_indices(
+            self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
+        )
+        self._test = self._test.to(torch.device(device))
+        return (self._batch(self._test, index, None) for index in parts)
+
+    def close(self) -> None:
+        """Do nothing: there are no workers to end."""
+
+    def _batch(
+        self, split: Split, index: Tensor, augmentation: Augmentation | None, *key: int
+    ) -> Batch:
+        """Gather, augment and normalise some samples of a split on its device."""
+        index = index.to(split.images.device)
+        images = split.images[index].float().div_(255)
+        if augmentation is not None:
+            images = augmentation(images, index, *key)
+        shape = (1, self._info.in_channels, 1, 1)
+        mean = images.new_tensor(self._info.mean).view(shape)
+        std = images.new_tensor(self._info.std).view(shape)
+        return Batch((images - mean).div_(std), split.target[index], index)

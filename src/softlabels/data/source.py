@@ -1,0 +1,62 @@
+"""The data sources by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from softlabels.data.batch import DataSource
+from softlabels.data.folder import FolderSource
+from softlabels.data.glyphs import glyphs100
+from softlabels.data.idx import holds_idx, idx
+
+# The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
+SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
+    {"glyphs100": glyphs100, "folder": FolderSource, "idx": idx}
+)
+
+
+def open_source(
+    source: str | None = None, path: str | None = None, **settings: object
+) -> DataSource:
+    """Open a data source.
+
+    Args:
+        source: `"glyphs100"`, `"folder"` or `"idx"`. None finds out: without a path it is the
+            embedded glyphs, with one it is `"idx"` if such files are there and else `"folder"`.
+        path: Where the data are, for a source that reads files.
+        **settings: What the source takes besides.
+
+    Returns:
+        The data source.
+
+    Raises:
+        ValueError: If the source is unknown, a setting is not one of its own, or a path is missing
+            or too much; and whatever the source finds wrong.
+    """
+    if source is None:
+        source = "glyphs100" if path is None else "idx" if holds_idx(path) else "folder"
+    if source not in SOURCES:
+        near = get_close_matches(source, SOURCES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data source {source!r}, expected {', '.join(SOURCES)}{hint}")
+    open_it = SOURCES[source]
+    parameters = inspect.signature(open_it).parameters
+    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"the data source {source!r} has no setting {name!r},"
+                f" expected {', '.join(known)}{hint}"
+            )
+    if "path" not in parameters:
+        if path is not None:
+            raise ValueError(f"the data source {source!r} takes no path, got {path!r}")
+        return open_it(**settings)
+    if path is None:
+        raise ValueError(f"the data source {source!r} needs a path, got none")
+    return open_it(path, **settings)
