@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import functools
+import inspect
 import io
 import json
 import re
@@ -76,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(name, _in_words(error))
         return 2
     except RuntimeError as error:
-        from softlabels.training.guards import NonFiniteLossError
+        from softlabels.training.guards import RunError
 
-        if not isinstance(error, NonFiniteLossError):
+        if not isinstance(error, RunError):
             raise
         _complain(name, str(error))
         return 1
@@ -122,6 +124,17 @@ def _tyro(target: Callable[..., Result], arguments: list[str], prog: str, **opti
         if not stop.code:
             raise
         raise _UsageError(_unboxed(complaint.getvalue(), prog)) from stop
+
+
+def _call(command: Callable[..., int], arguments: list[str], prog: str) -> int:
+    """Parse the arguments of a command, then run it, outside of what `_tyro` catches."""
+
+    @functools.wraps(command)
+    def bound(*positional: Any, **named: Any) -> inspect.BoundArguments:
+        return inspect.signature(command).bind(*positional, **named)
+
+    given = _tyro(bound, arguments, prog)
+    return command(*given.args, **given.kwargs)
 
 
 def _unboxed(text: str, prog: str) -> str:
@@ -243,7 +256,7 @@ def _eval(arguments: list[str]) -> int:
         print(json.dumps(metrics) if format == "json" else _metrics_line(metrics))
         return 0
 
-    return _tyro(evaluate_student, arguments, "eval")
+    return _call(evaluate_student, arguments, "eval")
 
 
 def _predict(arguments: list[str]) -> int:
@@ -294,7 +307,7 @@ def _predict(arguments: list[str]) -> int:
                 print(f"{item.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in pairs))
         return 0
 
-    return _tyro(classify, arguments, "predict")
+    return _call(classify, arguments, "predict")
 
 
 def _demo(arguments: list[str]) -> int:
@@ -336,7 +349,7 @@ def _demo(arguments: list[str]) -> int:
         print(f"report: {report}")
         return 0
 
-    return _tyro(demo, arguments, "demo")
+    return _call(demo, arguments, "demo")
 
 
 def _methods(arguments: list[str]) -> int:
@@ -353,4 +366,4 @@ def _methods(arguments: list[str]) -> int:
         print("\n\n".join(describe_method(k) for k in METHOD_SETTINGS if kind in (None, k)))
         return 0
 
-    return _tyro(methods, arguments, "methods")
+    return _call(methods, arguments, "methods")

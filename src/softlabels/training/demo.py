@@ -28,6 +28,7 @@ from softlabels.training.assemble import (
 )
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.folder import RunFolder
+from softlabels.training.guards import RunError
 from softlabels.training.timing import Ratio, interleaved, ratio
 
 __all__ = ["RECIPES", "run_demo", "step_ratios"]
@@ -67,13 +68,16 @@ def run_demo(
 
     Raises:
         ValueError: `output` holds runs of other settings.
-        RuntimeError: A run failed; the message ends with its last line.
+        RunError: A run failed; the message ends with its last line.
     """
     options: dict[str, Any] = {"epochs": epochs, "seed": seed, "threads": 1}
     if num_fonts is not None:
         options["data.num_fonts"] = num_fonts
     configs = {name: _config(name, output, options) for name in RECIPES}
     command = _command_line(epochs, seed, num_fonts)
+    source = build_source(configs[RECIPES[0]])
+    for config in configs.values():
+        RunFolder(Path(config.output or "")).check(with_defaults(config, source.info))
     output.mkdir(parents=True, exist_ok=True)
     console.print(
         f"{len(configs)} runs of {epochs} epochs on glyphs100, {jobs} at a time, into {output}",
@@ -81,7 +85,7 @@ def run_demo(
     )
     _train_all(configs, options, jobs, console)
     console.print(f"step times, in turn, {rounds} rounds", highlight=False)
-    ratios = step_ratios(configs, rounds=rounds)
+    ratios = step_ratios(configs, source, rounds=rounds)
     summaries = {
         name: json.loads(RunFolder(output / name).summary.read_text(encoding="utf-8"))
         for name in configs
@@ -133,6 +137,9 @@ def _train_all(
 ) -> None:
     """Train in processes of one thread each, `jobs` at a time, with a bar for each."""
     waiting = [n for n, c in configs.items() if not RunFolder(Path(c.output or "")).is_complete()]
+    complete = [name for name in configs if name not in waiting]
+    if complete:
+        console.print(f"complete already: {', '.join(complete)}", highlight=False)
     running: dict[str, subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     columns = (TextColumn("{task.description:14}"), BarColumn(), TextColumn("{task.fields[news]}"))
@@ -141,8 +148,8 @@ def _train_all(
             name: progress.add_task(name, total=config.epochs, news="waits", start=False)
             for name, config in configs.items()
         }
-        for name in set(configs) - set(waiting):
-            progress.update(tasks[name], completed=configs[name].epochs, news="was complete")
+        for name in complete:
+            progress.update(tasks[name], completed=configs[name].epochs, news="complete")
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -162,7 +169,7 @@ def _train_all(
                     if process.poll() is not None:
                         del running[name]
                         if process.returncode:
-                            raise RuntimeError(_failure(name, configs[name], process.returncode))
+                            raise RunError(_failure(name, configs[name], process.returncode))
                         progress.stop_task(tasks[name])
         finally:
             for process in running.values():
@@ -198,18 +205,20 @@ def _failure(name: str, config: Config, status: int) -> str:
     return f"the run {name} ended with status {status}: {lines[-1]} (all of it: {log})"
 
 
-def step_ratios(configs: Mapping[str, Config], *, rounds: int) -> dict[str, Ratio]:
+def step_ratios(
+    configs: Mapping[str, Config], source: DataSource, *, rounds: int
+) -> dict[str, Ratio]:
     """Time of a training step over the first configuration's, one thread, in turn.
 
     Args:
         configs: By name; all on the same data and batch size.
+        source: These data.
         rounds: How often each step is timed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         first = next(iter(configs.values()))
-        source = build_source(first)
         batches = source.train_batches(
             seed=first.seed, epoch=0, batch_size=first.batch_size, device="cpu"
         )

@@ -47,8 +47,8 @@ class RunFolder:
         content: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         return bool(content.get("complete"))
 
-    def claim(self, config: Config) -> None:
-        """Make the folder, or check that what it holds is a run of the same settings.
+    def check(self, config: Config) -> None:
+        """Check that the folder is new, or holds a run of the same settings.
 
         Raises:
             ValueError: It holds a run with other settings, or something that is no run.
@@ -65,6 +65,10 @@ class RunFolder:
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} exists and is no run folder: choose another --output")
+
+    def claim(self, config: Config) -> None:
+        """`check`, then make the folder and write the configuration."""
+        self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self.config.write_text(dump(config), encoding="utf-8")
 

@@ -13,7 +13,11 @@ from torch import Tensor
 __all__ = ["InterruptGuard", "Interrupted", "LossLog", "NonFiniteLossError"]
 
 
-class NonFiniteLossError(RuntimeError):
+class RunError(RuntimeError):
+    """A run failed on its way, by no mistake in its settings."""
+
+
+class NonFiniteLossError(RunError):
     """A part of the loss is NaN or infinite; the message names step and part."""
 
 
