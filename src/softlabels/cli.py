@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _complain(name, str(stop) or "stopped")
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
+        return 1
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         _complain(name, _in_words(error))
         return 2

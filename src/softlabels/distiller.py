@@ -140,10 +140,8 @@ class Distiller(nn.Module):
         def teacher_layout() -> Layout:
             assert teacher is not None
             if "teacher" not in layouts:
-                shape = student_layout().example_shape
-                if teacher.input_size is not None:
-                    shape = (shape[0], *teacher.input_size)
-                layouts["teacher"] = Layout(teacher.model, shape, teacher_taps)
+                example = teacher.prepared(student_layout().example())
+                layouts["teacher"] = Layout(teacher.model, example.shape[1:], teacher_taps)
             return layouts["teacher"]
 
         # A fork: the learned parts take their own draws, and the caller's stream is unchanged.
@@ -176,7 +174,8 @@ class Distiller(nn.Module):
         build_heads = getattr(self.method, "build_heads", None)
         if build_heads is not None or (self._reader is not None and needed):
             example = layout().example()
-            with undisturbed(core):
+            models = [core] if self.teacher is None else [core, self.teacher]
+            with undisturbed(*models):
                 from_teacher = self._reader.read(example) if self._reader is not None else {}
                 given = given_values(self._from_teacher_alone(), example, {}, from_teacher)
                 outputs = core(example, given)

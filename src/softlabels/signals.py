@@ -154,17 +154,21 @@ class TeacherReader:
             if isinstance(signal, Features) and signal.of == "teacher"
         }
         paths = sorted({path for group in self._paths.values() for path in group})
-        self._tap = FeatureTap(teacher.model, paths) if paths else None
+        self._tap = FeatureTap(teacher.model, paths)
+        self._tap.enabled = False
 
     def read(self, images: Tensor) -> dict[Signal, Value]:
         """Logits and features of the teacher for a batch, without gradient."""
-        if self._tap is not None:
-            self._tap.clear()
-        values: dict[Signal, Value] = {TeacherLogits(): self.teacher(images)}
-        if self._tap is not None:
+        self._tap.enabled = True
+        try:
+            logits = self.teacher(images)
             features = self._tap.pop()
-            for signal, paths in self._paths.items():
-                values[signal] = [features[path].detach() for path in paths]
+        finally:
+            self._tap.enabled = False
+            self._tap.clear()
+        values: dict[Signal, Value] = {TeacherLogits(): logits}
+        for signal, paths in self._paths.items():
+            values[signal] = [features[path].detach() for path in paths]
         return values
 
 

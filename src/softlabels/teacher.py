@@ -112,8 +112,8 @@ class Teacher(nn.Module):
             TypeError: The network returns no tensor.
             ValueError: It returns no [B, classes] logits, or fewer than the class map needs.
         """
-        if self.mode == "eval" and self.model.training:
-            self.model.eval()
+        if self.mode == "eval" and any(module.training for module in self.model.modules()):
+            self.model.eval()  # somebody reached past `train`
         with torch.no_grad():
             logits = self.model(self.prepared(images))
             if not isinstance(logits, Tensor):

@@ -54,6 +54,10 @@ class _Recorder:
             )
         self.value = output
 
+    def __getstate__(self) -> dict[str, object]:
+        """All but the feature: a copy or a saved file of the model has no use for it."""
+        return {**self.__dict__, "value": None}
+
 
 class FeatureTap:
     """Collects the outputs of inner modules by forward hooks.

@@ -255,13 +255,21 @@ class Layout:
         )
         prefix = getattr(self._model, "num_prefix_tokens", int(class_token))
         prefix = prefix if isinstance(prefix, int) and prefix < shape[1] else int(class_token)
+        last = self._last_record()
+        if last is not None and shape[1] + prefix == last.shape[1]:
+            prefix, class_token = 0, False  # it joins later, as in CaiT and XCiT
         num_patches = shape[1] - prefix
-        side = math.isqrt(num_patches)
-        grid = (side, side) if side * side == num_patches else (1, num_patches)
+        image_height, image_width = self.example_shape[1:]
+        rows = round(math.sqrt(num_patches * image_height / image_width))
+        columns = num_patches // max(rows, 1)
+        grid = (rows, columns) if rows * columns == num_patches else (1, num_patches)
         return TapPoint(record.path, kind, shape[2], *grid, prefix, class_token)
 
+    def _last_record(self) -> _Record | None:
+        return self._record(self._last_path) if self._last_path is not None else None
+
     def _require_last(self) -> _Record:
-        record = self._record(self._last_path) if self._last_path is not None else None
+        record = self._last_record()
         if record is None:
             raise ValueError(
                 f"found no last map or tokens in {type(self._model).__name__}; name one with "
@@ -278,7 +286,7 @@ class Layout:
         if size is None:
             return self._middle_block()
         child = self._child_of_size((2 * size[0], 2 * size[1]))
-        return self._second_to_last_stage(size) if child is None else child
+        return self._middle_without_halving(last, size) if child is None else child
 
     def _children(self, path: str) -> list[str]:
         """Paths of the direct children, in the order in which they finish."""
@@ -309,34 +317,49 @@ class Layout:
             else:
                 return None
 
-    def _second_to_last_stage(self, final: tuple[int, int]) -> str:
+    def _middle_without_halving(self, last: _Record, final: tuple[int, int]) -> str:
+        """The last child above the final resolution, or the stage before the last."""
+        above = next(
+            (
+                size
+                for r in reversed(self._records)
+                if r.finished < last.finished
+                and (size := self._size(r)) is not None
+                and size[0] * size[1] > final[0] * final[1]
+            ),
+            None,
+        )
+        path = None if above is None else self._child_of_size(above)
+        path = path or self._second_to_last_stage(last)
+        warnings.warn(
+            f"{type(self._model).__name__} has no map at twice the final resolution {final}: "
+            f"taking {path!r} as its middle; choose another with "
+            "taps={'middle': 'path.of.module'}",
+            stacklevel=2,
+        )
+        return path
+
+    def _second_to_last_stage(self, last: _Record) -> str:
         level = ""
         while True:
             children = self._children(level)
             stages = [
-                (child, size)
+                child
                 for child in children
                 if (record := self._record(child)) is not None
                 and record.has_parameters
-                and (size := self._size(record)) is not None
+                and record.finished <= last.finished
+                and self._size(record) is not None
             ]
-            earlier = [child for child, size in stages if size != final]
-            if earlier or len(stages) > 1:
-                path = earlier[-1] if earlier else stages[-2][0]
-                warnings.warn(
-                    f"{type(self._model).__name__} has no map at twice the final resolution "
-                    f"{final}: taking {path!r} as its middle; choose another with "
-                    "taps={'middle': 'path.of.module'}",
-                    stacklevel=2,
-                )
-                return path
+            if len(stages) > 1:
+                return stages[-2]
             inner = [child for child in children if self._children(child)]
             if not inner:
                 raise ValueError(
                     f"found no middle feature in {type(self._model).__name__}; name one with "
                     "taps={'middle': 'path.of.module'}"
                 )
-            level = stages[0][0] if stages and stages[0][0] in inner else inner[0]
+            level = stages[0] if stages and stages[0] in inner else inner[0]
 
     def _middle_block(self) -> str:
         """Block L/2 - 1 of the longest run of L blocks of one class that return tokens."""
@@ -347,7 +370,8 @@ class Layout:
             for name, child in module.named_children():
                 child_path = f"{path}.{name}" if path else name
                 record = self._record(child_path)
-                if record is None or self._kind(record) != "tokens":
+                is_block = next(child.children(), None) is not None
+                if not is_block or record is None or self._kind(record) != "tokens":
                     run, previous = [], None
                     continue
                 run = [*run, child_path] if type(child) is previous else [child_path]
@@ -365,15 +389,21 @@ class Layout:
         module = find_module(self._model, path)
         if isinstance(module, nn.Dropout | nn.Dropout2d | nn.AlphaDropout):
             return module.p > 0
-        return isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        return isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm)
 
     def head(self) -> PositionHead:
         """The model's own classifier, to be applied at each position of the last map.
 
         Raises:
-            ValueError: The modules after the last map cannot work at a single position.
+            ValueError: The last feature has no positions, or the modules after it cannot work at
+            a single one.
         """
         point = self.point("last")
+        if point.height * point.width == 0:
+            raise ValueError(
+                f"{point.path!r} gives no patch tokens to vote; choose a map with "
+                "taps={'last': 'path.of.module'}"
+            )
         record = self._record(point.path)
         assert record is not None
         later = [r for r in self._records if r.started > record.finished]
@@ -415,13 +445,16 @@ def _inside(path: str, other: str) -> bool:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(*models: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; mode, buffers and random state are put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    devices = {
+        p.device.index for model in models for p in model.parameters() if p.device.type == "cuda"
+    }
     with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
-        model.eval()
+        for model in models:
+            model.eval()
         try:
             yield
         finally:

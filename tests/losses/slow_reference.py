@@ -1,0 +1,230 @@
+"""A second witness: the equations in plain Python, sample by sample and class by class.
+
+It shares no code and no tensor operation with the package. Removed classes are left out of the
+lists (the package masks them), P_t and the ranks are made as their definitions read. Inputs are
+nested lists of floats; labels are [C] rows. Each loss returns the list of its [B] values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+Rows = Sequence[Sequence[float]]
+
+EPSILON = 1e-6  # added to both rank denominators of USKD by the reference code
+
+
+class Soft(NamedTuple):
+    """Soft labels of a batch as lists [B][C]: P_t, and N(Z), 0 where they do not apply."""
+
+    target: list[list[float]]
+    non_target: list[list[float]]
+
+
+def log_softmax(logits: Sequence[float]) -> list[float]:
+    """Logarithm of the softmax of one row."""
+    top = max(logits)
+    log_sum = top + math.log(sum(math.exp(value - top) for value in logits))
+    return [value - log_sum for value in logits]
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Softmax of one row."""
+    return [math.exp(value) for value in log_softmax(logits)]
+
+
+def one_hot(label: int, num_classes: int) -> list[float]:
+    """A class index as a row of labels."""
+    return [1.0 if index == label else 0.0 for index in range(num_classes)]
+
+
+def labelled_classes(labels: Sequence[float], mixed_target: str) -> list[int]:
+    """The classes that count as the target: all with a label, or the first with the largest."""
+    if mixed_target == "all":
+        return [index for index, value in enumerate(labels) if value > 0]
+    return [max(range(len(labels)), key=lambda index: (labels[index], -index))]
+
+
+def others(num_classes: int, removed: Iterable[int]) -> list[int]:
+    """The classes that are left."""
+    gone = set(removed)
+    return [index for index in range(num_classes) if index not in gone]
+
+
+def kd(logits: Rows, teacher_logits: Rows, temperature: float) -> list[float]:
+    """Spec 1.2 in KL form, times the squared temperature."""
+    losses = []
+    for student, teacher in zip(logits, teacher_logits, strict=True):
+        log_s = log_softmax([value / temperature for value in student])
+        log_t = log_softmax([value / temperature for value in teacher])
+        total = 0.0
+        for s, t in zip(log_s, log_t, strict=True):
+            total += math.exp(t) * (t - s)
+        losses.append(temperature**2 * total)
+    return losses
+
+
+def nkd(
+    logits: Rows,
+    teacher_logits: Rows,
+    labels: Rows,
+    temperature: float,
+    non_target_weight: float,
+    mixed_target: str,
+) -> list[float]:
+    """Spec 1.4, the target classes removed from the non-target part."""
+    losses = []
+    for student, teacher, label in zip(logits, teacher_logits, labels, strict=True):
+        targets = labelled_classes(label, mixed_target)
+        log_s, t = log_softmax(student), softmax(teacher)
+        loss = 0.0
+        for index in targets:
+            loss -= t[index] * log_s[index]
+        rest = others(len(student), targets)
+        if rest:
+            log_ns = log_softmax([student[index] / temperature for index in rest])
+            nt = softmax([teacher[index] / temperature for index in rest])
+            for a, b in zip(nt, log_ns, strict=True):
+                loss -= non_target_weight * temperature**2 * a * b
+        losses.append(loss)
+    return losses
+
+
+def competition_ranks(values: Sequence[float]) -> list[int]:
+    """Rank of each value, 1 the largest; equal values share the smallest rank."""
+    return [1 + sum(1 for other in values if other > value) for value in values]
+
+
+def zipf_ls_targets(
+    logits: Rows, labels: Rows, votes: Sequence[Sequence[int]] | None, power: float, mixed: str
+) -> list[list[float]]:
+    """Spec 1.7, steps 2 to 5."""
+    rows = []
+    for number, (student, label) in enumerate(zip(logits, labels, strict=True)):
+        num_classes = len(student)
+        if votes is None:
+            ranks = competition_ranks(student)
+        else:
+            counts = [0] * num_classes
+            for vote in votes[number]:
+                counts[vote] += 1
+            ranks = competition_ranks(counts)
+        rest = others(num_classes, labelled_classes(label, mixed))
+        total = sum(ranks[index] ** -power for index in rest)
+        row = [0.0] * num_classes
+        for index in rest:
+            row[index] = ranks[index] ** -power / total
+        rows.append(row)
+    return rows
+
+
+def zipf_ls(
+    logits: Rows, labels: Rows, votes: Sequence[Sequence[int]] | None, power: float, mixed: str
+) -> list[float]:
+    """Spec 1.7, steps 6 and 7."""
+    losses = []
+    targets = zipf_ls_targets(logits, labels, votes, power, mixed)
+    for student, label, soft in zip(logits, labels, targets, strict=True):
+        rest = others(len(student), labelled_classes(label, mixed))
+        loss = 0.0
+        if rest:
+            log_p = log_softmax([student[index] for index in rest])
+            for index, value in zip(rest, log_p, strict=True):
+                loss += soft[index] * (math.log(soft[index]) - value)
+        losses.append(loss)
+    return losses
+
+
+def columns(label: Sequence[float]) -> list[int]:
+    """The one or two labelled classes of a row, the major one first (equal: the lower class)."""
+    labelled = [index for index, value in enumerate(label) if value > 0]
+    assert 1 <= len(labelled) <= 2
+    return sorted(labelled, key=lambda index: (-label[index], index))
+
+
+def rank_scores(
+    logits: Sequence[float], weak_logits: Sequence[float], label: Sequence[float], rank_by: str
+) -> list[float]:
+    """Equation 10 for one row, with the epsilon of the reference code."""
+    labelled = columns(label)
+    final = softmax(logits) if rank_by == "probability" else log_softmax(logits)
+    weak = softmax(weak_logits)
+    final_rest = 1 - sum(final[index] for index in labelled) + EPSILON
+    weak_rest = 1 - sum(weak[index] for index in labelled) + EPSILON
+    return [w / weak_rest + f / final_rest for w, f in zip(weak, final, strict=True)]
+
+
+def uskd_targets(logits: Rows, weak_logits: Rows, labels: Rows, rank_by: str) -> Soft:
+    """Equations 6, 10 and 11; ranks over all classes, the labelled ones removed afterwards."""
+    batch_size, num_classes = len(logits), len(logits[0])
+    target = [[0.0] * num_classes for _ in range(batch_size)]
+    for column in range(2):
+        rows = [row for row in range(batch_size) if len(columns(labels[row])) > column]
+        squares = {}
+        for row in rows:
+            squares[row] = softmax(logits[row])[columns(labels[row])[column]] ** 2
+        for row in rows:
+            index = columns(labels[row])[column]
+            mean = sum(squares.values()) / len(rows)
+            target[row][index] = squares[row] + labels[row][index] - mean
+
+    non_target = []
+    for row in range(batch_size):
+        scores = rank_scores(logits[row], weak_logits[row], labels[row], rank_by)
+        order = sorted(range(num_classes), key=lambda index: (-scores[index], index))
+        zipf = [0.0] * num_classes
+        for rank, index in enumerate(order, start=1):
+            zipf[index] = 1 / rank
+        rest = others(num_classes, columns(labels[row]))
+        total = sum(zipf[index] for index in rest)
+        non_target.append(
+            [zipf[index] / total if index in rest else 0.0 for index in range(num_classes)]
+        )
+    return Soft(target, non_target)
+
+
+def uskd(
+    logits: Rows,
+    weak_logits: Rows,
+    labels: Rows,
+    target_weight: float,
+    non_target_weight: float,
+    weak_weight: float,
+    rank_by: str,
+) -> list[float]:
+    """Equations 7, 9 and 12, summed as in 13 without the task's own loss."""
+    soft = uskd_targets(logits, weak_logits, labels, rank_by)
+    losses = []
+    for row, (student, weak, label) in enumerate(zip(logits, weak_logits, labels, strict=True)):
+        num_classes = len(student)
+        loss = 0.0
+        log_s, log_w = log_softmax(student), log_softmax(weak)
+        for index in columns(label):
+            loss -= target_weight * soft.target[row][index] * log_s[index]
+        rest = others(num_classes, columns(label))
+        if rest:
+            log_ns = log_softmax([student[index] for index in rest])
+            for index, value in zip(rest, log_ns, strict=True):
+                loss -= non_target_weight * soft.non_target[row][index] * value
+        for index in range(num_classes):
+            loss -= weak_weight * (0.9 * label[index] + 0.1 / num_classes) * log_w[index]
+        losses.append(loss)
+    return losses
+
+
+def label_smoothing(logits: Rows, labels: Rows, smoothing: float, smooth_over: str) -> list[float]:
+    """Spec 5.3, LS: over all classes, or over those that a label does not name."""
+    losses = []
+    for student, label in zip(logits, labels, strict=True):
+        num_classes = len(student)
+        loss = 0.0
+        for value, log_s in zip(label, log_softmax(student), strict=True):
+            if smooth_over == "all":
+                smoothed = (1 - smoothing) * value + smoothing / num_classes
+            else:
+                smoothed = (1 - smoothing) * value + (1 - value) * smoothing / (num_classes - 1)
+            loss -= smoothed * log_s
+        losses.append(loss)
+    return losses

@@ -1,0 +1,149 @@
+"""The table of methods and what each method declares: its signals, settings and soft labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+
+import pytest
+import torch
+from loss_cases import CASES, LossCase, case_id
+from torch import Tensor, nn
+
+from softlabels import losses
+from softlabels.losses import METHODS, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
+from softlabels.losses import reads as signals
+from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
+
+METHOD_CASES = [case for case in CASES if case.module in METHODS.values()]
+
+every_method = pytest.mark.parametrize("name", METHODS)
+every_method_case = pytest.mark.parametrize("case", METHOD_CASES, ids=case_id)
+
+
+def arguments_of(case: LossCase, target: Tensor | None = None) -> list[Tensor]:
+    """Arguments of `soft_labels`: what `forward` takes, and the labels in any case."""
+    inputs = case.make(case.target_kinds[0], dtype=torch.float64)
+    if target is None:
+        target = inputs.get("target", torch.tensor([0, 5, 1, 2]))
+    return [*{**inputs, "target": target}.values()]
+
+
+# The table
+
+
+@every_method
+def test_a_method_lies_in_the_file_of_its_name(name):
+    method = METHODS[name]
+
+    assert issubclass(method, nn.Module)
+    assert method.__module__ == f"softlabels.losses.{name}"
+    assert getattr(losses, method.__name__) is method
+
+
+def test_label_smoothing_is_no_method_but_a_task_loss():
+    assert losses.LabelSmoothingLoss not in METHODS.values()
+    assert not hasattr(losses.LabelSmoothingLoss, "reads")
+
+
+@every_method
+def test_settings_have_annotated_types_for_the_config(name):
+    settings = inspect.signature(METHODS[name]).parameters
+    types = typing.get_type_hints(METHODS[name].__init__)
+
+    for setting in settings.values():
+        assert setting.name in types
+        assert types[setting.name] in (int, float) or typing.get_origin(types[setting.name]) is (
+            typing.Literal
+        )
+
+
+# Signals
+
+
+@every_method_case
+def test_a_method_reads_a_signal_for_every_tensor_that_forward_needs(case):
+    module = case.module(**case.module_settings)
+    parameters = inspect.signature(module.forward).parameters
+    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+
+    assert set(module.reads) == set(case.inputs)
+    assert required <= set(module.reads) <= set(parameters)
+    assert all(isinstance(signal, Signal) for signal in module.reads.values())
+
+
+def test_the_signals_of_each_method():
+    student = {"logits": Logits(), "target": Target()}
+
+    assert dict(NKDLoss().reads) == {**student, "teacher_logits": TeacherLogits()}
+    assert dict(USKDLoss().reads) == {**student, "weak_logits": WeakLogits(tap="middle")}
+    assert dict(losses.KDLoss().reads) == {
+        "logits": Logits(),
+        "teacher_logits": TeacherLogits(),
+    }
+    assert dict(ZipfLSLoss().reads) == {**student, "votes": Votes(upsample=1)}
+
+
+def test_zipf_ls_reads_votes_only_if_they_rank():
+    assert ZipfLSLoss(vote_upsample=2).reads["votes"] == Votes(upsample=2)
+    assert "votes" not in ZipfLSLoss(rank_from="logits").reads
+
+
+@pytest.mark.parametrize(
+    "signal", [getattr(signals, name) for name in signals.__all__ if name != "Signal"]
+)
+def test_a_signal_is_a_frozen_value(signal):
+    one, other = signal(), signal()
+
+    assert issubclass(signal, Signal)
+    assert one == other
+    assert len({one, other}) == 1
+    for field in dataclasses.fields(one):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, field.name, "changed")
+
+
+# Soft labels
+
+
+@every_method_case
+def test_soft_labels_lie_where_they_belong_and_carry_no_gradient(case):
+    module = case.module(**case.module_settings)
+    arguments = [t.requires_grad_() if t.is_floating_point() else t for t in arguments_of(case)]
+    target = next(t for t in arguments if t.dim() == 1)
+    at_target = nn.functional.one_hot(target, 6).bool()
+
+    soft = module.soft_labels(*arguments)
+
+    assert isinstance(soft, SoftLabels)
+    for part in soft:
+        assert part.shape == (4, 6)
+        assert part.dtype == torch.float64
+        assert not part.requires_grad
+    assert not soft.target[~at_target].any()
+    assert not soft.non_target[at_target].any()
+    torch.testing.assert_close(soft.non_target.sum(1), torch.ones(4, dtype=torch.float64))
+
+
+@every_method_case
+def test_soft_labels_take_mixed_labels(case):
+    if "mixed_target" in case.function_settings or case.module in (losses.KDLoss, USKDLoss):
+        labelled_classes = 2
+    else:
+        labelled_classes = 1
+    labels = torch.tensor([[0.6, 0.4, 0, 0, 0, 0], [0, 0, 0, 0.3, 0, 0.7]]).double().repeat(2, 1)
+
+    soft = case.module(**case.module_settings).soft_labels(*arguments_of(case, labels))
+
+    assert bool(((soft.target != 0).sum(1) == labelled_classes).all())
+    assert bool(((soft.non_target != 0).sum(1) == 6 - labelled_classes).all())
+
+
+@every_method_case
+def test_soft_labels_of_half_precision_are_float32(case):
+    arguments = [t.half() if t.is_floating_point() else t for t in arguments_of(case)]
+
+    soft = case.module(**case.module_settings).soft_labels(*arguments)
+
+    assert soft.target.dtype == soft.non_target.dtype == torch.float32

@@ -1,0 +1,298 @@
+"""What imports what: light at the core, one way through the house, and no method by name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import softlabels
+from softlabels.losses import METHODS
+
+ROOT = Path(softlabels.__file__).parent
+
+# The core needs torch alone; these come with the extra `softlabels[train]`.
+EXTRAS = {
+    "PIL",
+    "accelerate",
+    "jinja2",
+    "matplotlib",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "tyro",
+    "yaml",
+}
+
+# Part of the package -> the other parts that it may import. A new part needs a line here.
+MAY_IMPORT: dict[str, set[str]] = {
+    "losses": set(),
+    "taps": {"losses"},
+    "weights": set(),
+    "teacher": {"weights"},
+    "signals": {"losses", "taps", "teacher"},
+    "trainable": {"losses", "taps", "signals"},
+    "distiller": {"losses", "taps", "signals", "trainable", "teacher", "weights"},
+    "data": set(),
+    "models": {"weights"},
+    "report": set(),
+    "recipes": set(),
+}
+MAY_IMPORT["training"] = set(MAY_IMPORT)
+MAY_IMPORT["__init__"] = set(MAY_IMPORT)
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
+
+# The parts that provide for every method, and so may name none.
+NAMELESS = ("signals", "distiller", "trainable", "training.engine")
+
+
+def source_files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("softlabels", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+# Which packages are loaded
+
+
+def loaded_after(statements: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has loaded after `statements`."""
+    code = f"{statements}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_the_package_alone_loads_neither_an_extra_nor_torch():
+    assert not loaded_after("import softlabels") & {*EXTRAS, "torch", "numpy"}
+
+
+def test_everything_public_loads_without_an_extra():
+    loaded = loaded_after("from softlabels import *\nDistiller, nkd_loss, Teacher")
+
+    assert "torch" in loaded
+    assert not loaded & EXTRAS
+
+
+def test_the_check_of_loaded_packages_can_fail():
+    assert loaded_after("import softlabels\nimport pydantic") & EXTRAS == {"pydantic"}
+
+
+def test_a_step_with_a_teacher_runs_where_no_extra_is_installed():
+    blocked = sorted({*EXTRAS, "numpy"})
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))  # None: importing it is an error
+import torch
+from torch import nn
+from softlabels import Distiller, NKDLoss, Teacher
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+distiller = Distiller(network(), NKDLoss(), teacher=Teacher(network()))
+distiller(torch.randn(2, 3, 8, 8), torch.tensor([0, 4])).loss.backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+
+
+# Modules and names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        info.name
+        for info in pkgutil.walk_packages([str(ROOT)], "softlabels.")
+        if not info.name.endswith("__main__")  # it starts the command
+    ],
+)
+def test_every_module_can_be_imported(name):
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_every_file_is_in_a_package():
+    for path in source_files():
+        assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_every_public_name_is_there():
+    for name in softlabels.__all__:
+        assert getattr(softlabels, name) is not None
+        assert name in dir(softlabels)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'softlabels' has no attribute 'kl_loss'"):
+        softlabels.kl_loss  # noqa: B018  # reading it is the test
+
+
+# Directions
+
+
+def imported_modules(source: str, importer: str) -> Iterator[str]:
+    """Dotted names of all modules that a source imports, at any depth, relative ones resolved."""
+    package = importer.removesuffix(".__init__") if importer.endswith("__init__") else None
+    package = package or importer.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [base])])
+            if base == "softlabels":
+                yield from (f"softlabels.{alias.name}" for alias in node.names)
+            else:
+                yield base
+
+
+def wrong_imports(source: str, importer: str) -> list[str]:
+    """Imports of other parts of the package that the importer's part may not make."""
+    part = importer.split(".")[1]
+    allowed = MAY_IMPORT[part] | {part}
+    wrong = []
+    for module in imported_modules(source, importer):
+        top, _, rest = module.partition(".")
+        if top != "softlabels":
+            continue
+        other = rest.partition(".")[0]
+        is_metadata = part == "cli" and other == "__version__"
+        if other not in allowed and not is_metadata:
+            wrong.append(f"{importer} imports {module}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", source_files(), ids=module_name)
+def test_imports_run_one_way(path):
+    importer = module_name(path)
+    assert importer.split(".")[1] in MAY_IMPORT, f"say in MAY_IMPORT what {importer} may import"
+
+    assert wrong_imports(path.read_text(encoding="utf-8"), importer) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("softlabels.losses.nkd", "from softlabels.taps import FeatureTap"),
+        ("softlabels.losses.nkd", "from ..taps import FeatureTap"),
+        ("softlabels.losses.nkd", "from .. import distiller"),
+        ("softlabels.losses.__init__", "from ..taps import FeatureTap"),
+        ("softlabels.losses.nkd", "from softlabels import nkd_loss"),
+        ("softlabels.losses.nkd", "import softlabels"),
+        ("softlabels.taps.layout", "def f():\n    import softlabels.signals as s"),
+        ("softlabels.signals", "from softlabels.distiller import Distiller"),
+        ("softlabels.signals", "from .distiller import Distiller"),
+        ("softlabels.distiller", "from softlabels.training.config import Config"),
+        ("softlabels.data.folder", "from softlabels.losses import METHODS"),
+        ("softlabels.data.folder", "import softlabels.report"),
+        ("softlabels.models.build", "from softlabels.data import Batch"),
+        ("softlabels.teacher", "if True:\n    from softlabels.training import train"),
+        ("softlabels.report.page", "from softlabels.training.config import Config"),
+        ("softlabels.training.run", "from softlabels.cli import main"),
+        ("softlabels.__init__", "from softlabels.cli import main"),
+    ],
+)
+def test_a_wrong_import_is_found(importer, source):
+    assert len(wrong_imports(source, importer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        (
+            "softlabels.losses.nkd",
+            "import torch\nfrom softlabels.losses.nontarget import Reduction",
+        ),
+        ("softlabels.losses.__init__", "from .nkd import nkd_loss"),
+        ("softlabels.taps.layout", "from softlabels.losses.reads import Signal"),
+        ("softlabels.taps.layout", "from ..losses import reads"),
+        ("softlabels.training.run", "import softlabels.report.page"),
+        ("softlabels.cli", "from softlabels import __version__\nfrom softlabels import training"),
+        ("softlabels.__main__", "from softlabels.cli import main"),
+        ("softlabels.losses.nkd", "import softlabels_of_another_author"),
+    ],
+)
+def test_a_right_import_is_accepted(importer, source):
+    assert wrong_imports(source, importer) == []
+
+
+# Names of methods
+
+
+def words_of(source: str) -> Iterator[str]:
+    """Every identifier and every string of a source, without docstrings and comments."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+            continue
+        for name in ("id", "attr", "arg", "name", "asname", "module"):
+            value = getattr(node, name, None)
+            if isinstance(value, str):
+                yield value
+
+
+def named_methods(source: str) -> list[str]:
+    """Keys and class names of the method table that a source names; `_` and `.` part words."""
+    names = [*METHODS, *(method.__name__ for method in METHODS.values())]
+    either = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    pattern = re.compile(rf"(?<![a-z0-9])({either})(?![a-z0-9])", re.IGNORECASE)
+    return [match.group(1) for word in words_of(source) for match in pattern.finditer(word)]
+
+
+@pytest.mark.parametrize("part", NAMELESS)
+def test_what_serves_every_method_names_none(part):
+    path = ROOT.joinpath(*part.split("."))
+    files = [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else [*path.glob("*.py")]
+
+    assert files
+    for file in files:
+        assert named_methods(file.read_text(encoding="utf-8")) == [], file
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from softlabels.losses import USKDLoss", ["USKDLoss"]),
+        ("from softlabels.losses.nkd import anything", ["nkd"]),
+        ("from softlabels.losses import anything as zipf_ls", ["zipf_ls"]),
+        ("if kind == 'kd': pass", ["kd"]),
+        ("value = f'with {x} for NKD'", ["NKD"]),
+        ("kd_weight = 1", ["kd"]),
+        ("self.kd = 1", ["kd"]),
+        ("def uskd_step(): pass", ["uskd"]),
+        ("call(zipf_ls=1)", ["zipf_ls"]),
+        ("def f(x, nkd): pass", ["nkd"]),
+        ("class KDLoss: pass", ["KDLoss"]),
+        ("'''NKD in a docstring.'''\n# and KD in a comment\nx = 'desk' + 'mkdir' + akd1", []),
+    ],
+)
+def test_a_named_method_is_found(source, found):
+    assert named_methods(source) == found
