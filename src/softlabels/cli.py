@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(name, str(stop) or "stopped")
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         _complain(name, _in_words(error))

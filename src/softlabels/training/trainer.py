@@ -276,6 +276,9 @@ def _fit(
             ) from error
     if accelerator.is_main_process:
         _finish(config, label, engine, observer, folder, num_parameters)
+    skipped = getattr(source, "skipped", 0)
+    if console is not None and skipped:
+        console.print(f"{skipped} unreadable images were left out; the warnings name them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     return TrainResult(folder.path, observer.final, observer.best, exported.cpu().eval())
@@ -312,6 +315,7 @@ def _finish(
             device=engine.accelerator.device,
         )
         folder.write_json(folder.gallery, gallery)
+    skipped: int = getattr(engine.source, "skipped", 0)
     summary = {
         "label": label,
         "method": None if config.method.kind == "none" else config.method.kind,
@@ -325,6 +329,7 @@ def _finish(
         "seconds": observer.seconds,
         "parameters": num_parameters,
         "assumed": config.assumed,
+        "skipped_images": skipped,
         "complete": True,
     }
     folder.write_json(folder.summary, summary)
