@@ -50,7 +50,9 @@ class Engine:
         accelerator: Device, precision and processes.
         config: The run's settings.
         mixer: Mixup and cutmix, or None.
-        observer: Told of steps and epochs.
+
+    Attributes:
+        finished_epochs: The place in the run; set it after loading a checkpoint.
     """
 
     def __init__(
@@ -62,13 +64,11 @@ class Engine:
         accelerator: Accelerator,
         config: Config,
         mixer: MixupCutmix | None,
-        observer: Observer,
     ) -> None:
         self.source = source
         self.accelerator = accelerator
         self.config = config
         self.mixer = mixer
-        self.observer = observer
         self.schedule = schedule
         self.core = distiller.trainable
         # Before wrapping: the copy must hold plain modules with a tap of their own.
@@ -99,8 +99,12 @@ class Engine:
             return averaged
         return self.distiller.student
 
-    def fit(self, interrupt: InterruptGuard) -> None:
+    def fit(self, observer: Observer, interrupt: InterruptGuard) -> None:
         """Train up to the configured epoch, evaluating after each.
+
+        Args:
+            observer: Told of steps and epochs.
+            interrupt: Asked before each step.
 
         Raises:
             NonFiniteLossError: The loss is not finite.
@@ -120,11 +124,11 @@ class Engine:
                 done = step + 1
                 due = done % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
                 scalars = self._logged(log) if due else {}
-                self.observer.step(epoch, done, len(batch.target), scalars)
+                observer.step(epoch, done, len(batch.target), scalars)
             self.distiller.after_epoch()
             seconds = time.perf_counter() - started
             self.finished_epochs = epoch + 1
-            self.observer.epoch(
+            observer.epoch(
                 epoch + 1,
                 (epoch + 1) * self.steps_per_epoch,
                 seconds,

@@ -57,23 +57,28 @@ class TrainResult:
     student: nn.Module
 
 
-class _Observer:
-    """Tells the tracker; stores weights and checkpoint after each epoch."""
+class _Recorder:
+    """Writes down what the engine tells, and stores weights and checkpoint after each epoch."""
 
-    def __init__(self, folder: RunFolder, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tracker: Tracker,
+        folder: RunFolder,
+        metadata: Mapping[str, str],
+        progress: Mapping[str, Any],
+    ) -> None:
+        self.engine = engine
+        self.tracker = tracker
         self.folder = folder
-        self.metadata = dict(metadata)
-        self.final: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.seconds = 0.0
-        self.engine: Engine | None = None
-        self.tracker: Tracker | None = None
+        self.metadata = metadata
+        self.final: dict[str, float] = progress.get("final", {})
+        self.best: dict[str, float] = progress.get("best", {})
+        self.seconds: float = progress.get("seconds", 0.0)
         self._since = time.perf_counter()
         self._images = 0
 
     def step(self, epoch: int, step: int, images: int, scalars: dict[str, float]) -> None:
-        assert self.tracker is not None
-        assert self.engine is not None
         self._images += images * self.engine.accelerator.num_processes
         now, speed = time.perf_counter(), None
         if now - self._since > 1:
@@ -86,7 +91,6 @@ class _Observer:
     def epoch(
         self, epoch: int, step: int, seconds: float, images: int, scalars: dict[str, float]
     ) -> None:
-        assert self.tracker is not None
         self.tracker.metrics(epoch, step, scalars)
         self.tracker.timing(epoch, step, seconds, images / seconds)
         self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
@@ -99,33 +103,20 @@ class _Observer:
         self._since, self._images = time.perf_counter(), 0
 
     def _store(self, improved: bool) -> None:
-        assert self.engine is not None
-        assert self.tracker is not None
         accelerator = self.engine.accelerator
         if accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
             if improved:
                 save_weights(self.engine.network, self.folder.best_student, metadata=self.metadata)
-            save_checkpoint(self.folder.last, self._progress(), self.engine.stateful)
+            progress = {
+                "finished_epochs": self.engine.finished_epochs,
+                "final": self.final,
+                "best": self.best,
+                "seconds": self.seconds,
+                "lengths": self.tracker.lengths(),
+            }
+            save_checkpoint(self.folder.last, progress, self.engine.stateful)
         accelerator.wait_for_everyone()
-
-    def _progress(self) -> dict[str, Any]:
-        assert self.engine is not None
-        assert self.tracker is not None
-        return {
-            "finished_epochs": self.engine.finished_epochs,
-            "final": self.final,
-            "best": self.best,
-            "seconds": self.seconds,
-            "lengths": self.tracker.lengths(),
-        }
-
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint says."""
-        assert self.engine is not None
-        self.engine.finished_epochs = progress["finished_epochs"]
-        self.final, self.best = progress["final"], progress["best"]
-        self.seconds = progress["seconds"]
 
 
 def run(
@@ -229,7 +220,6 @@ def _fit(
         std=info.std,
         class_names=info.class_names,
     )
-    observer = _Observer(folder, metadata)
     engine = Engine(
         distiller,
         optimizer,
@@ -238,15 +228,12 @@ def _fit(
         accelerator,
         config,
         build_mixer(config, info),
-        observer,
     )
-    observer.engine = engine
     progress: dict[str, Any] = {}
     if folder.last.is_file():
         progress = load_checkpoint(folder.last, engine.stateful, accelerator.device)
-        observer.restore(progress)
-        step = engine.finished_epochs * engine.steps_per_epoch
-        schedule.step_update(step)
+        engine.finished_epochs = progress["finished_epochs"]
+        schedule.step_update(engine.finished_epochs * engine.steps_per_epoch)
         if console is not None:
             console.print(f"going on after epoch {engine.finished_epochs} of {config.epochs}")
     if accelerator.is_main_process and not progress:
@@ -266,22 +253,22 @@ def _fit(
             first_step=engine.finished_epochs * engine.steps_per_epoch,
         ) as tracker,
     ):
-        observer.tracker = tracker
+        recorder = _Recorder(engine, tracker, folder, metadata, progress)
         try:
-            engine.fit(interrupt)
+            engine.fit(recorder, interrupt)
         except Interrupted as error:
             raise Interrupted(
                 f"stopped by a signal; epoch {engine.finished_epochs} of {config.epochs} is the "
                 f"last complete one in {folder.path}: the same command goes on from there"
             ) from error
     if accelerator.is_main_process:
-        _finish(config, label, engine, observer, folder, num_parameters)
+        _finish(config, label, engine, recorder, folder, num_parameters)
     skipped = getattr(source, "skipped", 0)
     if console is not None and skipped:
         console.print(f"{skipped} unreadable images were left out; the warnings name them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
-    return TrainResult(folder.path, observer.final, observer.best, exported.cpu().eval())
+    return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
 
 
 def _announce(config: Config, label: str, console: Console | None, folder: RunFolder) -> None:
@@ -300,7 +287,7 @@ def _finish(
     config: Config,
     label: str,
     engine: Engine,
-    observer: _Observer,
+    recorder: _Recorder,
     folder: RunFolder,
     num_parameters: int,
 ) -> None:
@@ -324,9 +311,9 @@ def _finish(
         "test_images": engine.source.num_test,
         "seed": config.seed,
         "epochs": config.epochs,
-        "final": observer.final,
-        "best": observer.best,
-        "seconds": observer.seconds,
+        "final": recorder.final,
+        "best": recorder.best,
+        "seconds": recorder.seconds,
         "parameters": num_parameters,
         "assumed": config.assumed,
         "skipped_images": skipped,
