@@ -109,7 +109,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    try:
+        room = import_module(f"{__name__}.{_ROOMS[name]}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{__name__}.{name} needs pip install 'softlabels[train]': {error}"
+        ) from error
+    value = getattr(room, name)
     globals()[name] = value
     return value
 

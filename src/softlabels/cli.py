@@ -57,15 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0; 2 for anything that the user can put right, after one line that says
         what; 1 for a run that failed; 130 for a run that the user stopped.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if given[0] == "--version":
-        from softlabels import __version__
-
-        print(f"softlabels {__version__}")
-        return 0
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     name, rest = given[0], given[1:]
     sys.path.append(str(Path.cwd()))  # for models named as module:function
     try:
@@ -101,6 +93,14 @@ def _complain(command: str, message: str) -> None:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    if name in ("-h", "--help"):
+        print(_overview(), flush=True)
+        return 0
+    if name == "--version":
+        from softlabels import __version__
+
+        print(f"softlabels {__version__}")
+        return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
