@@ -99,6 +99,19 @@ def test_shear_leans_vertical_lines_and_leaves_horizontal_ones():
         assert abs(moments(image[0])[4]) < 0.5
 
 
+def test_rotation_and_shear_together_keep_areas():
+    images = still(rotation=30, shear=30)(blob(), torch.arange(100), 0)
+    for image in images:
+        _, _, xx, yy, xy = moments(image[0])
+        assert math.sqrt(xx * yy - xy**2) == pytest.approx(16, rel=0.03)
+
+
+def test_pixels_in_between_are_interpolated():
+    ramp = (torch.arange(32) / 32).expand(50, 1, 32, 32)
+    steps = still(shift=3)(ramp, torch.arange(50), 0)[..., 4:28].diff(dim=3)
+    torch.testing.assert_close(steps[:, :, 8:24], torch.full((50, 1, 16, 23), 1 / 32))
+
+
 def test_what_comes_from_outside_is_black():
     images = still(scale=(0.5, 0.5))(torch.ones(3, 1, 16, 16), INDEX[:3], 0)
     assert images[:, :, 0].abs().max() == 0

@@ -75,6 +75,12 @@ def test_normal_has_the_moments_of_the_normal_distribution():
     assert inside == pytest.approx(0.6827, abs=0.005)
 
 
+def test_normal_is_finite_where_the_uniform_number_is_0():
+    key, index = derive_seed("zero"), torch.tensor([18_890_507])
+    assert uniform(key, index, 1).item() == 0
+    assert normal(key, index, 2).isfinite().all()
+
+
 @pytest.mark.parametrize("draw", [uniform, normal])
 def test_neighbours_are_independent(draw):
     draws = draw(1000, INDEX, 16)
