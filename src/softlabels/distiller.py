@@ -36,6 +36,8 @@ __all__ = ["Distiller", "StepOutput"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_MOST_KEPT = 256  # batches between two optimiser steps; more means that nobody calls after_step
+
 
 @dataclass
 class StepOutput:
@@ -164,7 +166,7 @@ class Distiller(nn.Module):
                 if teacher is not None and reads_a_teacher
                 else None
             )
-            self._kept: dict[str, Value] | None = None
+            self._kept: list[dict[str, Value]] = []
             self._add_heads(student_layout, needed=example_shape is not None)
         self.train(student.training)
 
@@ -239,7 +241,7 @@ class Distiller(nn.Module):
             loss = loss + self.method_weight * distilled
             parts["method"] = distilled.detach()
             if hasattr(self._core.heads, "after_step"):
-                self._kept = {name: _detached(value) for name, value in values.items()}
+                self._keep(values)
         if loss.dim() != 0:
             raise ValueError(
                 f"the loss must be a scalar, got {tuple(loss.shape)}: use reduction='mean' or "
@@ -262,13 +264,28 @@ class Distiller(nn.Module):
                     "student's classes"
                 )
 
+    def _keep(self, values: Mapping[str, Value]) -> None:
+        """Keep a training batch for the method's memory, until `after_step`."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if len(self._kept) == _MOST_KEPT:
+            raise RuntimeError(
+                f"{type(self.method).__name__} has a memory, and {_MOST_KEPT} batches wait for it: "
+                "call distiller.after_step() after each optimizer.step()"
+            )
+        self._kept.append({name: _detached(value) for name, value in values.items()})
+
     def after_step(self) -> None:
-        """Let the method's memory take in the last batch; call it after `optimizer.step()`."""
+        """Let the method's memory take in the batches since the last call.
+
+        Call it after `optimizer.step()`; only methods with a memory need it.
+        """
         update = getattr(self._core.heads, "after_step", None)
-        if update is not None and self._kept is not None:
+        if update is not None:
             with torch.no_grad():
-                update(self._kept)
-            self._kept = None
+                for values in self._kept:
+                    update(values)
+        self._kept = []
 
     def after_epoch(self) -> None:
         """Let the method's memory close an epoch."""
