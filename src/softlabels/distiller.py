@@ -146,6 +146,11 @@ class Distiller(nn.Module):
                 layouts["teacher"] = Layout(teacher.model, example.shape[1:], teacher_taps)
             return layouts["teacher"]
 
+        # Paths that the user names are checked, whether or not the method reads there.
+        if student_taps:
+            student_layout()
+        if teacher_taps:
+            teacher_layout()
         # A fork: the learned parts take their own draws, and the caller's stream is unchanged.
         with torch.random.fork_rng(devices=[]):
             providers = {
@@ -168,7 +173,11 @@ class Distiller(nn.Module):
             )
             self._kept: list[dict[str, Value]] = []
             self._add_heads(student_layout, needed=example_shape is not None)
-        self.train(student.training)
+        # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
+        self.training = self._core.training = student.training
+        for part in (self._core.providers, self._core.heads):
+            if part is not None:
+                part.train(student.training)
 
     def _add_heads(self, layout: Callable[[], Layout], *, needed: bool) -> None:
         """Build the method's learned parts, and check the teacher where images are known."""
@@ -198,7 +207,9 @@ class Distiller(nn.Module):
     def _core(self) -> Trainable:
         module = self.trainable
         while not isinstance(module, Trainable):
-            inner = getattr(module, "module", None) or getattr(module, "_orig_mod", None)
+            inner = getattr(module, "module", None)
+            if inner is None:
+                inner = getattr(module, "_orig_mod", None)
             if not isinstance(inner, nn.Module):
                 raise TypeError(
                     "trainable must be the distiller's own module or a wrapper around it, "

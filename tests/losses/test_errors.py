@@ -83,9 +83,9 @@ WRONG: dict[str, list[Wrong]] = {
         (with_probabilities(1, 0.5, 0.51), ValueError, ["must sum to 1", "row 1 sums to 1.01"]),
         (with_probabilities(3), ValueError, ["must sum to 1", "row 3 sums to 0"]),
         (
-            with_probabilities(0, 0.5, float("nan")),
+            with_probabilities(2, 0.5, float("nan")),
             ValueError,
-            ["must sum to 1", "row 0 sums to nan"],
+            ["must sum to 1", "row 2 sums to nan"],
         ),
         (
             with_probabilities(3, float("inf"), 0.5),

@@ -12,7 +12,7 @@ from loss_cases import CASES, LossCase, case_id
 from torch import Tensor, nn
 
 from softlabels import losses
-from softlabels.losses import METHODS, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
+from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
 from softlabels.losses import reads as signals
 from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
 
@@ -104,6 +104,13 @@ def test_a_signal_is_a_frozen_value(signal):
             setattr(one, field.name, "changed")
 
 
+def test_signals_have_the_papers_places_as_defaults():
+    assert WeakLogits() == WeakLogits(tap="middle")
+    assert Votes() == Votes(upsample=1)
+    assert signals.Features() == signals.Features(of="student", stages=("last",))
+    assert signals.FromBatch() == signals.FromBatch(name="index")
+
+
 # Soft labels
 
 
@@ -147,3 +154,28 @@ def test_soft_labels_of_half_precision_are_float32(case):
     soft = case.module(**case.module_settings).soft_labels(*arguments)
 
     assert soft.target.dtype == soft.non_target.dtype == torch.float32
+
+
+def test_zipf_ls_module_takes_votes_exactly_if_they_rank():
+    logits, target, votes = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([[0], [2]])
+    with pytest.raises(ValueError, match="rank_from='votes' decides whether votes rank, got none"):
+        ZipfLSLoss()(logits, target)
+    with pytest.raises(ValueError, match="rank_from='logits' decides whether votes rank, got some"):
+        ZipfLSLoss(rank_from="logits")(logits, target, votes)
+    with pytest.raises(ValueError, match="got none"):
+        ZipfLSLoss().soft_labels(logits, target)
+
+
+@pytest.mark.parametrize("method", [NKDLoss(), KDLoss()])
+def test_soft_labels_of_a_class_out_of_range_are_refused(method):
+    logits = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="got values from 0 to 77"):
+        method.soft_labels(logits, logits, torch.tensor([0, 77]))
+
+
+def test_fake_tensors_have_no_values_to_check():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        loss = ZipfLSLoss(rank_from="logits")(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    assert loss.shape == ()

@@ -14,6 +14,7 @@ from softlabels.losses.nontarget import (
     check_choice,
     check_logits,
     check_number,
+    check_target,
     in_float32,
     label_probabilities,
     non_target_softmax,
@@ -103,6 +104,8 @@ class KDLoss(nn.Module):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """What the student learns from: T at `temperature`, split at the labelled classes."""
+        check_logits(teacher_logits, "teacher_logits")
+        check_target(target, teacher_logits)
         softened = in_float32(teacher_logits.detach()) / self.temperature
         labelled = label_probabilities(target, softened) > 0
         return SoftLabels(

@@ -157,6 +157,8 @@ class NKDLoss(nn.Module):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """What the student learns from: T_t, and N(T) at `temperature`. No gradient."""
+        check_logits(teacher_logits, "teacher_logits")
+        check_target(target, teacher_logits)
         teacher_logits = in_float32(teacher_logits.detach())
         labelled = label_probabilities(target, teacher_logits, self.mixed_target) > 0
         return SoftLabels(

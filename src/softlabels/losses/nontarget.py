@@ -68,7 +68,8 @@ def _values_can_be_read(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return _values_forced or tensor.device.type == "cpu"
+    # Subclasses, such as fake tensors, may have no values at all.
+    return _values_forced or (type(tensor) is Tensor and tensor.device.type == "cpu")
 
 
 def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:
@@ -106,7 +107,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must be a tensor, got {_described(target)}")
     batch_size, num_classes = logits.shape
     if target.dim() == 1:
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        if not _holds_integers(target):
             raise TypeError(f"target [B] must hold integer class indices, got {target.dtype}")
         if target.shape[0] != batch_size:
             raise ValueError(f"target must hold {batch_size} labels, got {target.shape[0]}")
@@ -126,6 +127,10 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target [B, C] must hold floating-point probabilities, got {target.dtype}")
     if _values_can_be_read(target):
         _check_probabilities(target)
+
+
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _check_probabilities(target: Tensor) -> None:
@@ -160,7 +165,7 @@ def check_votes(votes: Tensor, logits: Tensor) -> None:
         TypeError: Not an integer tensor.
         ValueError: A wrong shape, or a class out of range.
     """
-    if not isinstance(votes, Tensor) or votes.is_floating_point() or votes.dtype == torch.bool:
+    if not isinstance(votes, Tensor) or not _holds_integers(votes):
         raise TypeError(f"votes must hold integer class indices, got {_described(votes)}")
     if votes.dim() != 2 or votes.shape[0] != logits.shape[0] or votes.shape[1] < 1:
         raise ValueError(

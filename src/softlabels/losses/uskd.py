@@ -221,7 +221,8 @@ def uskd_loss(
     check_number("weak_weight", weak_weight)
     soft = uskd_targets(logits, weak_logits, target, rank_by=rank_by)
 
-    logits, weak_logits = in_float32(logits), in_float32(weak_logits)
+    logits = in_float32(logits)
+    weak_logits = in_float32(weak_logits).to(logits.dtype)
     labels = label_probabilities(target, logits)
     target_term = -(soft.target * logits.log_softmax(1)).sum(1)
     non_target_term = -(soft.non_target * non_target_log_softmax(logits, labels > 0)).sum(1)

@@ -44,8 +44,8 @@ def _ranks_of_counts(votes: Tensor, num_classes: int) -> Tensor:
 
 def _ranks_of_scores(scores: Tensor) -> Tensor:
     """Competition ranks of the classes by score, [B, C]."""
-    ascending = scores.sort(dim=1).values
-    at_most = torch.searchsorted(ascending, scores.contiguous(), right=True)
+    scores = scores.contiguous()
+    at_most = torch.searchsorted(scores.sort(dim=1).values, scores, right=True)
     return 1 + scores.shape[1] - at_most
 
 
@@ -181,6 +181,8 @@ class ZipfLSLoss(nn.Module):
         check_number("power", power)
         check_choice("rank_from", rank_from, ("votes", "logits"))
         check_number("vote_upsample", vote_upsample, positive=True)
+        if not isinstance(vote_upsample, int):
+            raise TypeError(f"vote_upsample must be a whole number, got {vote_upsample!r}")
         check_choice("mixed_target", mixed_target, ("largest", "all"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.power = power
@@ -198,7 +200,12 @@ class ZipfLSLoss(nn.Module):
         return reads
 
     def forward(self, logits: Tensor, target: Tensor, votes: Tensor | None = None) -> Tensor:
-        """Compute `zipf_ls_loss` with this module's settings."""
+        """Compute `zipf_ls_loss` with this module's settings.
+
+        Raises:
+            ValueError: Votes are missing though they rank, or given though they do not.
+        """
+        self._check_votes(votes)
         return zipf_ls_loss(
             logits,
             target,
@@ -208,10 +215,16 @@ class ZipfLSLoss(nn.Module):
             reduction=self.reduction,
         )
 
+    def _check_votes(self, votes: Tensor | None) -> None:
+        if (votes is None) == (self.rank_from == "votes"):
+            got = "none" if votes is None else "some"
+            raise ValueError(f"rank_from={self.rank_from!r} decides whether votes rank, got {got}")
+
     def soft_labels(
         self, logits: Tensor, target: Tensor, votes: Tensor | None = None
     ) -> SoftLabels:
         """What the network learns from: the labels themselves, and `zipf_ls_targets`."""
+        self._check_votes(votes)
         return SoftLabels(
             label_probabilities(target, in_float32(logits), self.mixed_target),
             zipf_ls_targets(

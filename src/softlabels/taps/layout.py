@@ -396,7 +396,7 @@ class Layout:
 
         Raises:
             ValueError: The last feature has no positions, or the modules after it cannot work at
-            a single one.
+                a single one.
         """
         point = self.point("last")
         if point.height * point.width == 0:
