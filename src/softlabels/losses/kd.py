@@ -103,7 +103,7 @@ class KDLoss(nn.Module):
         )
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
-        """What the student learns from: T at `temperature`, split at the labelled classes."""
+        """The teacher's softened belief in the true class, and how it shares out the rest."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits)
         softened = in_float32(teacher_logits.detach()) / self.temperature

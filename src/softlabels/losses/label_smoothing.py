@@ -116,7 +116,7 @@ class LabelSmoothingLoss(nn.Module):
         )
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
-        """The smoothed labels: their value at labelled classes, and the even rest."""
+        """The smoothed label: most on the true class, the rest spread evenly."""
         labels = label_probabilities(target, in_float32(logits))
         labelled = labels > 0
         smoothed = _smoothed(labels, self.smoothing, self.smooth_over)

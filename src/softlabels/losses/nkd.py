@@ -156,7 +156,7 @@ class NKDLoss(nn.Module):
         )
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
-        """What the student learns from: T_t, and N(T) at `temperature`. No gradient."""
+        """The teacher's belief in the true class, and how it shares the rest among the others."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits)
         teacher_logits = in_float32(teacher_logits.detach())

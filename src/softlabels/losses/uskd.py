@@ -286,5 +286,5 @@ class USKDLoss(nn.Module):
         )
 
     def soft_labels(self, logits: Tensor, weak_logits: Tensor, target: Tensor) -> SoftLabels:
-        """What the network learns from: `uskd_targets` with this module's settings."""
+        """A value from the network's own confidence, and Zipf's law over its own ranking."""
         return uskd_targets(logits, weak_logits, target, rank_by=self.rank_by)

@@ -223,7 +223,7 @@ class ZipfLSLoss(nn.Module):
     def soft_labels(
         self, logits: Tensor, target: Tensor, votes: Tensor | None = None
     ) -> SoftLabels:
-        """What the network learns from: the labels themselves, and `zipf_ls_targets`."""
+        """The label, and Zipf's law over the wrong classes as the network itself ranks them."""
         self._check_votes(votes)
         return SoftLabels(
             label_probabilities(target, in_float32(logits), self.mixed_target),

@@ -136,7 +136,13 @@ def _train_all(
     configs: Mapping[str, Config], options: Mapping[str, Any], jobs: int, console: Console
 ) -> None:
     """Train in processes of one thread each, `jobs` at a time, with a bar for each."""
-    waiting = [n for n, c in configs.items() if not RunFolder(Path(c.output or "")).is_complete()]
+    # Those with a teacher take longest: first, so that none is left running alone at the end.
+    longest_first = sorted(configs, key=lambda name: configs[name].teacher.name is None)
+    waiting = [
+        name
+        for name in longest_first
+        if not RunFolder(Path(configs[name].output or "")).is_complete()
+    ]
     complete = [name for name in configs if name not in waiting]
     if complete:
         console.print(f"complete already: {', '.join(complete)}", highlight=False)
