@@ -139,7 +139,7 @@ def test_methods_lists_all(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "no such command: expected train"),
+        (["trains"], "no such command: expected train"),
         (["train", "no_such_recipe"], "no recipe 'no_such_recipe'"),
         (["train", "--method.kind", "uksd"], "no method 'uksd'.*near: uskd"),
         (["train", "--method.kind"], "no method ''"),
@@ -157,7 +157,7 @@ def test_methods_lists_all(capsys):
         (["eval"], "Missing"),
         (["predict", "/no/run"], "expected one or more images"),
         (["predict", "/no/run", "/no/image.png"], "/no/image.png does not exist"),
-        (["config", "shwo"], "expected `config show`"),
+        (["config", "display"], "expected `config show`"),
         (["methods", "--kind", "x"], "no method 'x'"),
         (["demo", "--epochs", "0"], "epochs must be 1 or more"),
     ],

@@ -29,7 +29,7 @@ FAST = {
     "gallery": 3,
     "progress": False,
 }
-TEACHED = ("kd", "nkd")
+WITH_TEACHER = ("kd", "nkd")
 
 
 def train(source: InMemorySource, output: Path, **settings) -> softlabels.training.TrainResult:
@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def teacher_for(method: str | None) -> dict:
-    if method not in TEACHED:
+    if method not in WITH_TEACHER:
         return {}
     torch.manual_seed(5)
     return {"teacher": create_model("resnet8_glyphs", num_classes=6)}
