@@ -335,7 +335,6 @@ class Distiller(nn.Module):
         """A copy of the student alone, without hooks and gradients."""
         copied = copy.deepcopy(self._core)
         copied.tap.remove()
-        copied.zero_grad(set_to_none=True)
         return copied.student
 
     def state_dict(  # type: ignore[override]  # the base's overloads differ in their type variable

@@ -77,6 +77,7 @@ class FeatureTap:
         ValueError: A path that the model does not have; the message lists near names.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> with FeatureTap(model, ["1"]) as tap:
         ...     logits = model(torch.ones(5, 4))
