@@ -260,17 +260,38 @@ def test_a_container_of_the_final_resolution_is_looked_into():
     assert (point.path, point.height) == ("blocks.4", 7)
 
 
-def test_a_network_of_one_resolution_takes_its_second_to_last_stage():
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.Conv2d(4, 6, 3, padding=1),
-        nn.Conv2d(6, 8, 3, padding=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 10),
-    )
+@pytest.mark.parametrize(
+    ("layers", "path"),
+    [
+        ([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 8, 1)], "1"),
+        ([nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.ReLU()], "0"),
+        (
+            [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 8, 1)],
+            "0",
+        ),
+    ],
+    ids=["convolutions", "activations", "a classifier's map"],
+)
+def test_a_network_of_one_resolution_takes_its_second_to_last_stage(layers, path):
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
 
-    assert middle_with_warning(model, 8).path == "1"
+    assert middle_with_warning(nn.Sequential(*layers, *head), 8).path == path
+
+
+def test_the_order_is_that_of_running_not_of_declaring():
+    class Backwards(SmallCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            stages = {name: self._modules.pop(name) for name in ("stem", "stage1", "stage2")}
+            self.before = nn.Conv2d(12, 12, 1)  # at the middle's resolution, run before stage1
+            self.stage1_end = nn.Conv2d(12, 12, 1)
+            self.stage2, self.stage1, self.stem = reversed(stages.values())
+
+        def forward(self, images: Tensor) -> Tensor:
+            feature = self.before(self.stage1_end(self.stage1(self.stem(images))))
+            return self.fc(self.pool(self.stage2(feature)).flatten(1))
+
+    assert Layout(Backwards(), (3, 16, 16)).point("middle").path == "before"
 
 
 def test_an_exact_halving_gives_no_warning():
@@ -283,14 +304,14 @@ def test_an_exact_halving_gives_no_warning():
 
 
 class ChannelsLast(nn.Module):
-    """Maps of [B, H, W, C]."""
+    """Maps of [B, H, W, C], the first of nearly as many channels as columns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, 10, 2, 2)
+        self.patch = nn.Conv2d(3, 9, 2, 2)
         self.to_last = _Permute(0, 2, 3, 1)
-        self.first = nn.Linear(10, 10)
-        self.merge = _Merge(10, 12)
+        self.first = nn.Linear(9, 9)
+        self.merge = _Merge(9, 12)
         self.norm = nn.LayerNorm(12)
         self.fc = nn.Linear(12, 5)
 
@@ -325,7 +346,7 @@ def test_maps_with_channels_last_are_seen_as_such():
 
     middle, last = layout.point("middle"), layout.point("last")
 
-    assert middle == TapPoint("first", "NHWC", 10, 8, 8)
+    assert middle == TapPoint("first", "NHWC", 9, 8, 8)
     assert last == TapPoint("norm", "NHWC", 12, 4, 4)
     with torch.no_grad(), FeatureTap(model, ["norm"]) as tap:
         logits = model(images_of())

@@ -67,7 +67,7 @@ def register_vit() -> nn.Module:
 
 
 def pooled_vit() -> nn.Module:
-    """The mean of the patch tokens classifies, after a norm of its own."""
+    """The mean of the patch tokens, without two registers, classifies after a norm of its own."""
     return VisionTransformer(
         img_size=16,
         patch_size=4,
@@ -77,6 +77,7 @@ def pooled_vit() -> nn.Module:
         num_classes=NUM_CLASSES,
         class_token=False,
         global_pool="avg",
+        reg_tokens=2,
     )
 
 
@@ -127,7 +128,7 @@ BY_HAND = {
         lambda m, x: features_of(m, x)[:, 3:].unflatten(1, (4, 4)), lambda m, v: m.head(v)),
     "timm vit, pooled": (
         pooled_vit, 16,
-        lambda m, x: features_of(m, x).unflatten(1, (4, 4)),
+        lambda m, x: features_of(m, x)[:, 2:].unflatten(1, (4, 4)),
         lambda m, v: m.head(m.fc_norm(v))),
     "torchvision resnet18": (
         of_torchvision("resnet18"), 64,
@@ -250,7 +251,14 @@ def test_the_size_of_the_chunks_does_not_change_the_votes(case, monkeypatch):
     assert calls == [whole.shape[1]] * 3  # one image at a time
 
 
-def test_votes_carry_no_gradient_and_leave_the_mode(case):
+def test_votes_carry_no_gradient_and_leave_the_mode(case, monkeypatch):
+    grad_modes = set()
+    logits = PositionHead.logits
+    monkeypatch.setattr(
+        PositionHead,
+        "logits",
+        lambda *args: grad_modes.add(torch.is_grad_enabled()) or logits(*args),
+    )
     case.model.train()
     try:
         feature = case.feature().requires_grad_()
@@ -261,6 +269,7 @@ def test_votes_carry_no_gradient_and_leave_the_mode(case):
 
     assert votes.dtype == torch.int64
     assert not votes.requires_grad
+    assert grad_modes == {False}
     assert modes == {True}
 
 
@@ -365,7 +374,7 @@ def test_the_votes_may_be_read_before_a_norm_that_the_model_has():
 
     votes = head.votes(model, feature)
 
-    assert torch.equal(votes, model.head(model.fc_norm(feature)).argmax(2))
+    assert torch.equal(votes, model.head(model.fc_norm(feature[:, 2:])).argmax(2))
 
 
 def test_tokens_without_patches_are_an_error():

@@ -323,9 +323,7 @@ class Layout:
             (
                 size
                 for r in reversed(self._records)
-                if r.finished < last.finished
-                and (size := self._size(r)) is not None
-                and size[0] * size[1] > final[0] * final[1]
+                if (size := self._size(r)) is not None and size[0] * size[1] > final[0] * final[1]
             ),
             None,
         )
