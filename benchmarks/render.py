@@ -97,8 +97,8 @@ def benchmarks() -> str:
     """Overheads and start-up times."""
     results = _read("benchmarks.json")
     lines = [
-        "| student | method | over | median | middle half |",
-        "| --- | --- | --- | ---: | ---: |",
+        "| student | batch | method | over | median | middle half | rounds |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
     ]
     for part in results["overhead"]:
         for name, value in part["ratio"].items():
@@ -106,20 +106,22 @@ def benchmarks() -> str:
             over = value["over"].replace("_", "-")
             spread = f"{value['low']:.3f} to {value['high']:.3f}"
             lines.append(
-                f"| {part['student']} | {label} | {over} | {value['median']:.3f} | {spread} |"
+                f"| {part['student']} | {part['batch_size']} | {label} | {over} "
+                f"| {value['median']:.3f} | {spread} | {part['rounds']} |"
             )
     lines += [
         "",
-        f"Step times as ratios, batch {results['overhead'][0]['batch_size']}, {results['rounds']} "
-        "rounds in turn.",
+        "Step times as ratios of steps in turn, one thread.",
         "",
-        "| student | speed from the in-memory source / on one fixed batch | middle half |",
-        "| --- | ---: | ---: |",
+        "| student | batch | speed from the in-memory source / on one fixed batch | middle half |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for part in results["pipeline"]:
         value = part["speed_ratio"]
         spread = f"{value['low']:.3f} to {value['high']:.3f}"
-        lines.append(f"| {part['student']} | {value['median']:.3f} | {spread} |")
+        lines.append(
+            f"| {part['student']} | {part['batch_size']} | {value['median']:.3f} | {spread} |"
+        )
     start = results["start_up"]
     lines += [
         "",

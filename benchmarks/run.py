@@ -1,6 +1,6 @@
 """Measure what the methods and the input pipeline cost: `make bench`, one thread.
 
-Each figure is a ratio of steps that ran in turn in one process (A B C A B C ...), the median and
+Each figure is a ratio of steps that ran in turn in one process (A B C C B A ...), the median and
 the quartiles over the rounds; single times mean little on a shared machine.
 """
 
@@ -28,7 +28,6 @@ from softlabels.training.folder import environment
 from softlabels.training.timing import Ratio, interleaved, ratio
 
 ROUNDS = 30
-BATCH_SIZE = 128
 
 
 def _as_json(value: Ratio) -> dict[str, float]:
@@ -47,10 +46,10 @@ def _step(distiller: Distiller, images: Tensor, target: Tensor) -> Callable[[], 
     return step
 
 
-def overhead(student: str, channels: int, rounds: int) -> dict[str, Any]:
+def overhead(student: str, channels: int, rounds: int, batch_size: int) -> dict[str, Any]:
     """Step time of each method over cross-entropy's, on one fixed batch."""
-    images = torch.randn(BATCH_SIZE, channels, 32, 32)
-    target = torch.randint(0, 100, (BATCH_SIZE,))
+    images = torch.randn(batch_size, channels, 32, 32)
+    target = torch.randint(0, 100, (batch_size,))
     shape = (channels, 32, 32)
     teacher_name = "resnet14x4_glyphs" if channels == 1 else "resnet8x4"
 
@@ -82,7 +81,8 @@ def overhead(student: str, channels: int, rounds: int) -> dict[str, Any]:
     bases = {"nkd": "cross_entropy + teacher", "kd": "cross_entropy + teacher"}
     return {
         "student": student,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size,
+        "rounds": rounds,
         "milliseconds": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
         "ratio": {
             name: {
@@ -94,7 +94,7 @@ def overhead(student: str, channels: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def pipeline(student: str, rounds: int) -> dict[str, Any]:
+def pipeline(student: str, rounds: int, batch_size: int) -> dict[str, Any]:
     """Speed of training from the in-memory source over the same step on one fixed batch."""
     source = open_source("glyphs100")
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def pipeline(student: str, rounds: int) -> dict[str, Any]:
     def endless() -> Iterator[Batch]:
         while True:
             yield from source.train_batches(
-                seed=0, epoch=next(epochs), batch_size=BATCH_SIZE, device="cpu"
+                seed=0, epoch=next(epochs), batch_size=batch_size, device="cpu"
             )
 
     batches = endless()
@@ -121,6 +121,8 @@ def pipeline(student: str, rounds: int) -> dict[str, Any]:
     )
     return {
         "student": student,
+        "batch_size": batch_size,
+        "rounds": rounds,
         "milliseconds": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
         "speed_ratio": _as_json(ratio(seconds["fixed"], seconds["source"])),
     }
@@ -166,10 +168,15 @@ def main() -> None:
     rounds: int = options.rounds
     results = {
         "command": "make bench",
-        "rounds": rounds,
         "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1),
-        "overhead": [overhead("resnet8_glyphs", 1, rounds), overhead("resnet8x4", 3, rounds)],
-        "pipeline": [pipeline("resnet8_glyphs", rounds), pipeline("resnet8x4", rounds)],
+        "overhead": [
+            overhead("resnet8_glyphs", 1, 4 * rounds, 128),
+            overhead("resnet8x4", 3, 2 * rounds, 32),
+        ],
+        "pipeline": [
+            pipeline("resnet8_glyphs", 4 * rounds, 128),
+            pipeline("resnet8x4", rounds, 32),
+        ],
         "start_up": start_up(max(3, rounds // 6)),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

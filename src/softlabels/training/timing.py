@@ -33,9 +33,10 @@ class Ratio:
 def interleaved(
     steps: Mapping[str, Step], *, rounds: int, warmup: int = 3, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Run several steps in turn, A B C A B C ..., and time each.
+    """Run several steps in turn, A B C C B A ..., and time each.
 
-    In turn, because a machine's speed drifts: only times of the same round are compared.
+    In turn, because a machine's speed drifts: only times of the same round are compared. Every
+    other round runs backwards, so that none always follows the same neighbour.
 
     Args:
         steps: By name.
@@ -51,7 +52,8 @@ def interleaved(
     gc.disable()
     try:
         for number in range(-warmup, rounds):
-            for name, step in steps.items():
+            order = list(steps.items())
+            for name, step in order if number % 2 else reversed(order):
                 started = time.perf_counter()
                 step()
                 if device is not None and device.type == "cuda":
