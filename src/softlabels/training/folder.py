@@ -102,8 +102,13 @@ def environment(config: Config, device: torch.device, num_processes: int) -> dic
         "accelerator": accelerator,
         "processes": num_processes,
         "seed": config.seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m softlabels" if name == "__main__.py" else name
 
 
 def _processor() -> str:
