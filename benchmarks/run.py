@@ -53,29 +53,32 @@ def overhead(student: str, channels: int, rounds: int, batch_size: int) -> dict[
     shape = (channels, 32, 32)
     teacher_name = "resnet14x4_glyphs" if channels == 1 else "resnet8x4"
 
-    def build(method: nn.Module | None, teacher: nn.Module | None = None) -> Distiller:
-        torch.manual_seed(0)
-        model = build_model(student, num_classes=100, in_channels=channels)
-        return Distiller(model, method, teacher=teacher, example_shape=shape)
+    torch.manual_seed(0)
+    # One student and one teacher for all: other places in memory alone make other step times.
+    model = build_model(student, num_classes=100, in_channels=channels)
+    teacher = Teacher(build_model(teacher_name, num_classes=100, in_channels=channels))
 
-    def teacher() -> Teacher:
-        torch.manual_seed(1)
-        return Teacher(build_model(teacher_name, num_classes=100, in_channels=channels))
+    def step(method: nn.Module | None) -> Callable[[], None]:
+        taught = isinstance(method, KDLoss | NKDLoss)
+        return _step(
+            Distiller(model, method, teacher=teacher if taught else None, example_shape=shape),
+            images,
+            target,
+        )
 
-    plain = _step(build(None), images, target)
-    forward = teacher()
+    plain = step(None)
 
     def plain_and_teacher() -> None:
-        forward(images)
+        teacher(images)
         plain()
 
     steps = {
         "cross_entropy": plain,
-        "uskd": _step(build(USKDLoss()), images, target),
-        "zipf_ls": _step(build(ZipfLSLoss()), images, target),
+        "uskd": step(USKDLoss()),
+        "zipf_ls": step(ZipfLSLoss()),
         "cross_entropy + teacher": plain_and_teacher,
-        "nkd": _step(build(NKDLoss(), teacher()), images, target),
-        "kd": _step(build(KDLoss(), teacher()), images, target),
+        "nkd": step(NKDLoss()),
+        "kd": step(KDLoss()),
     }
     seconds = interleaved(steps, rounds=rounds)
     bases = {"nkd": "cross_entropy + teacher", "kd": "cross_entropy + teacher"}
