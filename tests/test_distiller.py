@@ -873,3 +873,13 @@ def test_other_taps_on_the_student_go_on_working():
         distiller(images64(), hard_labels())
 
         assert tap.pop()["stage1"].shape == (4, 12, 8, 8)
+
+
+def test_the_teacher_goes_to_the_students_device():
+    # The meta device stands for an accelerator: it holds shapes alone.
+    student = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to("meta")
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+
+    distiller = Distiller(student, NKDLoss(), teacher=teacher)
+
+    assert {p.device.type for p in distiller.teacher.parameters()} == {"meta"}

@@ -71,6 +71,7 @@ class Distiller(nn.Module):
         method: A module of `softlabels.losses`, or any module that declares `reads`. None
             trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
+            It is moved to the student's device.
         task_loss: (logits, target) -> scalar; cross-entropy if None.
         task_weight: Weight of the task's loss.
         method_weight: Weight of the method's loss.
@@ -131,6 +132,9 @@ class Distiller(nn.Module):
             *map(id, student.parameters())
         }:
             raise ValueError("teacher and student share parameters: pass a copy as teacher")
+        parameter = next(student.parameters(), None)
+        if teacher is not None and parameter is not None:
+            teacher.to(parameter.device)
         student_taps, teacher_taps = _split_taps(taps or {}, teacher)
         layouts: dict[str, Layout] = {}
 
