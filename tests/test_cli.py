@@ -245,3 +245,18 @@ def test_help_does_not_import_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_predict_sees_images_as_the_evaluation_did(capsys, trained, folder):
+    from softlabels.data import open_source
+    from softlabels.training.predict import load_student
+
+    network, _ = load_student(trained)
+    source = open_source(path=str(folder), image_size=32, workers=0)
+    batch = next(source.test_batches(batch_size=16, device="cpu"))
+    expected = network(batch.images).softmax(1).max(1).values.tolist()
+
+    assert main(["predict", str(trained), str(folder / "val"), "--format", "json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    got = [row["classes"][0]["probability"] for row in rows]
+    assert sorted(got) == pytest.approx(sorted(expected), abs=1e-5)

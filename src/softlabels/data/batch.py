@@ -40,6 +40,8 @@ class DataInfo:
         mean: Mean that was subtracted, one number a channel, for images in 0..1.
         std: Standard deviation that divided, one number a channel, for images in 0..1.
         groups: A group of similar classes for each class, from 0, or None if there are no groups.
+        crop_fraction: The central part of a test image that was kept, above 0, at most 1.
+        interpolation: How images were resized.
     """
 
     name: str
@@ -49,6 +51,8 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     groups: tuple[int, ...] | None = None
+    crop_fraction: float = 1.0
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         for field in ("mean", "std"):

@@ -29,7 +29,7 @@ BadImages = Literal["error", "skip"]
 _SplitName = Literal["train", "test"]
 
 # What Pillow's decoders raise for damaged files.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class _Reader(Dataset[_Sample]):
         for offset in range(tries):
             index = (key.index + offset) % len(images)
             try:
-                image = _read_rgb(images.path(index))
-            except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+                image = read_rgb(images.path(index))
+            except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
                 bad.append((images.path(index), f"{type(error).__name__}: {error}"))
                 continue
             with seeded(key.seed, key.epoch, key.index, "augment"):
@@ -99,7 +99,7 @@ class _Reader(Dataset[_Sample]):
         return _Sample(None, -1, key.index, bad)
 
 
-def _read_rgb(path: str) -> Image.Image:
+def read_rgb(path: str) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB."""
     with Image.open(path) as image:
         return _to_rgb(image)
@@ -195,7 +195,16 @@ class FolderSource:
         class_names, self._train, self._test = list_images(path, validation_fraction)
         size = (image_size, image_size)
         name = Path(path).expanduser().resolve().name
-        self._info = DataInfo(name, class_names, 3, size, tuple(mean), tuple(std))
+        self._info = DataInfo(
+            name,
+            class_names,
+            3,
+            size,
+            tuple(mean),
+            tuple(std),
+            crop_fraction=crop_fraction,
+            interpolation=interpolation,
+        )
         train_transform, test_transform = image_transforms(
             image_size,
             augmentation=augmentation,

@@ -17,6 +17,25 @@ Interpolation = Literal["bilinear", "bicubic"]
 ImageTransform = Callable[[Image.Image], Tensor]
 
 
+def evaluation_transform(
+    image_size: int | tuple[int, int],
+    *,
+    interpolation: str,
+    crop_fraction: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> ImageTransform:
+    """Make the transform for testing: resize, central crop, normalisation; see `image_transforms`.
+
+    Returns:
+        A transform of an image to [C, height, width] float32, without any draw.
+    """
+    transform: ImageTransform = create_transform(
+        image_size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_fraction
+    )
+    return transform
+
+
 def image_transforms(
     image_size: int,
     *,
@@ -47,8 +66,8 @@ def image_transforms(
     Raises:
         ValueError: If timm does not know the policy.
     """
-    test: ImageTransform = create_transform(
-        image_size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_fraction
+    test = evaluation_transform(
+        image_size, interpolation=interpolation, crop_fraction=crop_fraction, mean=mean, std=std
     )
     if augmentation == "none":
         return test, test

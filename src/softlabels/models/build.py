@@ -60,6 +60,8 @@ class FileRecord(BaseModel, frozen=True):
         mean: Mean of each channel of the images, in 0 to 1.
         std: Standard deviation of each channel, likewise.
         class_names: One for each class.
+        crop_fraction: The central part of a test image that is kept.
+        interpolation: How images are resized.
     """
 
     model: str
@@ -70,6 +72,8 @@ class FileRecord(BaseModel, frozen=True):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    crop_fraction: float = 1.0
+    interpolation: str = "bilinear"
 
 
 def build_model(
@@ -167,6 +171,8 @@ def model_metadata(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     class_names: tuple[str, ...] | None = None,
+    crop_fraction: float = 1.0,
+    interpolation: str = "bilinear",
 ) -> dict[str, str]:
     """Return the header with which `save_weights` makes a file that `file:PATH` builds.
 
@@ -180,6 +186,8 @@ def model_metadata(
         mean: Mean of each channel that its images were normalised with.
         std: Standard deviation of each channel, likewise.
         class_names: One for each class.
+        crop_fraction: The central part of a test image that is kept.
+        interpolation: How images are resized.
 
     Returns:
         Texts for the header: one, because the order of several would differ from run to run.
@@ -204,6 +212,8 @@ def model_metadata(
         mean=mean,
         std=std,
         class_names=class_names,
+        crop_fraction=crop_fraction,
+        interpolation=interpolation,
     )
     try:
         return {_METADATA_KEY: record.model_dump_json(exclude_defaults=True)}

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from PIL import Image
+from torch import nn
 
 from softlabels.data import open_source
+from softlabels.data.folder import DECODING_ERRORS, read_rgb
+from softlabels.data.transforms import ImageTransform, evaluation_transform
 from softlabels.models import build_model
 from softlabels.models.build import FileRecord, read_record
 from softlabels.teacher import Teacher
@@ -22,7 +23,6 @@ from softlabels.training.evaluate import evaluate
 __all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-_SMALL_IMAGE = 64  # pixels; images of this size are resized whole, larger ones cropped
 
 
 @dataclass(frozen=True)
@@ -82,37 +82,25 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _transform(record: FileRecord) -> v2.Compose:
+def _transform(record: FileRecord) -> ImageTransform:
+    """As the data source of the student's run evaluated."""
     if record.image_size is None or record.mean is None or record.std is None:
         raise ValueError("the student's file does not say the size and normalisation of its images")
-    height, width = record.image_size
-    if max(height, width) <= _SMALL_IMAGE:
-        sized: list[v2.Transform] = [v2.Resize((height, width), antialias=True)]
-    else:
-        # As the folder source evaluates: the crop is 7/8 of the short side.
-        sized = [
-            v2.Resize(round(max(height, width) / 0.875), antialias=True),
-            v2.CenterCrop((height, width)),
-        ]
-    return v2.Compose(
-        [
-            v2.Grayscale(record.in_channels) if record.in_channels == 1 else v2.Identity(),
-            *sized,
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(record.mean), list(record.std)),
-        ]
+    return evaluation_transform(
+        record.image_size,
+        interpolation=record.interpolation,
+        crop_fraction=record.crop_fraction,
+        mean=record.mean,
+        std=record.std,
     )
 
 
-def _read(path: Path, in_channels: int) -> Tensor:
+def _read(path: Path, in_channels: int) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            pixels: Tensor = v2.functional.pil_to_tensor(
-                image.convert("L" if in_channels == 1 else "RGB")
-            )
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        image = read_rgb(str(path))
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
-    return pixels
+    return image.convert("L") if in_channels == 1 else image
 
 
 def predict(

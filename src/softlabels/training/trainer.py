@@ -219,6 +219,8 @@ def _fit(
         mean=info.mean,
         std=info.std,
         class_names=info.class_names,
+        crop_fraction=info.crop_fraction,
+        interpolation=info.interpolation,
     )
     engine = Engine(
         distiller,
