@@ -260,3 +260,10 @@ def test_predict_sees_images_as_the_evaluation_did(capsys, trained, folder):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     got = [row["classes"][0]["probability"] for row in rows]
     assert sorted(got) == pytest.approx(sorted(expected), abs=1e-5)
+
+
+def test_eval_on_named_data_reads_them_at_the_students_size(capsys, trained, folder):
+    assert main(["eval", str(trained), "--path", str(folder), "--format", "json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    recorded = json.loads((trained / "summary.json").read_text())["final"]
+    assert measured == pytest.approx(recorded, rel=1e-4)

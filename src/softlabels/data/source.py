@@ -18,6 +18,31 @@ SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
 )
 
 
+def kind_of(source: str | None, path: str | None) -> str:
+    """Which source `open_source` opens.
+
+    Args:
+        source: Its name, or None to find out.
+        path: Where the data are.
+
+    Raises:
+        ValueError: If the source is unknown.
+    """
+    if source is None:
+        source = "glyphs100" if path is None else "idx" if holds_idx(path) else "folder"
+    if source not in SOURCES:
+        near = get_close_matches(source, SOURCES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data source {source!r}, expected {', '.join(SOURCES)}{hint}")
+    return source
+
+
+def settings_of(source: str) -> list[str]:
+    """The names of a source's settings."""
+    parameters = inspect.signature(SOURCES[source]).parameters
+    return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
 def open_source(
     source: str | None = None, path: str | None = None, **settings: object
 ) -> DataSource:
@@ -36,15 +61,10 @@ def open_source(
         ValueError: If the source is unknown, a setting is not one of its own, or a path is missing
             or too much; and whatever the source finds wrong.
     """
-    if source is None:
-        source = "glyphs100" if path is None else "idx" if holds_idx(path) else "folder"
-    if source not in SOURCES:
-        near = get_close_matches(source, SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data source {source!r}, expected {', '.join(SOURCES)}{hint}")
+    source = kind_of(source, path)
     open_it = SOURCES[source]
     parameters = inspect.signature(open_it).parameters
-    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known = settings_of(source)
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, n=1)

@@ -12,6 +12,7 @@ from torch import nn
 
 from softlabels.data import open_source
 from softlabels.data.folder import DECODING_ERRORS, read_rgb
+from softlabels.data.source import kind_of, settings_of
 from softlabels.data.transforms import ImageTransform, evaluation_transform
 from softlabels.models import build_model
 from softlabels.models.build import FileRecord, read_record
@@ -168,7 +169,14 @@ def evaluate_file(
             raise ValueError(f"{student} stands in no run's folder: name the data with --path")
         data = build_source(resolve(load_recipe(str(folder / "config.yaml"))))
     else:
-        data = open_source(source, path)
+        trained_with = {
+            "image_size": max(record.image_size) if record.image_size else None,
+            "crop_fraction": record.crop_fraction,
+            "interpolation": record.interpolation,
+        }
+        taken = settings_of(kind_of(source, path))
+        settings = {k: v for k, v in trained_with.items() if k in taken and v is not None}
+        data = open_source(source, path, **settings)
     info = data.info
     try:
         for what, got, expected in (
