@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.nontarget import (
-    SoftLabels,
-    check_logits,
-    check_target,
-    in_float32,
-    label_probabilities,
-)
+from softlabels.losses.checks import check_logits, check_target
+from softlabels.losses.nontarget import SoftLabels, in_float32, label_probabilities
 from softlabels.signals import (
     Signal,
     TeacherLogits,

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from softlabels.losses.nontarget import (
-    Reduction,
-    SoftLabels,
+from softlabels.losses.checks import (
     check_choice,
     check_logits,
-    check_number,
     check_target,
+    check_temperature,
+)
+from softlabels.losses.nontarget import (
+    LossOutput,
+    Reduction,
+    SoftLabels,
+    finite_limit,
     in_float32,
-    label_probabilities,
+    label_columns,
     non_target_softmax,
-    reduce_batch,
+    reduce_parts,
+    spread,
 )
 from softlabels.losses.reads import Logits, Signal, TeacherLogits
 
 __all__ = ["KDLoss", "kd_loss"]
+
+
+@overload
+def kd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+    return_parts: Literal[True],
+) -> LossOutput: ...
 
 
 def kd_loss(
@@ -31,7 +57,8 @@ def kd_loss(
     *,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
     r"""KD: the divergence of the student's softened prediction from the teacher's.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531);
@@ -45,6 +72,7 @@ def kd_loss(
         teacher_logits: [B, C], raw teacher logits (T). Gets none.
         temperature: lambda, above 0; unitless.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"divergence"`.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -64,16 +92,22 @@ def kd_loss(
     """
     check_logits(logits)
     check_logits(teacher_logits, "teacher_logits", like=logits)
-    check_number("temperature", temperature, positive=True)
+    check_temperature(temperature)
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    divergence = functional.kl_div(
-        (logits / temperature).log_softmax(1),
-        (teacher_logits / temperature).log_softmax(1),
-        reduction="none",
-        log_target=True,
-    ).sum(1)
-    return reduce_batch(temperature**2 * divergence, reduction)
+    believed = _softened(teacher_logits, temperature)
+    limit = finite_limit(logits.dtype)
+    # Finite also where a probability is 0, whose logarithm takes no part.
+    gap = believed.clamp(min=-limit) - _softened(logits, temperature).clamp(min=-limit)
+    divergence = (believed.exp() * gap).sum(1)
+    output = reduce_parts({"divergence": temperature**2 * divergence}, reduction)
+    return output if return_parts else output.loss
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """Log-softmax at a temperature; shifted first, so that a small temperature overflows none."""
+    top = logits.detach().amax(1, keepdim=True)
+    return ((logits - top) / temperature).log_softmax(1)
 
 
 class KDLoss(nn.Module):
@@ -91,24 +125,31 @@ class KDLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
         super().__init__()
-        check_number("temperature", temperature, positive=True)
+        check_temperature(temperature)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.temperature = temperature
         self.reduction: Reduction = reduction
 
-    def forward(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, teacher_logits: Tensor, *, return_parts: bool = False
+    ) -> Tensor | LossOutput:
         """Compute `kd_loss` with this module's settings."""
-        return kd_loss(
-            logits, teacher_logits, temperature=self.temperature, reduction=self.reduction
+        output = kd_loss(
+            logits,
+            teacher_logits,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            return_parts=True,
         )
+        return output if return_parts else output.loss
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits)
-        softened = in_float32(teacher_logits.detach()) / self.temperature
-        labelled = label_probabilities(target, softened) > 0
+        believed = _softened(in_float32(teacher_logits.detach()), self.temperature)
+        labels = label_columns(target, believed)
         return SoftLabels(
-            softened.softmax(1).masked_fill(~labelled, 0.0),
-            non_target_softmax(softened, labelled),
+            spread(labels, believed.gather(1, labels.classes).exp(), believed),
+            non_target_softmax(believed, labels).normalized(),
         )

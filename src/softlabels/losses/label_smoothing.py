@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.nontarget import (
-    Reduction,
-    SoftLabels,
+from softlabels.losses.checks import (
     check_choice,
+    check_ignore_index,
     check_logits,
     check_number,
     check_target,
+)
+from softlabels.losses.nontarget import (
+    Labels,
+    LossOutput,
+    Reduction,
+    SoftLabels,
+    finite_limit,
     in_float32,
-    label_probabilities,
-    normalized,
-    reduce_batch,
+    label_columns,
+    non_target_weights,
+    reduce_parts,
+    spread,
 )
 
 __all__ = ["LabelSmoothingLoss", "SmoothOver", "label_smoothing_loss"]
@@ -25,12 +32,40 @@ __all__ = ["LabelSmoothingLoss", "SmoothOver", "label_smoothing_loss"]
 SmoothOver: TypeAlias = Literal["all", "non_target"]
 
 
-def _smoothed(labels: Tensor, smoothing: float, smooth_over: SmoothOver) -> Tensor:
-    """The smoothed labels, [B, C]."""
-    num_classes = labels.shape[1]
+def _shares(
+    labels: Labels, num_classes: int, smoothing: float, smooth_over: SmoothOver
+) -> tuple[Tensor, float]:
+    """The smoothed label as [B, K] at labelled classes beyond what every class gets, and that."""
     if smooth_over == "all":
-        return (1 - smoothing) * labels + smoothing / num_classes
-    return (1 - smoothing) * labels + (1 - labels) * (smoothing / (num_classes - 1))
+        return (1 - smoothing) * labels.values, smoothing / num_classes
+    spread_out = smoothing / (num_classes - 1)
+    return (1 - smoothing - spread_out) * labels.values, spread_out
+
+
+@overload
+def label_smoothing_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    smoothing: float = 0.1,
+    smooth_over: SmoothOver = "all",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def label_smoothing_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    smoothing: float = 0.1,
+    smooth_over: SmoothOver = "all",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[True],
+) -> LossOutput: ...
 
 
 def label_smoothing_loss(
@@ -39,8 +74,10 @@ def label_smoothing_loss(
     *,
     smoothing: float = 0.1,
     smooth_over: SmoothOver = "all",
+    ignore_index: int | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
     r"""Cross-entropy on smoothed labels.
 
     Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 7. Two conventions are in use:
@@ -55,7 +92,11 @@ def label_smoothing_loss(
         smoothing: epsilon, in [0, 1]; 0 is plain cross-entropy.
         smooth_over: `"all"` spreads epsilon over all classes, `"non_target"` over the wrong
             ones (the form of the Zipf's LS and Tf-KD codes).
+        ignore_index: Samples with this class index count nothing, also in the mean over B;
+            without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"label"`, and
+            `"uniform"`, what every class gets.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -73,12 +114,20 @@ def label_smoothing_loss(
         tensor(1.3863)
     """
     check_logits(logits)
-    check_target(target, logits)
+    check_ignore_index(ignore_index)
+    check_target(target, logits, ignore_index)
     check_number("smoothing", smoothing, at_most=1)
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
     logits = in_float32(logits)
-    smoothed = _smoothed(label_probabilities(target, logits), smoothing, smooth_over)
-    return reduce_batch(-(smoothed * logits.log_softmax(1)).sum(1), reduction)
+    labels = label_columns(target, logits, "all", ignore_index)
+    at_labelled, everywhere = _shares(labels, logits.shape[1], smoothing, smooth_over)
+    limit = finite_limit(logits.dtype)
+    log_probabilities = logits.log_softmax(1).clamp(min=-limit)
+    parts = {"label": -(at_labelled * log_probabilities.gather(1, labels.classes)).sum(1)}
+    if everywhere:
+        parts["uniform"] = -everywhere * log_probabilities.sum(1)
+    output = reduce_parts(parts, reduction, labels.kept)
+    return output if return_parts else output.loss
 
 
 class LabelSmoothingLoss(nn.Module):
@@ -87,6 +136,7 @@ class LabelSmoothingLoss(nn.Module):
     Args:
         smoothing: In [0, 1].
         smooth_over: `"all"` or `"non_target"`.
+        ignore_index: Class index of samples that count nothing, or None.
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
@@ -95,31 +145,40 @@ class LabelSmoothingLoss(nn.Module):
         *,
         smoothing: float = 0.1,
         smooth_over: SmoothOver = "all",
+        ignore_index: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_number("smoothing", smoothing, at_most=1)
         check_choice("smooth_over", smooth_over, ("all", "non_target"))
+        check_ignore_index(ignore_index)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.ignore_index = ignore_index
         self.smoothing = smoothing
         self.smooth_over: SmoothOver = smooth_over
         self.reduction: Reduction = reduction
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, target: Tensor, *, return_parts: bool = False
+    ) -> Tensor | LossOutput:
         """Compute `label_smoothing_loss` with this module's settings."""
-        return label_smoothing_loss(
+        output = label_smoothing_loss(
             logits,
             target,
             smoothing=self.smoothing,
             smooth_over=self.smooth_over,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
+            return_parts=True,
         )
+        return output if return_parts else output.loss
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """The smoothed label: most on the true class, the rest spread evenly."""
-        labels = label_probabilities(target, in_float32(logits))
-        labelled = labels > 0
-        smoothed = _smoothed(labels, self.smoothing, self.smooth_over)
+        logits = in_float32(logits.detach())
+        labels = label_columns(target, logits, "all", self.ignore_index)
+        at_labelled, everywhere = _shares(labels, logits.shape[1], self.smoothing, self.smooth_over)
         return SoftLabels(
-            smoothed.masked_fill(~labelled, 0.0), normalized(torch.ones_like(labels), labelled)
+            spread(labels, at_labelled + everywhere, logits),
+            non_target_weights(torch.ones_like(logits), labels).normalized(),
         )

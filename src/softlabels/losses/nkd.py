@@ -3,27 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias, overload
 
+import torch
 from torch import Tensor, nn
 
-from softlabels.losses.nontarget import (
-    MixedTarget,
-    Reduction,
-    SoftLabels,
+from softlabels.losses.checks import (
     check_choice,
+    check_ignore_index,
     check_logits,
     check_number,
     check_target,
+    check_temperature,
+    check_unsmoothed,
+)
+from softlabels.losses.nontarget import (
+    Labels,
+    LossOutput,
+    MixedTarget,
+    Reduction,
+    SoftLabels,
     in_float32,
-    label_probabilities,
-    non_target_log_softmax,
+    label_columns,
     non_target_softmax,
-    reduce_batch,
+    reduce_parts,
+    row_sums,
+    spread,
 )
 from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
+from softlabels.losses.soft_cross_entropy import (
+    log_non_target_mass,
+    soft_cross_entropy,
+    soft_cross_entropy_terms,
+)
 
-__all__ = ["NKDLoss", "nkd_loss"]
+__all__ = ["NKDLoss", "NonTargetTerm", "TargetTerm", "nkd_loss"]
+
+TargetTerm: TypeAlias = Literal["T1", "T2", "both"]
+NonTargetTerm: TypeAlias = Literal["normalized", "unnormalized"]
+
+_TARGET_TERMS = ("T1", "T2", "both")
+_NON_TARGET_TERMS = ("normalized", "unnormalized")
+
+
+@overload
+def nkd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    non_target_weight: float = 1.5,
+    target_term: TargetTerm = "T1",
+    non_target_term: NonTargetTerm = "normalized",
+    mixed_target: MixedTarget = "largest",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def nkd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    non_target_weight: float = 1.5,
+    target_term: TargetTerm = "T1",
+    non_target_term: NonTargetTerm = "normalized",
+    mixed_target: MixedTarget = "largest",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[True],
+) -> LossOutput: ...
 
 
 def nkd_loss(
@@ -33,9 +87,13 @@ def nkd_loss(
     *,
     temperature: float = 1.0,
     non_target_weight: float = 1.5,
+    target_term: TargetTerm = "T1",
+    non_target_term: NonTargetTerm = "normalized",
     mixed_target: MixedTarget = "largest",
+    ignore_index: int | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
     r"""NKD: the teacher's target probability, and its normalised non-target distribution.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
@@ -45,6 +103,8 @@ def nkd_loss(
     .. math::
         L = -T_t \log S_t
             - \gamma \lambda^2 \sum_{i \ne t} N(T^\lambda)_i \log N(S^\lambda)_i
+
+    The paper's ablations are settings: `target_term` (table 14) and `non_target_term` (table 5).
 
     ================  ==============================================================
     symbol            meaning
@@ -65,18 +125,28 @@ def nkd_loss(
         target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
         temperature: Above 0; unitless. The paper's runs use 1 (ImageNet) and 3 (CIFAR-100).
         non_target_weight: 0 or more.
+        target_term: `"T1"`: :math:`-T_t \log S_t`, NKD's own. `"T2"`:
+            :math:`-(1 - T_t) \log(1 - S_t)`, the other half of DKD's target part, in its place.
+            `"both"`: their sum. Always at temperature 1; T2 is 0 where no other class is left.
+        non_target_term: `"normalized"`, or `"unnormalized"`: classic KD's
+            :math:`-\sum_{i \ne t} T^\lambda_i \log S^\lambda_i` in its place.
         mixed_target: For [B, C] labels. `"largest"`: t is the class with the largest label
             (ties: the lower class), as in the published runs. `"all"`: every class with a
             positive label is a target class (target term `-sum T_i log S_i`) and leaves the
             non-target part.
+        ignore_index: Samples with this class index count nothing, also in the mean over B;
+            without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"target"` (T1),
+            `"rest"` (T2), `"non_target"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
 
     Raises:
         TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label, setting or reduction.
+        ValueError: A wrong shape, label, setting or reduction; with `mixed_target="all"`, a
+            label for every one of more than two classes.
 
     Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
     Distributed: each sample by itself, no batch statistics.
@@ -90,23 +160,63 @@ def nkd_loss(
     """
     check_logits(logits)
     check_logits(teacher_logits, "teacher_logits", like=logits)
-    check_target(target, logits)
-    check_number("temperature", temperature, positive=True)
-    check_number("non_target_weight", non_target_weight)
-    check_choice("mixed_target", mixed_target, ("largest", "all"))
+    _check_settings(temperature, non_target_weight, target_term, non_target_term, mixed_target)
+    check_ignore_index(ignore_index)
+    check_target(target, logits, ignore_index)
 
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    labelled = label_probabilities(target, logits, mixed_target) > 0
+    labels = _labels(target, logits, mixed_target, ignore_index)
+    believed = _at_labelled(teacher_logits, labels)
+    others = non_target_softmax(teacher_logits, labels, temperature)
+    weights = 1.0, non_target_weight * temperature**2
+    if not return_parts and target_term == "T1" and non_target_term == "normalized":
+        total = soft_cross_entropy(logits, labels, believed, others, temperature, weights)
+        return reduce_parts({"total": total}, reduction, labels.kept).loss
+    terms = soft_cross_entropy_terms(logits, labels, believed, others, temperature)
+    non_target = terms.non_target
+    if non_target_term == "unnormalized":
+        mass = log_non_target_mass(teacher_logits, labels, temperature).exp()
+        non_target = mass * (non_target - log_non_target_mass(logits, labels, temperature))
+    parts: dict[str, Tensor] = {}
+    if target_term != "T2":
+        parts["target"] = terms.target
+    if target_term != "T1":
+        # The teacher's mass from the small side: 1 - T_t is 0 where T_t is nearly 1.
+        mass = log_non_target_mass(teacher_logits, labels).exp()
+        parts["rest"] = -mass * log_non_target_mass(logits, labels)
+    parts["non_target"] = weights[1] * non_target
+    output = reduce_parts(parts, reduction, labels.kept)
+    return output if return_parts else output.loss
 
-    target_probabilities = teacher_logits.softmax(1).masked_fill(~labelled, 0.0)
-    target_term = -(target_probabilities * logits.log_softmax(1)).sum(1)
-    non_target_term = -(
-        non_target_softmax(teacher_logits / temperature, labelled)
-        * non_target_log_softmax(logits / temperature, labelled)
-    ).sum(1)
-    per_sample = target_term + non_target_weight * temperature**2 * non_target_term
-    return reduce_batch(per_sample, reduction)
+
+def _check_settings(
+    temperature: float,
+    non_target_weight: float,
+    target_term: str,
+    non_target_term: str,
+    mixed_target: str,
+) -> None:
+    check_temperature(temperature)
+    check_number("non_target_weight", non_target_weight)
+    check_choice("target_term", target_term, _TARGET_TERMS)
+    check_choice("non_target_term", non_target_term, _NON_TARGET_TERMS)
+    check_choice("mixed_target", mixed_target, ("largest", "all"))
+
+
+def _labels(
+    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None
+) -> Labels:
+    if mixed_target == "all":
+        check_unsmoothed(target)
+    return label_columns(target, logits, mixed_target, ignore_index)
+
+
+def _at_labelled(teacher_logits: Tensor, labels: Labels) -> Tensor:
+    """The teacher's probabilities of the labelled classes, [B, K]; 0 where absent."""
+    everything = row_sums(teacher_logits, labels).everything
+    believed = (teacher_logits.gather(1, labels.classes) - everything).exp()
+    return torch.where(labels.present, believed, 0.0)
 
 
 class NKDLoss(nn.Module):
@@ -115,7 +225,10 @@ class NKDLoss(nn.Module):
     Args:
         temperature: Of the non-target term; above 0.
         non_target_weight: 0 or more.
+        target_term: `"T1"` (the method itself), `"T2"` or `"both"`.
+        non_target_term: `"normalized"` (the method itself) or `"unnormalized"` (classic KD's).
         mixed_target: `"largest"` or `"all"`, for mixed labels.
+        ignore_index: Class index of samples that count nothing, or None.
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
@@ -130,38 +243,55 @@ class NKDLoss(nn.Module):
         *,
         temperature: float = 1.0,
         non_target_weight: float = 1.5,
+        target_term: TargetTerm = "T1",
+        non_target_term: NonTargetTerm = "normalized",
         mixed_target: MixedTarget = "largest",
+        ignore_index: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_number("temperature", temperature, positive=True)
-        check_number("non_target_weight", non_target_weight)
-        check_choice("mixed_target", mixed_target, ("largest", "all"))
+        _check_settings(temperature, non_target_weight, target_term, non_target_term, mixed_target)
+        check_ignore_index(ignore_index)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.temperature = temperature
         self.non_target_weight = non_target_weight
+        self.target_term: TargetTerm = target_term
+        self.non_target_term: NonTargetTerm = non_target_term
         self.mixed_target: MixedTarget = mixed_target
+        self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
-    def forward(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
         """Compute `nkd_loss` with this module's settings."""
-        return nkd_loss(
+        output = nkd_loss(
             logits,
             teacher_logits,
             target,
             temperature=self.temperature,
             non_target_weight=self.non_target_weight,
+            target_term=self.target_term,
+            non_target_term=self.non_target_term,
             mixed_target=self.mixed_target,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
+            return_parts=True,
         )
+        return output if return_parts else output.loss
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's belief in the true class, and how it shares the rest among the others."""
         check_logits(teacher_logits, "teacher_logits")
-        check_target(target, teacher_logits)
+        check_target(target, teacher_logits, self.ignore_index)
         teacher_logits = in_float32(teacher_logits.detach())
-        labelled = label_probabilities(target, teacher_logits, self.mixed_target) > 0
+        labels = _labels(target, teacher_logits, self.mixed_target, self.ignore_index)
         return SoftLabels(
-            teacher_logits.softmax(1).masked_fill(~labelled, 0.0),
-            non_target_softmax(teacher_logits / self.temperature, labelled),
+            spread(labels, _at_labelled(teacher_logits, labels), teacher_logits),
+            non_target_softmax(teacher_logits, labels, self.temperature).normalized(),
         )

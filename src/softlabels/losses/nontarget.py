@@ -1,7 +1,7 @@
-"""The algebra that all losses share: labels, the non-target softmax, Zipf weights, checks.
+"""The algebra that all losses share: labelled classes, the non-target softmax, reductions.
 
-Shapes: B samples, C classes. A sample's *labelled* classes are those with a positive label;
-the *non-target* classes are all others.
+Shapes: B samples, C classes, K columns of labels. A sample's *labelled* classes are those with a
+positive label; the *non-target* classes are all others.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from softlabels.losses.checks import check_choice
+
 __all__ = [
+    "Labels",
+    "LossOutput",
     "MixedTarget",
+    "NonTarget",
     "Reduction",
+    "RowSums",
     "SoftLabels",
-    "check_choice",
-    "check_logits",
-    "check_number",
-    "check_target",
-    "check_two_labels",
-    "check_values",
-    "check_votes",
-    "class_mask",
+    "column_means",
+    "finite_limit",
     "in_float32",
+    "label_columns",
     "label_probabilities",
-    "non_target_log_softmax",
     "non_target_softmax",
-    "normalized",
-    "reduce_batch",
+    "non_target_weights",
+    "reduce_parts",
+    "removed",
+    "row_sums",
+    "single_mask",
+    "spread",
 ]
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -47,173 +51,35 @@ class SoftLabels(NamedTuple):
     non_target: Tensor
 
 
-_values_forced = False
+class LossOutput(NamedTuple):
+    """What a loss gives with `return_parts=True`.
 
-
-def check_values(always: bool) -> None:
-    """Choose where the values of labels are checked, not only their shapes and dtypes.
-
-    Value checks (class range, row sums) read the tensor, which on an accelerator waits for the
-    device. By default they run on CPU tensors only, outside compiled code and transforms.
-
-    Args:
-        always: True checks values on every device; False restores the default.
+    Attributes:
+        loss: What it gives without: a scalar, or [B] for `reduction="none"`.
+        parts: The summands of `loss` by name, weighted, reduced as it is, each with its gradient.
     """
-    global _values_forced
-    _values_forced = bool(always)
+
+    loss: Tensor
+    parts: dict[str, Tensor]
 
 
-def _values_can_be_read(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    # Subclasses, such as fake tensors, may have no values at all.
-    return _values_forced or (type(tensor) is Tensor and tensor.device.type == "cpu")
+class Labels(NamedTuple):
+    """The labelled classes of each sample, as columns.
 
-
-def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:
-    """Check that `logits` is a floating [B, C] tensor with C >= 2, shaped as `like` if given.
-
-    Raises:
-        TypeError: Not a floating-point tensor.
-        ValueError: Not [B, C] with B >= 1 and C >= 2, or of another shape than `like`.
+    Attributes:
+        classes: [B, K] int64. An absent label repeats another labelled class of its row.
+        values: [B, K], the labels; 0 where absent.
+        kept: [B] boolean, False for ignored samples; None if there are none.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {_described(logits)}")
-    if logits.dim() != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
-        raise ValueError(
-            f"{name} must be [B, C] with at least one sample and two classes, "
-            f"got {tuple(logits.shape)}"
-        )
-    if like is not None and logits.shape != like.shape:
-        raise ValueError(
-            f"{name} must have the shape of logits {tuple(like.shape)}, got {tuple(logits.shape)}"
-        )
 
+    classes: Tensor
+    values: Tensor
+    kept: Tensor | None = None
 
-def check_target(target: Tensor, logits: Tensor) -> None:
-    """Check a batch's labels against its logits.
-
-    Args:
-        target: [B] class indices in [0, C), or [B, C] probabilities whose rows sum to 1.
-        logits: [B, C].
-
-    Raises:
-        TypeError: Neither integer indices nor floating-point probabilities.
-        ValueError: A wrong shape, a class out of range, or rows that are no probabilities.
-    """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {_described(target)}")
-    batch_size, num_classes = logits.shape
-    if target.dim() == 1:
-        if not _holds_integers(target):
-            raise TypeError(f"target [B] must hold integer class indices, got {target.dtype}")
-        if target.shape[0] != batch_size:
-            raise ValueError(f"target must hold {batch_size} labels, got {target.shape[0]}")
-        if _values_can_be_read(target):
-            low, high = (int(value) for value in target.aminmax())
-            if low < 0 or high >= num_classes:
-                raise ValueError(
-                    f"target must lie in [0, {num_classes}), got values from {low} to {high}"
-                )
-        return
-    if target.shape != logits.shape:
-        raise ValueError(
-            f"target must be [{batch_size}] class indices or [{batch_size}, {num_classes}] "
-            f"probabilities, got {tuple(target.shape)}"
-        )
-    if not target.is_floating_point():
-        raise TypeError(f"target [B, C] must hold floating-point probabilities, got {target.dtype}")
-    if _values_can_be_read(target):
-        _check_probabilities(target)
-
-
-def _holds_integers(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _check_probabilities(target: Tensor) -> None:
-    sums = target.double().sum(1)
-    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
-    worst = int((sums - 1).abs().nan_to_num(torch.inf).argmax())
-    if not abs(float(sums[worst]) - 1) <= tolerance:
-        raise ValueError(
-            f"each row of target must sum to 1, row {worst} sums to {float(sums[worst]):.6g}"
-        )
-    if float(target.min()) < 0:
-        raise ValueError(f"target must hold no negative values, got {float(target.min()):.6g}")
-
-
-def check_two_labels(target: Tensor) -> None:
-    """Raise ValueError if a row of [B, C] labels has more than two labelled classes."""
-    if target.dim() != 2 or not _values_can_be_read(target):
-        return
-    counts = (target > 0).sum(1)
-    most = int(counts.argmax())
-    if int(counts[most]) > 2:
-        raise ValueError(
-            f"row {most} of target has {int(counts[most])} labelled classes, at most two can be "
-            "used: pass unsmoothed labels (label smoothing belongs to the task loss)"
-        )
-
-
-def check_votes(votes: Tensor, logits: Tensor) -> None:
-    """Check that `votes` is [B, K] class indices.
-
-    Raises:
-        TypeError: Not an integer tensor.
-        ValueError: A wrong shape, or a class out of range.
-    """
-    if not isinstance(votes, Tensor) or not _holds_integers(votes):
-        raise TypeError(f"votes must hold integer class indices, got {_described(votes)}")
-    if votes.dim() != 2 or votes.shape[0] != logits.shape[0] or votes.shape[1] < 1:
-        raise ValueError(
-            f"votes must be [{logits.shape[0]}, K] class indices, got {tuple(votes.shape)}"
-        )
-    if _values_can_be_read(votes):
-        low, high = (int(value) for value in votes.aminmax())
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f"votes must lie in [0, {logits.shape[1]}), got values from {low} to {high}"
-            )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_number(
-    name: str, value: float, *, positive: bool = False, at_most: float | None = None
-) -> None:
-    """Raise unless `value` is a finite number in the range that is asked for.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The number.
-        positive: It must be above 0; otherwise 0 or more.
-        at_most: Upper bound, included; None for no bound.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: Out of range or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {_described(value)}")
-    low_fits = value > 0 if positive else value >= 0
-    if not (low_fits and value < float("inf") and (at_most is None or value <= at_most)):
-        wanted = "above 0" if positive else "0 or more"
-        if at_most is not None:
-            wanted += f" and at most {at_most}"
-        raise ValueError(f"{name} must be finite, {wanted}, got {value}")
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}"
-    return f"{type(value).__name__} ({value!r:.60})"
+    @property
+    def present(self) -> Tensor:
+        """[B, K] boolean."""
+        return self.values > 0
 
 
 def in_float32(tensor: Tensor) -> Tensor:
@@ -223,68 +89,203 @@ def in_float32(tensor: Tensor) -> Tensor:
     return tensor.float()
 
 
-def label_probabilities(
-    target: Tensor, logits: Tensor, mixed_target: MixedTarget = "all"
-) -> Tensor:
-    """Labels as [B, C] probabilities in the dtype of `logits`.
+def finite_limit(dtype: torch.dtype) -> float:
+    """The largest size of a log-probability that is told apart; sums of such stay finite."""
+    return float(torch.finfo(dtype).max ** 0.75)
+
+
+def label_columns(
+    target: Tensor,
+    logits: Tensor,
+    mixed_target: Literal["largest", "two", "all"] = "all",
+    ignore_index: int | None = None,
+) -> Labels:
+    """The labelled classes of a batch as columns.
 
     Args:
         target: [B] class indices or [B, C] probabilities.
-        logits: [B, C], gives shape and dtype.
-        mixed_target: `"largest"` keeps one class per sample, the one with the largest label
-            (ties: the lower class), with a label of 1; `"all"` keeps the labels.
+        logits: [B, C], gives the dtype.
+        mixed_target: For [B, C] labels. `"largest"` keeps one class per sample (ties: the lower
+            class), with a label of 1; `"two"` the two largest; `"all"` each, as K = C columns.
+        ignore_index: Samples of this class are marked as not kept, and get class 0.
     """
-    if target.dim() == 2 and mixed_target == "largest":
-        target = target.argmax(1)
-    if target.dim() == 1:
-        return class_mask(target, logits.shape[1]).to(logits.dtype)
-    return target.to(logits.dtype)
+    if target.dim() == 1 or mixed_target == "largest":
+        kept = None
+        if target.dim() == 1:
+            classes = target.long()
+            if ignore_index is not None:
+                kept = classes != ignore_index
+                classes = torch.where(kept, classes, 0)
+        else:
+            classes = target.argmax(1)
+        classes = classes.unsqueeze(1)
+        return Labels(classes, torch.ones_like(classes, dtype=logits.dtype), kept)
+    values = target.to(logits.dtype)
+    first = values.argmax(1, keepdim=True)
+    if mixed_target == "two":
+        # argmax twice, not topk: on equal labels it is defined to give the lower class first.
+        second = values.scatter(1, first, -1.0).argmax(1, keepdim=True)
+        columns = torch.cat((first, second), 1)
+        values = values.gather(1, columns)
+    else:
+        columns = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    return Labels(torch.where(values > 0, columns, first), values)
 
 
-def class_mask(classes: Tensor, num_classes: int) -> Tensor:
-    """[B] class indices as a [B, C] boolean mask with one True per row."""
-    return classes.unsqueeze(1) == torch.arange(num_classes, device=classes.device)
+def label_probabilities(
+    target: Tensor, logits: Tensor, mixed_target: MixedTarget = "all"
+) -> Tensor:
+    """Labels as [B, C] probabilities in the dtype of `logits`; see `label_columns`."""
+    if target.dim() == 2 and mixed_target == "all":
+        return target.to(logits.dtype)
+    labels = label_columns(target, logits, mixed_target)
+    return spread(labels, labels.values, logits)
 
 
-def non_target_log_softmax(logits: Tensor, labelled: Tensor) -> Tensor:
-    """Log-softmax over the non-target classes; 0 at labelled ones.
+def spread(labels: Labels, values: Tensor, like: Tensor) -> Tensor:
+    """Put [B, K] values at the labelled classes of a [B, C] tensor; 0 elsewhere."""
+    values = torch.where(labels.present, values, 0.0)
+    return torch.zeros_like(like).scatter_add(1, labels.classes, values)
 
-    The same as removing the labelled entries, with a fixed shape. The fill value is finite, so
-    that a row whose every class is labelled gives zeros and zero gradient, not NaN.
+
+def removed(logits: Tensor, labels: Labels, value: float = -torch.inf) -> Tensor:
+    """A copy of `logits` [B, C] with `value` at the labelled classes."""
+    if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
+        # The same as a scatter, which the compiler does not fuse with what comes next.
+        return logits.masked_fill(single_mask(labels, logits), value)
+    return logits.scatter(1, labels.classes, value)
+
+
+def single_mask(labels: Labels, like: Tensor) -> Tensor:
+    """[B, C] boolean, True at the first labelled class."""
+    # int32: compiled comparisons of 64-bit integers cost as much as an exponential.
+    classes = torch.arange(like.shape[1], device=like.device, dtype=torch.int32)
+    return labels.classes[:, :1].to(torch.int32) == classes
+
+
+class RowSums(NamedTuple):
+    """Log-sums of exponentials of a row of logits over parts of its classes, [B, 1] each.
+
+    Attributes:
+        top: The largest non-target logit; 0 if there is none. No gradient.
+        rest: Log-sum over the non-target classes; -inf if there is none.
+        everything: Log-sum over all classes.
+        scaled: Log-sum over the non-target classes of `(logits - top) / temperature`.
+    """
+
+    top: Tensor
+    rest: Tensor
+    everything: Tensor
+    scaled: Tensor
+
+
+def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSums:
+    """Log-sums of exponentials that the softmax over all, and over non-target classes, need.
+
+    Works in place on one [B, C] buffer. The target's logit takes no part in the shift of the
+    non-target sum, so that a target that is nearly certain does not blot the others out.
+    """
+    others = removed(logits, labels)
+    top = others.detach().amax(1, keepdim=True)
+    empty = top == -torch.inf
+    top = top.masked_fill(empty, 0.0)
+    others = others.sub_(top)
+
+    def log_sum(exponents: Tensor) -> Tensor:
+        # The largest summand is 1, so that the bound changes nothing but an empty sum.
+        return exponents.exp_().sum(1, keepdim=True).clamp(min=1.0).log()
+
+    if temperature == 1:
+        rest = scaled = log_sum(others)
+    else:
+        rest, scaled = log_sum(others.clone()), log_sum(others.div_(temperature))
+    rest = (rest + top).masked_fill(empty, -torch.inf)
+    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
+    if labelled.shape[1] > 1:
+        labelled = labelled.logsumexp(1, keepdim=True)
+    return RowSums(top, rest, torch.logaddexp(rest, labelled), scaled)
+
+
+class NonTarget(NamedTuple):
+    """A distribution over the non-target classes, before it is normalised.
+
+    Attributes:
+        weights: [B, C], non-negative; 0 at labelled classes.
+        total: [B, 1], their sum, above 0 also where all are 0.
+    """
+
+    weights: Tensor
+    total: Tensor
+
+    def normalized(self) -> Tensor:
+        """[B, C]; rows sum to 1, or are 0 where no class is left."""
+        return self.weights / self.total
+
+
+def non_target_softmax(logits: Tensor, labels: Labels, temperature: float = 1.0) -> NonTarget:
+    """Softmax over the non-target classes: the labelled entries are left out.
+
+    For tensors without gradient: it works in place on its own copy.
+    """
+    others = removed(logits, labels)
+    top = others.amax(1, keepdim=True)
+    others = others.sub_(top.masked_fill(top == -torch.inf, 0.0))
+    if temperature != 1:
+        others = others.div_(temperature)
+    others = others.exp_()
+    return NonTarget(others, others.sum(1, keepdim=True).clamp(min=1.0))
+
+
+def non_target_weights(weights: Tensor, labels: Labels) -> NonTarget:
+    """Non-negative weights [B, C] as a distribution over the non-target classes."""
+    kept = removed(weights, labels, 0.0)
+    tiny = torch.finfo(kept.dtype).tiny
+    return NonTarget(kept, kept.sum(1, keepdim=True).clamp(min=tiny))
+
+
+def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tensor:
+    """Mean of [B, K] values over the rows that have the column and are kept, [K]; no gradient.
 
     Args:
-        logits: [B, C].
-        labelled: [B, C], boolean.
+        values: [B, K].
+        labels: Say which rows have which column.
+        sync: Take sums and counts over all processes of the default group.
     """
-    lowest = torch.finfo(logits.dtype).min
-    log_probabilities = logits.masked_fill(labelled, lowest).log_softmax(1)
-    return log_probabilities.masked_fill(labelled, 0.0)
+    counted = labels.present
+    if labels.kept is not None:
+        counted = counted & labels.kept.unsqueeze(1)
+    values = values.detach()
+    sums = torch.stack((torch.where(counted, values, 0.0), counted.to(values.dtype))).sum(1)
+    if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums[0] / sums[1].clamp(min=1.0)
 
 
-def non_target_softmax(logits: Tensor, labelled: Tensor) -> Tensor:
-    """Softmax over the non-target classes; 0 at labelled ones. Shapes as its logarithm's."""
-    lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(labelled, lowest).softmax(1).masked_fill(labelled, 0.0)
-
-
-def normalized(weights: Tensor, labelled: Tensor) -> Tensor:
-    """Scale non-negative weights to sum to 1 over the non-target classes; 0 at labelled ones.
+def reduce_parts(
+    parts: dict[str, Tensor], reduction: Reduction, kept: Tensor | None = None
+) -> LossOutput:
+    """Reduce [B] per-sample parts, and add them up.
 
     Args:
-        weights: [B, C], non-negative.
-        labelled: [B, C], boolean.
-    """
-    kept = weights.masked_fill(labelled, 0.0)
-    return kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
-
-
-def reduce_batch(per_sample: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce [B] per-sample losses: `"mean"` and `"sum"` over B, `"none"` keeps [B].
+        parts: The weighted summands, [B] each; not empty.
+        reduction: `"mean"` over the kept samples (0 if there is none), `"sum"`, or `"none"`.
+        kept: [B] boolean; samples that are not kept count nothing. None keeps all.
 
     Raises:
         ValueError: An unknown reduction.
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if reduction == "mean":
-        return per_sample.mean()
-    return per_sample.sum() if reduction == "sum" else per_sample
+    if kept is not None:
+        parts = {name: torch.where(kept, part, 0.0) for name, part in parts.items()}
+    if reduction == "sum":
+        parts = {name: part.sum() for name, part in parts.items()}
+    elif reduction == "mean" and kept is None:
+        parts = {name: part.mean() for name, part in parts.items()}
+    elif reduction == "mean" and kept is not None:
+        count = kept.sum().clamp(min=1)
+        parts = {name: part.sum() / count for name, part in parts.items()}
+    values = list(parts.values())
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return LossOutput(total, parts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "Exits",
     "Features",
     "FromBatch",
     "Logits",
@@ -57,10 +58,26 @@ class Votes(Signal):
     """The class that the student's own head predicts at every position, [B, K], no gradient.
 
     Attributes:
-        upsample: Factor by which the last map is enlarged (bilinear) before voting.
+        upsample: Factor by which the last map is enlarged before voting.
+        mode: How it is enlarged.
     """
 
     upsample: int = 1
+    mode: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+@dataclass(frozen=True)
+class Exits(Signal):
+    """Linear heads of their own at inner places of the student: logits and votes of each in turn.
+
+    A list of 2 tensors for each place: the head's logits of the pooled feature, [B, C], and the
+    class that it predicts at every position, [B, K], without gradient.
+
+    Attributes:
+        taps: `"middle"`, `"last"`, or dotted module paths.
+    """
+
+    taps: tuple[str, ...] = ("middle",)
 
 
 @dataclass(frozen=True)

@@ -3,95 +3,170 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.nontarget import (
-    Reduction,
-    SoftLabels,
+from softlabels.losses.checks import (
     check_choice,
+    check_flag,
+    check_ignore_index,
     check_logits,
     check_number,
     check_target,
     check_two_labels,
-    class_mask,
-    in_float32,
-    label_probabilities,
-    non_target_log_softmax,
-    normalized,
-    reduce_batch,
+    values_can_be_read,
 )
-from softlabels.losses.reads import Logits, Signal, Target, WeakLogits
+from softlabels.losses.nkd import TargetTerm
+from softlabels.losses.nontarget import (
+    Labels,
+    LossOutput,
+    NonTarget,
+    Reduction,
+    RowSums,
+    SoftLabels,
+    column_means,
+    in_float32,
+    label_columns,
+    non_target_weights,
+    reduce_parts,
+    row_sums,
+    spread,
+)
+from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, WeakLogits
+from softlabels.losses.soft_cross_entropy import (
+    log_non_target_mass,
+    soft_cross_entropy,
+    soft_cross_entropy_terms,
+)
 
-__all__ = ["RankBy", "USKDLoss", "uskd_loss", "uskd_targets"]
+__all__ = [
+    "RankBy",
+    "TargetFrom",
+    "USKDLoss",
+    "USKDRankFrom",
+    "uskd_loss",
+    "uskd_targets",
+]
 
 RankBy: TypeAlias = Literal["probability", "log_probability"]
+USKDRankFrom: TypeAlias = Literal["both", "both_unnormalized", "weak", "final"]
+TargetFrom: TypeAlias = Literal["self", "teacher"]
+
+_RANKS_BY = ("probability", "log_probability")
+_RANKS_FROM = ("both", "both_unnormalized", "weak", "final")
 
 _SMOOTHING = 0.1  # of the weak head's labels, fixed in equation 9
 _EPSILON = 1e-6  # in both rank denominators, as in the official code
 
 
-class _Labels(NamedTuple):
-    """The one or two labelled classes of each sample, as columns."""
+class _Inputs(NamedTuple):
+    """What the soft labels are made from, checked, without gradient, at least float32."""
 
-    classes: Tensor  # [B, K], K = 1 or 2; an absent second label points anywhere
-    values: Tensor  # [B, K], 0 where the label is absent
-
-
-def _labels(target: Tensor, logits: Tensor) -> _Labels:
-    if target.dim() == 1:
-        classes = target.long().unsqueeze(1)
-        return _Labels(classes, torch.ones_like(classes, dtype=logits.dtype))
-    target = target.to(logits.dtype)
-    # argmax twice, not topk: on equal labels it is defined to give the lower class first.
-    first = target.argmax(1)
-    second = target.masked_fill(class_mask(first, target.shape[1]), -1.0).argmax(1)
-    classes = torch.stack((first, second), 1)
-    return _Labels(classes, target.gather(1, classes))
+    logits: Tensor  # [B, C]
+    weak_logits: Tensor | None  # [B, C]
+    teacher_logits: Tensor | None  # [B, C]
+    labels: Labels
 
 
-def _target_labels(probabilities: Tensor, labels: _Labels) -> Tensor:
-    """Equation 6, [B, C]: S_t^2 + V_t - mean(S_t^2) at labelled classes, 0 elsewhere."""
-    present = (labels.values > 0).to(probabilities.dtype)
-    squared = probabilities.gather(1, labels.classes).square()
-    mean = (squared * present).sum(0) / present.sum(0).clamp(min=1)
-    values = (squared + labels.values - mean) * present
-    return torch.zeros_like(probabilities).scatter(1, labels.classes, values)
+def _inputs(
+    logits: Tensor,
+    weak_logits: Tensor | None,
+    target: Tensor,
+    teacher_logits: Tensor | None,
+    ignore_index: int | None,
+) -> _Inputs:
+    check_logits(logits)
+    if weak_logits is not None:
+        check_logits(weak_logits, "weak_logits", like=logits)
+    if teacher_logits is not None:
+        check_logits(teacher_logits, "teacher_logits", like=logits)
+    check_ignore_index(ignore_index)
+    check_target(target, logits, ignore_index)
+    check_two_labels(target)
+    logits = in_float32(logits.detach())
+
+    def alike(other: Tensor | None) -> Tensor | None:
+        return None if other is None else in_float32(other.detach()).to(logits.dtype)
+
+    labels = label_columns(target, logits, "two", ignore_index)
+    return _Inputs(logits, alike(weak_logits), alike(teacher_logits), labels)
 
 
-def _rank_scores(
-    log_probabilities: Tensor, weak_probabilities: Tensor, labelled: Tensor, rank_by: RankBy
-) -> Tensor:
-    """Equation 10, [B, C]: weak and final prediction, each over its non-target mass."""
+def _target_values(inputs: _Inputs, sums: RowSums, squared: bool, sync_batch_stats: bool) -> Tensor:
+    """Equation 6 at the labelled classes, [B, K]; 0 where absent. With a teacher its T_t."""
+    labels = inputs.labels
+    source = inputs.logits if inputs.teacher_logits is None else inputs.teacher_logits
+    if inputs.teacher_logits is not None:
+        sums = row_sums(source, labels)
+    values = (source.gather(1, labels.classes) - sums.everything).exp()
+    if inputs.teacher_logits is None:
+        values = values.square() if squared else values
+        values = values + labels.values - column_means(values, labels, sync=sync_batch_stats)
+    return torch.where(labels.present, values, 0.0)
 
-    def rest(values: Tensor) -> Tensor:
-        # 1 - sum over labelled classes, summed from the small side: exact when S_t is near 1.
-        return values.masked_fill(labelled, 0.0).sum(1, keepdim=True) + _EPSILON
 
-    weak = weak_probabilities / rest(weak_probabilities)
-    if rank_by == "probability":
-        probabilities = log_probabilities.exp()
-        return weak + probabilities / rest(probabilities)
-    labelled_sum = log_probabilities.masked_fill(~labelled, 0.0).sum(1, keepdim=True)
-    return weak + log_probabilities / (1 - labelled_sum + _EPSILON)
+def _share_of_rest(logits: Tensor, sums: RowSums) -> Tensor:
+    """One fraction of equation 10, [B, C]: probabilities over their non-target mass + epsilon."""
+    # The mass is summed from the small side: 1 - S_t is 0 in float32 where S_t is nearly 1.
+    mass = (sums.rest - sums.everything).exp() + _EPSILON
+    return (logits - (sums.everything + mass.log())).exp_()
+
+
+def _scores(inputs: _Inputs, sums: RowSums, rank_from: USKDRankFrom, rank_by: RankBy) -> Tensor:
+    """What the classes are ranked by, [B, C]."""
+    logits, weak_logits, labels = inputs.logits, inputs.weak_logits, inputs.labels
+    if rank_from == "final":  # the order of the logits is that of their softmax
+        return logits
+    if weak_logits is None:
+        raise ValueError(f"rank_from={rank_from!r} ranks by weak_logits, got None")
+    if rank_from == "weak":
+        return weak_logits
+    by_probability = rank_by == "probability"
+    if rank_from == "both_unnormalized":
+        final = logits - sums.everything
+        final = final.exp_() if by_probability else final
+        return final.add_(weak_logits.softmax(1))
+    if by_probability:
+        final = _share_of_rest(logits, sums)
+    else:
+        labelled = logits.gather(1, labels.classes) - sums.everything
+        labelled = torch.where(labels.present, labelled, 0.0).sum(1, keepdim=True)
+        final = (logits - sums.everything).div_(1 - labelled + _EPSILON)
+    return final.add_(_share_of_rest(weak_logits, row_sums(weak_logits, labels)))
+
+
+def _sort_keys(scores: Tensor) -> Tensor:
+    """Integers whose ascending order is the descending order of finite `scores`, [B, C].
+
+    Sorting integers takes two thirds of the time of sorting floats, which watches for NaN. The
+    bits of a float, read as an integer, are in order but for negative ones, which are reversed.
+    """
+    integer, width = (torch.int64, 63) if scores.dtype == torch.float64 else (torch.int32, 31)
+    bits = (scores + 0.0).view(integer)  # -0.0 becomes 0.0, its equal
+    return (bits >> width).bitwise_and_(torch.iinfo(integer).max).bitwise_xor_(bits).bitwise_not_()
 
 
 def _zipf_by_order(scores: Tensor) -> Tensor:
     """Zipf's law, [B, C]: 1/rank for the strict descending order of scores (ties: lower class)."""
     num_classes = scores.shape[1]
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = _sort_keys(scores).sort(dim=1, stable=True).indices
     ranks = torch.arange(1, num_classes + 1, device=scores.device, dtype=scores.dtype)
-    return torch.empty_like(scores).scatter(1, order, ranks.reciprocal().expand_as(scores))
+    return torch.empty_like(scores).scatter_(1, order, ranks.reciprocal().expand_as(scores))
 
 
 def uskd_targets(
     logits: Tensor,
-    weak_logits: Tensor,
+    weak_logits: Tensor | None,
     target: Tensor,
+    teacher_logits: Tensor | None = None,
     *,
+    squared: bool = True,
+    rank_from: USKDRankFrom = "both",
     rank_by: RankBy = "probability",
+    sync_batch_stats: bool = False,
+    ignore_index: int | None = None,
 ) -> SoftLabels:
     r"""USKD's customised soft labels, without gradient.
 
@@ -108,12 +183,24 @@ def uskd_targets(
 
     Args:
         logits: [B, C], raw logits of the network (softmax S).
-        weak_logits: [B, C], raw logits of the weak head (softmax W).
+        weak_logits: [B, C], raw logits of the weak head (softmax W); None only with
+            `rank_from="final"`.
         target: [B] class indices, or [B, C] probabilities V with one or two labelled classes.
             P_t is taken per label column (major, minor), each with the mean over the rows that
             have this column.
+        teacher_logits: [B, C], raw logits of a trained teacher (softmax T), or None. With them
+            P_t is T_t (the last row of the paper's table 8).
+        squared: False takes S_t in place of its square (table 12; tf-NKD).
+        rank_from: `"both"`: equation 10. The paper's table 9 has the others:
+            `"both_unnormalized"`: W + S; `"weak"`: W; `"final"`: S.
         rank_by: `"probability"`: equation 10. `"log_probability"`: the later reference code,
-            which ranks with log S_i / (1 - log S_t) in place of the second fraction.
+            which ranks with log S_i / (1 - log S_t) in place of the second fraction (and with
+            log S in place of S, unnormalised).
+        sync_batch_stats: Take the mean over the batches of all processes of torch's default
+            group, which must all call this; False: over this process' batch, as in the
+            paper's runs.
+        ignore_index: Samples with this class index are left out of the mean; their rows here
+            mean nothing. For [B] labels.
 
     Returns:
         `SoftLabels(target, non_target)`, both [B, C]: P_t at labelled classes (it may exceed 1
@@ -124,7 +211,7 @@ def uskd_targets(
         ValueError: A wrong shape, label or setting; more than two labelled classes in a row
             (pass unsmoothed labels).
 
-    Distributed: the mean over B is that of this process, as in the paper's runs.
+    Distributed: see `sync_batch_stats`.
 
     Example:
         >>> import torch
@@ -133,33 +220,84 @@ def uskd_targets(
         tensor([[0.0000, 0.6000, 0.4000],
                 [0.4000, 0.0000, 0.6000]])
     """
-    check_logits(logits)
-    check_logits(weak_logits, "weak_logits", like=logits)
-    check_target(target, logits)
-    check_two_labels(target)
-    check_choice("rank_by", rank_by, ("probability", "log_probability"))
-    logits = in_float32(logits.detach())
-    weak_logits = in_float32(weak_logits.detach()).to(logits.dtype)
-    labelled = label_probabilities(target, logits) > 0
-    log_probabilities = logits.log_softmax(1)
-    scores = _rank_scores(log_probabilities, weak_logits.softmax(1), labelled, rank_by)
+    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
+    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
+    sums = row_sums(inputs.logits, inputs.labels)
+    values = _target_values(inputs, sums, squared, sync_batch_stats)
+    zipf = _zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
     return SoftLabels(
-        _target_labels(log_probabilities.exp(), _labels(target, logits)),
-        normalized(_zipf_by_order(scores), labelled),
+        spread(inputs.labels, values, inputs.logits),
+        non_target_weights(zipf, inputs.labels).normalized(),
     )
 
 
+def _check_settings(squared: bool, rank_from: str, rank_by: str, sync_batch_stats: bool) -> None:
+    check_flag("squared", squared)
+    check_choice("rank_from", rank_from, _RANKS_FROM)
+    check_choice("rank_by", rank_by, _RANKS_BY)
+    check_flag("sync_batch_stats", sync_batch_stats)
+
+
+@overload
 def uskd_loss(
     logits: Tensor,
-    weak_logits: Tensor,
+    weak_logits: Tensor | None,
     target: Tensor,
+    teacher_logits: Tensor | None = None,
     *,
     target_weight: float = 1.0,
     non_target_weight: float = 0.1,
     weak_weight: float = 0.005,
+    target_term: TargetTerm = "T1",
+    squared: bool = True,
+    rank_from: USKDRankFrom = "both",
     rank_by: RankBy = "probability",
+    sync_batch_stats: bool = False,
+    ignore_index: int | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def uskd_loss(
+    logits: Tensor,
+    weak_logits: Tensor | None,
+    target: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    target_weight: float = 1.0,
+    non_target_weight: float = 0.1,
+    weak_weight: float = 0.005,
+    target_term: TargetTerm = "T1",
+    squared: bool = True,
+    rank_from: USKDRankFrom = "both",
+    rank_by: RankBy = "probability",
+    sync_batch_stats: bool = False,
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[True],
+) -> LossOutput: ...
+
+
+def uskd_loss(
+    logits: Tensor,
+    weak_logits: Tensor | None,
+    target: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    target_weight: float = 1.0,
+    non_target_weight: float = 0.1,
+    weak_weight: float = 0.005,
+    target_term: TargetTerm = "T1",
+    squared: bool = True,
+    rank_from: USKDRankFrom = "both",
+    rank_by: RankBy = "probability",
+    sync_batch_stats: bool = False,
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
     r"""USKD: the network learns from soft labels that it makes itself; no teacher.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
@@ -185,19 +323,31 @@ def uskd_loss(
     mu        `weak_weight`
     ========  ==================================================================
 
-    It is *added* to the task's own loss (cross-entropy), with weight 1.
+    It is *added* to the task's own loss (cross-entropy), with weight 1. Its ancestor tf-NKD
+    (arXiv 2208.10139) is `squared=False, non_target_weight=0, weak_weight=0`.
 
     Args:
         logits: [B, C], raw logits. Gets the gradient of the first two terms.
         weak_logits: [B, C], raw logits of a linear head on a middle feature. Gets the gradient
-            of the last term, which reaches the network up to that feature.
+            of the last term, which reaches the network up to that feature. None only if no
+            term needs it: `weak_weight=0`, and `non_target_weight=0` or `rank_from="final"`.
         target: [B] class indices, or [B, C] probabilities with one or two labelled classes,
             never smoothed.
         target_weight: alpha, 0 or more. 1 on ImageNet, 0.1 on CIFAR-100.
         non_target_weight: beta, 0 or more. 0.1.
         weak_weight: mu, 0 or more. 0.005 on ImageNet, 0.1 on CIFAR-100.
+        teacher_logits: [B, C] or None; a trained teacher for P_t, see `uskd_targets`.
+        target_term: `"T1"`: the first term above. `"T2"`: :math:`-(1 - P_t) \log(1 - S_t)` in
+            its place, `"both"`: their sum (the paper's table 15).
+        squared: See `uskd_targets`, as for the next four.
+        rank_from: `"both"`, `"both_unnormalized"`, `"weak"` or `"final"`.
         rank_by: `"probability"` (the paper) or `"log_probability"` (later reference code).
+        sync_batch_stats: Whether the mean in P_t runs over all processes.
+        ignore_index: Samples with this class index count nothing, also in the mean over B;
+            without any other sample the loss is 0.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"target"` (T1),
+            `"rest"` (T2), `"non_target"`, `"weak"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -205,10 +355,10 @@ def uskd_loss(
     Raises:
         TypeError: Logits or target of a wrong dtype.
         ValueError: A wrong shape, label, setting or reduction; more than two labelled classes
-            in a row.
+            in a row; T2 where every class has a label.
 
     Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
-    Distributed: P_t holds a mean over the batch, here over this process' batch.
+    Distributed: P_t holds a mean over the batch; see `sync_batch_stats`.
 
     Example:
         >>> import torch
@@ -216,22 +366,65 @@ def uskd_loss(
         >>> uskd_loss(logits, torch.zeros(1, 5), torch.tensor([0]))
         tensor(0.7208)
     """
+    _check_weights(target_weight, non_target_weight, weak_weight)
+    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
+    check_choice("target_term", target_term, ("T1", "T2", "both"))
+    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
+    labels = inputs.labels
+    if target_term != "T1":
+        _check_others(target)
+    sums = row_sums(inputs.logits, labels)
+    values = _target_values(inputs, sums, squared, sync_batch_stats)
+    if non_target_weight:
+        zipf = _zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
+        others = non_target_weights(zipf, labels)
+    else:
+        others = NonTarget(torch.zeros_like(sums.top).expand_as(logits), torch.ones_like(sums.top))
+
+    logits = in_float32(logits)
+    parts: dict[str, Tensor] = {}
+    if not return_parts and target_term == "T1":
+        weights = target_weight, non_target_weight
+        parts["total"] = soft_cross_entropy(logits, labels, values, others, 1.0, weights)
+    else:
+        terms = soft_cross_entropy_terms(logits, labels, values, others)
+        if target_term != "T2":
+            parts["target"] = target_weight * terms.target
+        if target_term != "T1":
+            rest = (values.sum(1) - 1) * log_non_target_mass(logits, labels)
+            parts["rest"] = target_weight * rest
+        parts["non_target"] = non_target_weight * terms.non_target
+    if weak_weight:
+        parts["weak"] = weak_weight * _weak_term(weak_logits, labels, logits.dtype)
+    output = reduce_parts(parts, reduction, labels.kept)
+    return output if return_parts else output.loss
+
+
+def _check_weights(target_weight: float, non_target_weight: float, weak_weight: float) -> None:
     check_number("target_weight", target_weight)
     check_number("non_target_weight", non_target_weight)
     check_number("weak_weight", weak_weight)
-    soft = uskd_targets(logits, weak_logits, target, rank_by=rank_by)
 
-    logits = in_float32(logits)
-    weak_logits = in_float32(weak_logits).to(logits.dtype)
-    labels = label_probabilities(target, logits)
-    target_term = -(soft.target * logits.log_softmax(1)).sum(1)
-    non_target_term = -(soft.non_target * non_target_log_softmax(logits, labels > 0)).sum(1)
-    smoothed = (1 - _SMOOTHING) * labels + _SMOOTHING / logits.shape[1]
-    weak_term = -(smoothed * weak_logits.log_softmax(1)).sum(1)
-    per_sample = (
-        target_weight * target_term + non_target_weight * non_target_term + weak_weight * weak_term
-    )
-    return reduce_batch(per_sample, reduction)
+
+def _check_others(target: Tensor) -> None:
+    """Raise ValueError if a row of [B, C] labels leaves no other class, where T2 is log 0."""
+    if target.dim() == 2 and values_can_be_read(target):
+        full = (target > 0).all(1)
+        if bool(full.any()):
+            raise ValueError(
+                f"target_term T2 is undefined for row {int(full.int().argmax())} of target: every "
+                "class has a label, so that 1 - S_t is 0 and its logarithm does not exist"
+            )
+
+
+def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -> Tensor:
+    """Equation 9 without mu, [B]: cross-entropy with smoothed labels."""
+    if weak_logits is None:
+        raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
+    log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
+    labelled = log_probabilities.gather(1, labels.classes).masked_fill(~labels.present, 0.0)
+    of_labels = (labels.values * labelled).sum(1)
+    return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * log_probabilities.mean(1)
 
 
 class USKDLoss(nn.Module):
@@ -241,15 +434,15 @@ class USKDLoss(nn.Module):
         target_weight: Weight of the target term; 0 or more.
         non_target_weight: Weight of the non-target term; 0 or more.
         weak_weight: Weight of the weak head's own loss; 0 or more.
-        rank_by: `"probability"` or `"log_probability"`.
+        target_term: `"T1"` (the method itself), `"T2"` or `"both"`.
+        target_from: `"self"` (the method itself), or `"teacher"`: its T_t is the target label.
+        squared: Whether the target label holds S_t squared (the method itself) or S_t.
+        rank_from: `"both"` (the method itself), `"both_unnormalized"`, `"weak"` or `"final"`.
+        rank_by: `"probability"` (the paper) or `"log_probability"` (later reference code).
+        sync_batch_stats: Whether the mean in the target label runs over all processes.
+        ignore_index: Class index of samples that count nothing, or None.
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
-
-    reads: ClassVar[Mapping[str, Signal]] = {
-        "logits": Logits(),
-        "weak_logits": WeakLogits(tap="middle"),
-        "target": Target(),
-    }
 
     def __init__(
         self,
@@ -257,34 +450,108 @@ class USKDLoss(nn.Module):
         target_weight: float = 1.0,
         non_target_weight: float = 0.1,
         weak_weight: float = 0.005,
+        target_term: TargetTerm = "T1",
+        target_from: TargetFrom = "self",
+        squared: bool = True,
+        rank_from: USKDRankFrom = "both",
         rank_by: RankBy = "probability",
+        sync_batch_stats: bool = False,
+        ignore_index: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_number("target_weight", target_weight)
-        check_number("non_target_weight", non_target_weight)
-        check_number("weak_weight", weak_weight)
-        check_choice("rank_by", rank_by, ("probability", "log_probability"))
+        _check_weights(target_weight, non_target_weight, weak_weight)
+        _check_settings(squared, rank_from, rank_by, sync_batch_stats)
+        check_choice("target_term", target_term, ("T1", "T2", "both"))
+        check_choice("target_from", target_from, ("self", "teacher"))
+        check_ignore_index(ignore_index)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.target_weight = target_weight
         self.non_target_weight = non_target_weight
         self.weak_weight = weak_weight
+        self.target_term: TargetTerm = target_term
+        self.target_from: TargetFrom = target_from
+        self.squared = squared
+        self.rank_from: USKDRankFrom = rank_from
         self.rank_by: RankBy = rank_by
+        self.sync_batch_stats = sync_batch_stats
+        self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
-    def forward(self, logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
-        """Compute `uskd_loss` with this module's settings."""
-        return uskd_loss(
+    @property
+    def reads(self) -> Mapping[str, Signal]:
+        """The signals that these settings need: no weak head if no term uses it."""
+        reads: dict[str, Signal] = {"logits": Logits(), "target": Target()}
+        if self.weak_weight or (self.non_target_weight and self.rank_from != "final"):
+            reads["weak_logits"] = WeakLogits(tap="middle")
+        if self.target_from == "teacher":
+            reads["teacher_logits"] = TeacherLogits()
+        return reads
+
+    def forward(
+        self,
+        logits: Tensor,
+        weak_logits: Tensor | None = None,
+        target: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
+        """Compute `uskd_loss` with this module's settings.
+
+        `weak_logits` may be left out where `reads` does without them; `target` may not.
+
+        Raises:
+            TypeError: No target.
+            ValueError: A teacher is missing though it gives the target label, or the reverse.
+        """
+        if target is None:
+            raise TypeError("target must be a tensor, got None")
+        self._check_teacher(teacher_logits)
+        output = uskd_loss(
             logits,
             weak_logits,
             target,
+            teacher_logits,
             target_weight=self.target_weight,
             non_target_weight=self.non_target_weight,
             weak_weight=self.weak_weight,
+            target_term=self.target_term,
+            squared=self.squared,
+            rank_from=self.rank_from,
             rank_by=self.rank_by,
+            sync_batch_stats=self.sync_batch_stats,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
+            return_parts=True,
         )
+        return output if return_parts else output.loss
 
-    def soft_labels(self, logits: Tensor, weak_logits: Tensor, target: Tensor) -> SoftLabels:
+    def _check_teacher(self, teacher_logits: Tensor | None) -> None:
+        if (teacher_logits is None) == (self.target_from == "teacher"):
+            got = "none" if teacher_logits is None else "some"
+            raise ValueError(
+                f"target_from={self.target_from!r} decides whether teacher_logits are read, "
+                f"got {got}"
+            )
+
+    def soft_labels(
+        self,
+        logits: Tensor,
+        weak_logits: Tensor | None,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+    ) -> SoftLabels:
         """A value from the network's own confidence, and Zipf's law over its own ranking."""
-        return uskd_targets(logits, weak_logits, target, rank_by=self.rank_by)
+        self._check_teacher(teacher_logits)
+        # Never synchronised: a gallery is drawn on one process alone.
+        return uskd_targets(
+            logits,
+            weak_logits,
+            target,
+            teacher_logits,
+            squared=self.squared,
+            rank_from="final" if weak_logits is None else self.rank_from,
+            rank_by=self.rank_by,
+            ignore_index=self.ignore_index,
+        )

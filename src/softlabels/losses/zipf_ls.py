@@ -2,51 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.nontarget import (
-    MixedTarget,
-    Reduction,
-    SoftLabels,
+from softlabels.losses.checks import (
     check_choice,
+    check_flag,
+    check_ignore_index,
     check_logits,
     check_number,
     check_target,
+    check_unsmoothed,
     check_votes,
-    in_float32,
-    label_probabilities,
-    non_target_log_softmax,
-    normalized,
-    reduce_batch,
 )
-from softlabels.losses.reads import Logits, Signal, Target, Votes
+from softlabels.losses.nontarget import (
+    Labels,
+    LossOutput,
+    MixedTarget,
+    NonTarget,
+    Reduction,
+    SoftLabels,
+    in_float32,
+    label_columns,
+    non_target_weights,
+    reduce_parts,
+    spread,
+)
+from softlabels.losses.reads import Exits, Logits, Signal, Target, Votes
+from softlabels.losses.soft_cross_entropy import soft_cross_entropy
 
-__all__ = ["RankFrom", "ZipfLSLoss", "zipf_ls_loss", "zipf_ls_targets"]
+__all__ = ["Distribution", "RankFrom", "ZipfLSLoss", "zipf_ls_loss", "zipf_ls_targets"]
 
 RankFrom: TypeAlias = Literal["votes", "logits"]
+Distribution: TypeAlias = Literal[
+    "zipf",
+    "constant",
+    "random_uniform",
+    "random_gaussian",
+    "random_pareto",
+    "sorted_pareto",
+    "linear_decay",
+    "exponential_decay",
+    "unbiased_zipf",
+]
+
+_DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
-def _ranks_of_counts(votes: Tensor, num_classes: int) -> Tensor:
-    """Competition ranks of the classes by votes, [B, C]: 1 + the number of classes with more."""
+class _Ranks(NamedTuple):
+    """Competition ranks of all classes; both [B, C], int64."""
+
+    rank: Tensor  # 1 + the number of classes with a better score
+    ties: Tensor  # the number of classes with the same score, itself included
+
+
+def _ranks_of_votes(votes: Tensor, num_classes: int) -> _Ranks:
+    """Ranks by the number of votes: work on [B, K], for most classes have none and share one."""
     batch_size, num_votes = votes.shape
-    ones = torch.ones_like(votes)
-    counts = votes.new_zeros(batch_size, num_classes).scatter_add(1, votes, ones)
-    # A histogram of the counts replaces the sort: C classes share at most K + 1 counts.
-    histogram = votes.new_zeros(batch_size, num_votes + 1)
-    histogram = histogram.scatter_add(1, counts, torch.ones_like(counts))
-    at_most = histogram.cumsum(1)
-    return 1 + num_classes - at_most.gather(1, counts)
+    counts = votes.new_zeros(batch_size, num_classes)
+    counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).gather(1, votes)
+    # A class with n votes stands n times among the votes, so that 1/n of them are classes.
+    of_count = votes.new_zeros(batch_size, num_votes + 1)
+    of_count = of_count.scatter_add_(1, counts, torch.ones_like(counts))
+    of_count = of_count // torch.arange(num_votes + 1, device=votes.device).clamp(min=1)
+    not_above = of_count.cumsum(1)
+    num_voted = not_above[:, -1:]
+    rank = (num_voted + 1).expand(-1, num_classes)
+    ties = (num_classes - num_voted).expand(-1, num_classes)
+    return _Ranks(
+        rank.scatter(1, votes, 1 + num_voted - not_above.gather(1, counts)),
+        ties.scatter(1, votes, of_count.gather(1, counts)),
+    )
 
 
-def _ranks_of_scores(scores: Tensor) -> Tensor:
-    """Competition ranks of the classes by score, [B, C]."""
-    scores = scores.contiguous()
-    at_most = torch.searchsorted(scores.sort(dim=1).values, scores, right=True)
-    return 1 + scores.shape[1] - at_most
+def _ranks_of_logits(logits: Tensor) -> _Ranks:
+    """Ranks by the sample's own logits."""
+    logits = logits.contiguous()
+    ascending = logits.sort(dim=1).values
+    not_above = torch.searchsorted(ascending, logits, right=True)
+    return _Ranks(
+        1 + logits.shape[1] - not_above, not_above - torch.searchsorted(ascending, logits)
+    )
+
+
+def _weights(
+    ranks: _Ranks, distribution: Distribution, dtype: torch.dtype, settings: Mapping[str, float]
+) -> Tensor:
+    """Weight of each class by its rank, before the target is removed; [B, C]."""
+    num_classes = ranks.rank.shape[1]
+    rank = ranks.rank.to(dtype)
+    if distribution == "constant":
+        return torch.ones_like(rank)
+    if distribution == "random_uniform":
+        return torch.rand_like(rank)
+    if distribution == "random_gaussian":
+        return torch.randn_like(rank).abs()
+    if distribution in ("random_pareto", "sorted_pareto"):
+        # Lomax, shape 1: (1 - u) / u for u uniform in (0, 1].
+        uniform = 1 - torch.rand_like(rank)
+        draws = uniform.reciprocal() - 1
+        if distribution == "random_pareto":
+            return draws
+        return draws.sort(dim=1, descending=True).values.gather(1, ranks.rank - 1)
+    if distribution == "linear_decay":
+        smallest = settings["smallest_probability"]
+        gap = 2 * (1 - num_classes * smallest) / (num_classes * (num_classes - 1))
+        return (num_classes - rank) * gap + smallest
+    if distribution == "exponential_decay":
+        # Of the best rank there is, so that no row underflows as a whole.
+        return (settings["decay"] * (1 - rank)).exp()
+    power = settings["power"]
+    if distribution == "zipf":
+        return rank.pow(-power)
+    lower, upper = settings["lower_bound"], settings["upper_bound"]
+    interval = (upper - lower) / num_classes
+    ties = ranks.ties.to(dtype)
+    low = lower + (rank - 1) * interval
+    if power == 1:
+        return torch.log1p(ties * interval / low) / ties
+    return (low.pow(1 - power) - (low + ties * interval).pow(1 - power)).abs() / ties
 
 
 def zipf_ls_targets(
@@ -55,7 +132,13 @@ def zipf_ls_targets(
     votes: Tensor | None = None,
     *,
     power: float = 1.0,
+    distribution: Distribution = "zipf",
+    smallest_probability: float = 1e-6,
+    decay: float = 1.0,
+    lower_bound: float = 0.001,
+    upper_bound: float = 1.0,
     mixed_target: MixedTarget = "largest",
+    ignore_index: int | None = None,
 ) -> Tensor:
     r"""Zipf's LS soft labels over the non-target classes, without gradient.
 
@@ -66,20 +149,46 @@ def zipf_ls_targets(
     the smallest rank (counts 5, 3, 1, 0, 0 give 1, 2, 3, 4, 4). Then
     :math:`q_i \propto \text{rank}_i^{-p}` for :math:`i \ne t`.
 
+    The other distributions of that code, by the rank r, its n tied classes, and C:
+
+    =====================  ==========================================================
+    `distribution`         weight, before normalisation
+    =====================  ==========================================================
+    `"constant"`           1
+    `"random_uniform"`     a uniform draw in [0, 1)
+    `"random_gaussian"`    the size of a standard normal draw
+    `"random_pareto"`      a Lomax draw of shape 1
+    `"sorted_pareto"`      the r-th largest of C such draws (there: in an order that
+                           does not follow the ranks)
+    `"linear_decay"`       (C - r) 2 (1 - C s) / (C (C - 1)) + s
+    `"exponential_decay"`  exp(-d (r - 1))
+    `"unbiased_zipf"`      the mean over the n tied classes of the integral of x^-p
+                           over their cells, C of which divide [lower, upper]
+    =====================  ==========================================================
+
+    Draws come from torch's default generator, new ones at each call.
+
     Args:
         logits: [B, C], raw logits; they rank the classes if `votes` is None.
         target: [B] class indices, or [B, C] probabilities.
         votes: [B, K] class indices, one for each position of the last map; or None.
-        power: p, 0 or more; 1 is Zipf's law.
+        power: p, 0 or more; 1 is Zipf's law. Of `"zipf"` and `"unbiased_zipf"`.
+        distribution: `"zipf"`, or one of the table above.
+        smallest_probability: s of `"linear_decay"`, at most 1 / C.
+        decay: d of `"exponential_decay"`, 0 or more.
+        lower_bound: Of `"unbiased_zipf"`, above 0.
+        upper_bound: Of `"unbiased_zipf"`, above `lower_bound`.
         mixed_target: For [B, C] labels: `"largest"` removes the class with the largest label
             (ties: the lower class), `"all"` removes every labelled class.
+        ignore_index: A class index that may stand in [B] labels; such rows mean nothing here.
 
     Returns:
         [B, C], each row sums to 1, 0 at removed classes.
 
     Raises:
         TypeError: Logits, target or votes of a wrong dtype.
-        ValueError: A wrong shape, label, vote or setting.
+        ValueError: A wrong shape, label, vote or setting; with `mixed_target="all"`, a label
+            for every one of more than two classes.
 
     Example:
         >>> import torch
@@ -88,28 +197,135 @@ def zipf_ls_targets(
         tensor([[0.0000, 0.3750, 0.2500, 0.1875, 0.1875]])
     """
     check_logits(logits)
-    check_target(target, logits)
-    check_number("power", power)
-    check_choice("mixed_target", mixed_target, ("largest", "all"))
+    check_ignore_index(ignore_index)
+    check_target(target, logits, ignore_index)
+    settings = {
+        "power": power,
+        "smallest_probability": smallest_probability,
+        "decay": decay,
+        "lower_bound": lower_bound,
+        "upper_bound": upper_bound,
+    }
+    _check_settings(distribution, mixed_target, **settings)
     logits = in_float32(logits.detach())
+    labels = _labels(target, logits, mixed_target, ignore_index)
+    return _non_target(logits, votes, labels, distribution, settings).normalized()
+
+
+def _check_settings(
+    distribution: str,
+    mixed_target: str,
+    power: float,
+    smallest_probability: float,
+    decay: float,
+    lower_bound: float,
+    upper_bound: float,
+) -> None:
+    check_choice("distribution", distribution, _DISTRIBUTIONS)
+    check_choice("mixed_target", mixed_target, ("largest", "all"))
+    check_number("power", power)
+    check_number("smallest_probability", smallest_probability, at_most=1)
+    check_number("decay", decay)
+    check_number("lower_bound", lower_bound, positive=True)
+    check_number("upper_bound", upper_bound, positive=True)
+    if distribution == "unbiased_zipf" and power == 0:
+        raise ValueError("power must be above 0 for distribution 'unbiased_zipf', got 0")
+    if upper_bound <= lower_bound:
+        raise ValueError(f"upper_bound must be above lower_bound {lower_bound}, got {upper_bound}")
+
+
+def _labels(
+    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None
+) -> Labels:
+    if mixed_target == "all":
+        check_unsmoothed(target)
+    return label_columns(target, logits, mixed_target, ignore_index)
+
+
+def _non_target(
+    logits: Tensor,
+    votes: Tensor | None,
+    labels: Labels,
+    distribution: Distribution,
+    settings: Mapping[str, float],
+) -> NonTarget:
+    num_classes = logits.shape[1]
+    if distribution == "linear_decay" and settings["smallest_probability"] * num_classes > 1:
+        raise ValueError(
+            f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
+            f"got {settings['smallest_probability']}"
+        )
     if votes is None:
-        ranks = _ranks_of_scores(logits)
+        ranks = _ranks_of_logits(logits)
     else:
         check_votes(votes, logits)
-        ranks = _ranks_of_counts(votes.long(), logits.shape[1])
-    labelled = label_probabilities(target, logits, mixed_target) > 0
-    return normalized(ranks.to(logits.dtype).pow(-power), labelled)
+        ranks = _ranks_of_votes(votes.long(), num_classes)
+    return non_target_weights(_weights(ranks, distribution, logits.dtype, settings), labels)
+
+
+@overload
+def zipf_ls_loss(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    exit_logits: Sequence[Tensor] = (),
+    *,
+    power: float = 1.0,
+    distribution: Distribution = "zipf",
+    smallest_probability: float = 1e-6,
+    decay: float = 1.0,
+    lower_bound: float = 0.001,
+    upper_bound: float = 1.0,
+    mixed_target: MixedTarget = "largest",
+    correct_only: bool = False,
+    exit_weight: float = 0.0,
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def zipf_ls_loss(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    exit_logits: Sequence[Tensor] = (),
+    *,
+    power: float = 1.0,
+    distribution: Distribution = "zipf",
+    smallest_probability: float = 1e-6,
+    decay: float = 1.0,
+    lower_bound: float = 0.001,
+    upper_bound: float = 1.0,
+    mixed_target: MixedTarget = "largest",
+    correct_only: bool = False,
+    exit_weight: float = 0.0,
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    return_parts: Literal[True],
+) -> LossOutput: ...
 
 
 def zipf_ls_loss(
     logits: Tensor,
     target: Tensor,
     votes: Tensor | None = None,
+    exit_logits: Sequence[Tensor] = (),
     *,
     power: float = 1.0,
+    distribution: Distribution = "zipf",
+    smallest_probability: float = 1e-6,
+    decay: float = 1.0,
+    lower_bound: float = 0.001,
+    upper_bound: float = 1.0,
     mixed_target: MixedTarget = "largest",
+    correct_only: bool = False,
+    exit_weight: float = 0.0,
+    ignore_index: int | None = None,
     reduction: Reduction = "mean",
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
     r"""Zipf's LS: non-target predictions are drawn to a Zipf distribution over their ranks.
 
     Liang et al., ECCV 2022 (arXiv 2207.12980); official code megvii-research/zipfls
@@ -122,13 +338,32 @@ def zipf_ls_loss(
     CIFAR-100 and ImageNet, 1.0 on TinyImageNet and iNat21) as the Distiller's
     `method_weight`.
 
+    The MegEngine half of that code also trains classifiers at inner stages: their votes join
+    `votes`, and :math:`\text{exit\_weight} \cdot \sum_k CE(\text{exit}_k)` is added here.
+    There that term is not multiplied by lambda; here all of the method is, so that its alpha
+    (0.1 on CIFAR-100, 0.5 on TinyImageNet) is `method_weight * exit_weight`.
+
     Args:
         logits: [B, C], raw logits. Gets the gradient.
         target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
         votes: [B, K] class indices, or None to rank by the sample's own logits.
+        exit_logits: [B, C] each, raw logits of classifiers at inner stages. Get the gradient of
+            their own cross-entropy.
         power: Exponent of the law, 0 or more.
-        mixed_target: `"largest"` or `"all"`, see `zipf_ls_targets`.
+        distribution: `"zipf"`, or another of `zipf_ls_targets`, as for the next five.
+        smallest_probability: Of `"linear_decay"`.
+        decay: Of `"exponential_decay"`.
+        lower_bound: Of `"unbiased_zipf"`.
+        upper_bound: Of `"unbiased_zipf"`.
+        mixed_target: `"largest"` or `"all"`.
+        correct_only: Only samples whose largest logit is that of their (largest) label count,
+            also in the mean; without any, the term is 0.
+        exit_weight: Weight of the cross-entropy of each of `exit_logits`; 0 or more.
+        ignore_index: Samples with this class index count nothing, also in the mean over B;
+            without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"non_target"`,
+            and with `exit_logits` `"exits"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -145,12 +380,63 @@ def zipf_ls_loss(
         >>> zipf_ls_loss(torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]]), torch.tensor([0]))
         tensor(0.0572)
     """
-    soft = zipf_ls_targets(logits, target, votes, power=power, mixed_target=mixed_target)
+    check_logits(logits)
+    check_ignore_index(ignore_index)
+    check_target(target, logits, ignore_index)
+    check_flag("correct_only", correct_only)
+    check_number("exit_weight", exit_weight)
+    settings = {
+        "power": power,
+        "smallest_probability": smallest_probability,
+        "decay": decay,
+        "lower_bound": lower_bound,
+        "upper_bound": upper_bound,
+    }
+    _check_settings(distribution, mixed_target, **settings)
     logits = in_float32(logits)
-    labelled = label_probabilities(target, logits, mixed_target) > 0
-    log_probabilities = non_target_log_softmax(logits, labelled)
-    divergence = (torch.xlogy(soft, soft) - soft * log_probabilities).sum(1)
-    return reduce_batch(divergence, reduction)
+    labels = _labels(target, logits, mixed_target, ignore_index)
+    soft = _non_target(logits.detach(), votes, labels, distribution, settings)
+    nothing = torch.zeros_like(labels.values)
+    cross_entropy = soft_cross_entropy(logits, labels, nothing, soft)
+    # sum of q log q, for q = weights / total
+    entropy = torch.xlogy(soft.weights, soft.weights).sum(1, keepdim=True) / soft.total
+    entropy = torch.where(soft.weights.any(1, keepdim=True), entropy - soft.total.log(), 0.0)
+    divergence = cross_entropy + entropy.squeeze(1)
+    kept = labels.kept
+    if correct_only:
+        largest = label_columns(target, logits, "largest", ignore_index).classes.squeeze(1)
+        correct = logits.detach().argmax(1) == largest
+        kept = correct if kept is None else correct & kept
+    output = reduce_parts({"non_target": divergence}, reduction, kept)
+    if exit_logits:
+        output = _with_exits(
+            output, exit_logits, logits, target, exit_weight, ignore_index, reduction
+        )
+    return output if return_parts else output.loss
+
+
+def _with_exits(
+    output: LossOutput,
+    exit_logits: Sequence[Tensor],
+    logits: Tensor,
+    target: Tensor,
+    weight: float,
+    ignore_index: int | None,
+    reduction: Reduction,
+) -> LossOutput:
+    """Add the cross-entropy of the exits, over all samples that are not ignored."""
+    labels = label_columns(target, logits, "all", ignore_index)
+    total: Tensor | None = None
+    for number, own in enumerate(exit_logits):
+        check_logits(own, f"exit_logits[{number}]", like=logits)
+        own = in_float32(own).to(logits.dtype)
+        ones = torch.ones_like(labels.values[:, :1])
+        nothing = NonTarget(torch.zeros_like(ones).expand_as(own), ones)
+        term = soft_cross_entropy(own, labels, labels.values, nothing, weights=(1.0, 0.0))
+        total = term if total is None else total + term
+    assert total is not None
+    exits = reduce_parts({"exits": weight * total}, reduction, labels.kept)
+    return LossOutput(output.loss + exits.loss, {**output.parts, **exits.parts})
 
 
 class ZipfLSLoss(nn.Module):
@@ -158,11 +444,24 @@ class ZipfLSLoss(nn.Module):
 
     Args:
         power: Exponent of the law, 0 or more.
+        distribution: `"zipf"` (the method itself), or another law of `zipf_ls_targets`:
+            `"constant"`, `"random_uniform"`, `"random_gaussian"`, `"random_pareto"`,
+            `"sorted_pareto"`, `"linear_decay"`, `"exponential_decay"`, `"unbiased_zipf"`.
+        smallest_probability: Of `"linear_decay"`; at most 1 / classes.
+        decay: Of `"exponential_decay"`; 0 or more.
+        lower_bound: Of `"unbiased_zipf"`; above 0.
+        upper_bound: Of `"unbiased_zipf"`; above `lower_bound`.
         rank_from: `"votes"`: the head's prediction at every position of the last map;
             `"logits"`: the sample's own logits.
         vote_upsample: Factor by which the last map is enlarged before voting; 2 in the
             paper's CIFAR-100 ResNet-18 runs.
+        vote_interpolation: `"bilinear"` or `"bicubic"`, how it is enlarged.
+        exit_taps: Places in the network (`"middle"` or dotted paths) that get linear heads of
+            their own, whose votes count too, as in the reference's MegEngine half.
+        exit_weight: Weight of the cross-entropy of each such head.
         mixed_target: `"largest"` or `"all"`, for mixed labels.
+        correct_only: Whether only samples that are predicted correctly count.
+        ignore_index: Class index of samples that count nothing, or None.
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
@@ -172,23 +471,55 @@ class ZipfLSLoss(nn.Module):
         self,
         *,
         power: float = 1.0,
+        distribution: Distribution = "zipf",
+        smallest_probability: float = 1e-6,
+        decay: float = 1.0,
+        lower_bound: float = 0.001,
+        upper_bound: float = 1.0,
         rank_from: RankFrom = "votes",
         vote_upsample: int = 1,
+        vote_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        exit_taps: tuple[str, ...] = (),
+        exit_weight: float = 0.0,
         mixed_target: MixedTarget = "largest",
+        correct_only: bool = False,
+        ignore_index: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_number("power", power)
         check_choice("rank_from", rank_from, ("votes", "logits"))
         check_number("vote_upsample", vote_upsample, positive=True)
+        check_choice("vote_interpolation", vote_interpolation, ("bilinear", "bicubic"))
         if not isinstance(vote_upsample, int):
             raise TypeError(f"vote_upsample must be a whole number, got {vote_upsample!r}")
-        check_choice("mixed_target", mixed_target, ("largest", "all"))
+        if not isinstance(exit_taps, tuple | list) or not all(
+            isinstance(tap, str) for tap in exit_taps
+        ):
+            raise TypeError(f"exit_taps must be a tuple of strings, got {exit_taps!r:.60}")
+        if exit_taps and rank_from != "votes":
+            raise ValueError("exit_taps need rank_from='votes', got rank_from='logits'")
+        check_number("exit_weight", exit_weight)
+        check_flag("correct_only", correct_only)
+        check_ignore_index(ignore_index)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.power = power
+        self.law: dict[str, Any] = {
+            "power": power,
+            "distribution": distribution,
+            "smallest_probability": smallest_probability,
+            "decay": decay,
+            "lower_bound": lower_bound,
+            "upper_bound": upper_bound,
+            "mixed_target": mixed_target,
+        }
+        _check_settings(**self.law)
         self.rank_from: RankFrom = rank_from
         self.vote_upsample = vote_upsample
+        self.vote_interpolation: Literal["bilinear", "bicubic"] = vote_interpolation
+        self.exit_taps = tuple(exit_taps)
+        self.exit_weight = exit_weight
         self.mixed_target: MixedTarget = mixed_target
+        self.correct_only = correct_only
+        self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
     @property
@@ -196,38 +527,68 @@ class ZipfLSLoss(nn.Module):
         """The signals that these settings need: votes only if they rank."""
         reads: dict[str, Signal] = {"logits": Logits(), "target": Target()}
         if self.rank_from == "votes":
-            reads["votes"] = Votes(upsample=self.vote_upsample)
+            reads["votes"] = Votes(upsample=self.vote_upsample, mode=self.vote_interpolation)
+        if self.exit_taps:
+            reads["exits"] = Exits(taps=self.exit_taps)
         return reads
 
-    def forward(self, logits: Tensor, target: Tensor, votes: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        votes: Tensor | None = None,
+        exits: Sequence[Tensor] = (),
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
         """Compute `zipf_ls_loss` with this module's settings.
+
+        `exits` is what the signal `Exits` gives: logits and votes of each head in turn.
 
         Raises:
             ValueError: Votes are missing though they rank, or given though they do not.
         """
-        self._check_votes(votes)
-        return zipf_ls_loss(
+        output = zipf_ls_loss(
             logits,
             target,
-            votes,
-            power=self.power,
-            mixed_target=self.mixed_target,
+            self._joined(votes, exits),
+            exits[::2],
+            **self.law,
+            correct_only=self.correct_only,
+            exit_weight=self.exit_weight,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
+            return_parts=True,
         )
+        return output if return_parts else output.loss
 
-    def _check_votes(self, votes: Tensor | None) -> None:
+    def _joined(self, votes: Tensor | None, exits: Sequence[Tensor]) -> Tensor | None:
         if (votes is None) == (self.rank_from == "votes"):
             got = "none" if votes is None else "some"
             raise ValueError(f"rank_from={self.rank_from!r} decides whether votes rank, got {got}")
+        if len(exits) != 2 * len(self.exit_taps):
+            raise ValueError(
+                f"exits must hold logits and votes of {len(self.exit_taps)} heads, "
+                f"got {len(exits)} tensors"
+            )
+        if votes is None or not exits:
+            return votes
+        return torch.cat((votes, *exits[1::2]), 1)
 
     def soft_labels(
-        self, logits: Tensor, target: Tensor, votes: Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        votes: Tensor | None = None,
+        exits: Sequence[Tensor] = (),
     ) -> SoftLabels:
         """The label, and Zipf's law over the wrong classes as the network itself ranks them."""
-        self._check_votes(votes)
-        return SoftLabels(
-            label_probabilities(target, in_float32(logits), self.mixed_target),
-            zipf_ls_targets(
-                logits, target, votes, power=self.power, mixed_target=self.mixed_target
-            ),
+        soft = zipf_ls_targets(
+            logits,
+            target,
+            self._joined(votes, exits),
+            **self.law,
+            ignore_index=self.ignore_index,
         )
+        labels = label_columns(target, soft, self.mixed_target, self.ignore_index)
+        return SoftLabels(spread(labels, labels.values, soft), soft)
