@@ -53,77 +53,93 @@ _DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 class _Ranks(NamedTuple):
-    """Competition ranks of all classes; both [B, C], int64."""
+    """Competition ranks, for columns of classes, [B, N] each."""
 
-    rank: Tensor  # 1 + the number of classes with a better score
+    rank: Tensor  # 1 + the number of classes with a better score, in the dtype of the logits
     ties: Tensor  # the number of classes with the same score, itself included
 
 
-def _ranks_of_votes(votes: Tensor, num_classes: int) -> _Ranks:
-    """Ranks by the number of votes: work on [B, K], for most classes have none and share one."""
-    batch_size, num_votes = votes.shape
-    counts = votes.new_zeros(batch_size, num_classes)
-    counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).gather(1, votes)
+def _ranks_of_votes(votes: Tensor, like: Tensor) -> _Ranks:
+    """Ranks of the class of each vote, and in a last column of all classes without a vote.
+
+    Work on [B, K]: at most K classes have votes, and all others share one rank.
+    """
+    (batch_size, num_votes), num_classes = votes.shape, like.shape[1]
+    counts = votes.new_zeros(batch_size, num_classes, dtype=torch.int32)
+    ones = torch.ones_like(votes, dtype=torch.int32)
+    counts = counts.scatter_add_(1, votes, ones).gather(1, votes).long()
     # A class with n votes stands n times among the votes, so that 1/n of them are classes.
-    of_count = votes.new_zeros(batch_size, num_votes + 1)
-    of_count = of_count.scatter_add_(1, counts, torch.ones_like(counts))
-    of_count = of_count // torch.arange(num_votes + 1, device=votes.device).clamp(min=1)
-    not_above = of_count.cumsum(1)
-    num_voted = not_above[:, -1:]
-    rank = (num_voted + 1).expand(-1, num_classes)
-    ties = (num_classes - num_voted).expand(-1, num_classes)
-    return _Ranks(
-        rank.scatter(1, votes, 1 + num_voted - not_above.gather(1, counts)),
-        ties.scatter(1, votes, of_count.gather(1, counts)),
-    )
+    classes = votes.new_zeros(batch_size, num_votes + 1, dtype=torch.int32)
+    classes = classes.scatter_add_(1, counts, ones)
+    classes = classes // torch.arange(num_votes + 1, device=votes.device).clamp(min=1)
+    fewer = classes.cumsum(1)
+    num_voted = fewer[:, -1:]
+    rank = torch.cat((1 + num_voted - fewer.gather(1, counts), 1 + num_voted), 1)
+    ties = torch.cat((classes.gather(1, counts), num_classes - num_voted), 1)
+    return _Ranks(rank.to(like.dtype), ties.to(like.dtype))
 
 
 def _ranks_of_logits(logits: Tensor) -> _Ranks:
-    """Ranks by the sample's own logits."""
+    """Ranks of all classes by the sample's own logits."""
     logits = logits.contiguous()
     ascending = logits.sort(dim=1).values
     not_above = torch.searchsorted(ascending, logits, right=True)
-    return _Ranks(
-        1 + logits.shape[1] - not_above, not_above - torch.searchsorted(ascending, logits)
-    )
+    ties = not_above - torch.searchsorted(ascending, logits)
+    return _Ranks((1 + logits.shape[1] - not_above).to(logits.dtype), ties.to(logits.dtype))
 
 
-def _weights(
-    ranks: _Ranks, distribution: Distribution, dtype: torch.dtype, settings: Mapping[str, float]
+def _law(
+    ranks: _Ranks, distribution: Distribution, num_classes: int, settings: Mapping[str, float]
 ) -> Tensor:
-    """Weight of each class by its rank, before the target is removed; [B, C]."""
-    num_classes = ranks.rank.shape[1]
-    rank = ranks.rank.to(dtype)
+    """Weight of each column by its rank, for the laws without draws; [B, N]."""
+    rank, ties = ranks
     if distribution == "constant":
         return torch.ones_like(rank)
-    if distribution == "random_uniform":
-        return torch.rand_like(rank)
-    if distribution == "random_gaussian":
-        return torch.randn_like(rank).abs()
-    if distribution in ("random_pareto", "sorted_pareto"):
-        # Lomax, shape 1: (1 - u) / u for u uniform in (0, 1].
-        uniform = 1 - torch.rand_like(rank)
-        draws = uniform.reciprocal() - 1
-        if distribution == "random_pareto":
-            return draws
-        return draws.sort(dim=1, descending=True).values.gather(1, ranks.rank - 1)
     if distribution == "linear_decay":
         smallest = settings["smallest_probability"]
         gap = 2 * (1 - num_classes * smallest) / (num_classes * (num_classes - 1))
         return (num_classes - rank) * gap + smallest
     if distribution == "exponential_decay":
-        # Of the best rank there is, so that no row underflows as a whole.
         return (settings["decay"] * (1 - rank)).exp()
     power = settings["power"]
     if distribution == "zipf":
         return rank.pow(-power)
     lower, upper = settings["lower_bound"], settings["upper_bound"]
     interval = (upper - lower) / num_classes
-    ties = ranks.ties.to(dtype)
     low = lower + (rank - 1) * interval
     if power == 1:
         return torch.log1p(ties * interval / low) / ties
     return (low.pow(1 - power) - (low + ties * interval).pow(1 - power)).abs() / ties
+
+
+def _draws(distribution: Distribution, like: Tensor) -> Tensor:
+    """New draws for each class, [B, C]."""
+    if distribution == "random_uniform":
+        return torch.rand_like(like)
+    if distribution == "random_gaussian":
+        return torch.randn_like(like).abs()
+    # Lomax, shape 1: (1 - u) / u for u uniform in (0, 1].
+    return (1 - torch.rand_like(like)).reciprocal() - 1
+
+
+def _weights(
+    logits: Tensor,
+    votes: Tensor | None,
+    distribution: Distribution,
+    settings: Mapping[str, float],
+) -> Tensor:
+    """Weight of each class before the target is removed, [B, C]."""
+    if distribution.startswith("random"):
+        return _draws(distribution, logits)
+    ranks = _ranks_of_logits(logits) if votes is None else _ranks_of_votes(votes.long(), logits)
+    if distribution == "sorted_pareto":
+        draws = _draws(distribution, logits).sort(dim=1, descending=True).values
+        weights = draws.gather(1, ranks.rank.long().clamp(max=logits.shape[1]) - 1)
+    else:
+        weights = _law(ranks, distribution, logits.shape[1], settings)
+    if votes is None:
+        return weights
+    return weights[:, -1:].expand_as(logits).scatter(1, votes.long(), weights[:, :-1])
 
 
 def zipf_ls_targets(
@@ -172,10 +188,10 @@ def zipf_ls_targets(
         logits: [B, C], raw logits; they rank the classes if `votes` is None.
         target: [B] class indices, or [B, C] probabilities.
         votes: [B, K] class indices, one for each position of the last map; or None.
-        power: p, 0 or more; 1 is Zipf's law. Of `"zipf"` and `"unbiased_zipf"`.
+        power: p, in [0, 30]; 1 is Zipf's law. Of `"zipf"` and `"unbiased_zipf"`.
         distribution: `"zipf"`, or one of the table above.
         smallest_probability: s of `"linear_decay"`, at most 1 / C.
-        decay: d of `"exponential_decay"`, 0 or more.
+        decay: d of `"exponential_decay"`, in [0, 30].
         lower_bound: Of `"unbiased_zipf"`, above 0.
         upper_bound: Of `"unbiased_zipf"`, above `lower_bound`.
         mixed_target: For [B, C] labels: `"largest"` removes the class with the largest label
@@ -223,9 +239,9 @@ def _check_settings(
 ) -> None:
     check_choice("distribution", distribution, _DISTRIBUTIONS)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
-    check_number("power", power)
+    check_number("power", power, at_most=30)
     check_number("smallest_probability", smallest_probability, at_most=1)
-    check_number("decay", decay)
+    check_number("decay", decay, at_most=30)
     check_number("lower_bound", lower_bound, positive=True)
     check_number("upper_bound", upper_bound, positive=True)
     if distribution == "unbiased_zipf" and power == 0:
@@ -255,12 +271,9 @@ def _non_target(
             f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
             f"got {settings['smallest_probability']}"
         )
-    if votes is None:
-        ranks = _ranks_of_logits(logits)
-    else:
+    if votes is not None:
         check_votes(votes, logits)
-        ranks = _ranks_of_votes(votes.long(), num_classes)
-    return non_target_weights(_weights(ranks, distribution, logits.dtype, settings), labels)
+    return non_target_weights(_weights(logits, votes, distribution, settings), labels)
 
 
 @overload
@@ -349,7 +362,7 @@ def zipf_ls_loss(
         votes: [B, K] class indices, or None to rank by the sample's own logits.
         exit_logits: [B, C] each, raw logits of classifiers at inner stages. Get the gradient of
             their own cross-entropy.
-        power: Exponent of the law, 0 or more.
+        power: Exponent of the law, in [0, 30].
         distribution: `"zipf"`, or another of `zipf_ls_targets`, as for the next five.
         smallest_probability: Of `"linear_decay"`.
         decay: Of `"exponential_decay"`.
@@ -443,12 +456,12 @@ class ZipfLSLoss(nn.Module):
     """Zipf's LS as a module; see `zipf_ls_loss` for the equation.
 
     Args:
-        power: Exponent of the law, 0 or more.
+        power: Exponent of the law, in [0, 30].
         distribution: `"zipf"` (the method itself), or another law of `zipf_ls_targets`:
             `"constant"`, `"random_uniform"`, `"random_gaussian"`, `"random_pareto"`,
             `"sorted_pareto"`, `"linear_decay"`, `"exponential_decay"`, `"unbiased_zipf"`.
         smallest_probability: Of `"linear_decay"`; at most 1 / classes.
-        decay: Of `"exponential_decay"`; 0 or more.
+        decay: Of `"exponential_decay"`; in [0, 30].
         lower_bound: Of `"unbiased_zipf"`; above 0.
         upper_bound: Of `"unbiased_zipf"`; above `lower_bound`.
         rank_from: `"votes"`: the head's prediction at every position of the last map;
