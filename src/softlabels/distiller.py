@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -43,11 +44,37 @@ class StepOutput:
         logits: [B, C], the student's.
         parts: Detached scalars: `"task"` and `"method"`, each before its weight, and what the
             signals report.
+        terms: The summands of `loss`, after their weights, with their gradient: `"task"` and
+            `"method"`, or, from a detailed distiller, `"method/NAME"` for each part of the method.
+        heads: The student's logits, and those of other heads that the method reads: what the
+            terms pull at.
     """
 
     loss: Tensor
     logits: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    heads: tuple[Tensor, ...] = ()
+
+    def gradient_shares(self) -> dict[str, Tensor]:
+        """Each term's share of the gradient norms on the logits, detached scalars in [0, 1].
+
+        The norm of a term is that of its gradient with respect to all of `heads` together; a
+        share is that norm over the sum of all terms' norms. So weights can be set by looking.
+        Call it before `loss.backward()`.
+        """
+        norms: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            found: Sequence[Tensor | None] = (None,)
+            if term.requires_grad:
+                found = torch.autograd.grad(term, self.heads, retain_graph=True, allow_unused=True)
+            squares = [
+                gradient.float().square().sum() for gradient in found if gradient is not None
+            ]
+            norms[name] = torch.stack(squares).sum().sqrt() if squares else term.new_zeros(())
+        total = torch.stack(list(norms.values())).sum()
+        tiny = torch.finfo(total.dtype).tiny
+        return {name: norm / total.clamp(min=tiny) for name, norm in norms.items()}
 
 
 class Distiller(nn.Module):
@@ -67,7 +94,8 @@ class Distiller(nn.Module):
             trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
             It is moved to the student's device.
-        task_loss: (logits, target) -> scalar; cross-entropy if None.
+        task_loss: (logits, target) -> scalar; cross-entropy if None, which leaves out the samples
+            of the method's `ignore_index`.
         task_weight: Weight of the task's loss.
         method_weight: Weight of the method's loss.
         taps: Dotted paths to use in place of what is found: `{"middle": ..., "last": ...}`;
@@ -79,6 +107,8 @@ class Distiller(nn.Module):
         trainable: The module to compile, wrap and optimise.
         method: The method's module.
         teacher: The `Teacher`, or None.
+        detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
+            its forward has that). It costs some time and memory; False at first.
 
     Raises:
         TypeError: The student or the method is no module.
@@ -161,9 +191,14 @@ class Distiller(nn.Module):
             # Unregistered: neither trained nor stored. `_apply` moves them along.
             self.__dict__["teacher"] = teacher
             self.__dict__["method"] = method
-            self.__dict__["task_loss"] = task_loss or _cross_entropy
+            ignored = getattr(method, "ignore_index", None)
+            self.__dict__["task_loss"] = task_loss or partial(_cross_entropy, ignore_index=ignored)
             self.task_weight = float(task_weight)
             self.method_weight = float(method_weight)
+            self.detailed = False
+            self._gives_parts = method is not None and "return_parts" in (
+                inspect.signature(method.forward).parameters
+            )
             self._reads = reads
             self._reader = (
                 TeacherReader(teacher, list(reads.values()), teacher_layout)
@@ -245,11 +280,21 @@ class Distiller(nn.Module):
         task = self.task_loss(logits, target)
         loss = self.task_weight * task
         parts = {"task": task.detach()}
+        terms = {"task": loss}
+        heads = [logits]
         if self.method is not None:
-            values = {**given, **_read_values(outputs)}
-            distilled = self.method(**values)
+            read = _read_values(outputs)
+            values = {**given, **read}
+            if self.detailed and self._gives_parts:
+                distilled, parts_of_method = self.method(**values, return_parts=True)
+                for name, part in parts_of_method.items():
+                    terms[f"method/{name}"] = self.method_weight * part
+            else:
+                distilled = self.method(**values)
+                terms["method"] = self.method_weight * distilled
             loss = loss + self.method_weight * distilled
             parts["method"] = distilled.detach()
+            heads += [value for value in _logits_among(read) if value is not logits]
             if hasattr(self._core.heads, "after_step"):
                 self._keep(values)
         if loss.dim() != 0:
@@ -260,7 +305,7 @@ class Distiller(nn.Module):
         for name, value in outputs.items():
             if name.startswith("monitored/"):
                 parts[name.removeprefix("monitored/")] = value
-        return StepOutput(loss, logits, parts)
+        return StepOutput(loss, logits, parts, terms, tuple(heads))
 
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
         for argument, signal in self._reads.items():
@@ -363,12 +408,34 @@ class Distiller(nn.Module):
         return self
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
     check_logits(logits)
-    check_target(target, logits)
+    check_target(target, logits, ignore_index)
     logits = in_float32(logits)
-    target = target.long() if target.dim() == 1 else target.to(logits.dtype)
-    return functional.cross_entropy(logits, target)
+    if target.dim() == 2:
+        return functional.cross_entropy(logits, target.to(logits.dtype))
+    target = target.long()
+    if ignore_index is None:
+        return functional.cross_entropy(logits, target)
+    # torch's own mean over no sample at all is 0 / 0.
+    kept = (target != ignore_index).sum().clamp(min=1)
+    summed = functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return summed / kept
+
+
+def _logits_among(read: Mapping[str, Value]) -> list[Tensor]:
+    """What the method reads from the student that is [B, C] and has a gradient."""
+    logits = cast("Tensor | None", read.get("logits"))
+    flat = [
+        tensor
+        for value in read.values()
+        for tensor in ([value] if isinstance(value, Tensor) else value)
+    ]
+    return [
+        tensor
+        for tensor in flat
+        if tensor.requires_grad and logits is not None and tensor.shape == logits.shape
+    ]
 
 
 def _checked_reads(method: nn.Module | None) -> dict[str, Signal]:

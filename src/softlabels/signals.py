@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.losses.reads import (
+    Exits,
     Features,
     FromBatch,
     Logits,
@@ -22,10 +23,11 @@ from softlabels.losses.reads import (
     Votes,
     WeakLogits,
 )
-from softlabels.taps import FeatureTap, Layout, PositionHead, TapPoint
+from softlabels.taps import FeatureTap, Layout, PositionHead, TapPoint, votes_of
 from softlabels.teacher import Teacher
 
 __all__ = [
+    "Exits",
     "Features",
     "FromBatch",
     "Logits",
@@ -84,13 +86,14 @@ class _WeakLogitsProvider(Provider):
 
 
 class _VotesProvider(Provider):
-    def __init__(self, head: PositionHead, upsample: int) -> None:
+    def __init__(self, head: PositionHead, signal: Votes) -> None:
         super().__init__([head.point])
         self.head = head
-        self.upsample = upsample
+        self.signal = signal
 
     def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
-        return self.head.votes(student, features[self.head.point.path], self.upsample)
+        feature = features[self.head.point.path]
+        return self.head.votes(student, feature, self.signal.upsample, self.signal.mode)
 
     def monitored(self, value: Value, logits: Tensor) -> dict[str, Tensor]:
         """Share of samples whose majority vote is their prediction.
@@ -105,6 +108,23 @@ class _VotesProvider(Provider):
         )
         agrees = counts.argmax(1) == logits.argmax(1)
         return {"votes_agree": agrees.float().mean()}
+
+
+class _ExitsProvider(Provider):
+    """A linear head at each place: logits of the pooled feature, and votes of its positions."""
+
+    def __init__(self, points: Sequence[TapPoint], num_classes: int) -> None:
+        super().__init__(points)
+        self.fcs = nn.ModuleList(nn.Linear(point.channels, num_classes) for point in points)
+
+    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+        values: list[Tensor] = []
+        for point, fc in zip(self.points, self.fcs, strict=True):
+            feature = features[point.path]
+            values.append(fc(point.pooled(feature)))
+            with torch.no_grad():
+                values.append(votes_of(point.as_map(feature.detach()), logits.shape[1], fc))
+        return values
 
 
 class _FeaturesProvider(Provider):
@@ -128,7 +148,10 @@ def provider_for(signal: Signal, layout: Callable[[], Layout]) -> Provider | Non
         found = layout()
         return _WeakLogitsProvider(found.point(signal.tap), found.num_classes)
     if isinstance(signal, Votes):
-        return _VotesProvider(layout().head(), signal.upsample)
+        return _VotesProvider(layout().head(), signal)
+    if isinstance(signal, Exits):
+        found = layout()
+        return _ExitsProvider([found.point(tap) for tap in signal.taps], found.num_classes)
     if isinstance(signal, Features) and signal.of == "student":
         found = layout()
         return _FeaturesProvider([found.point(stage) for stage in signal.stages])

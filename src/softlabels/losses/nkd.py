@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal, TypeAlias, overload
 
 import torch
@@ -270,7 +271,8 @@ class NKDLoss(nn.Module):
         return_parts: bool = False,
     ) -> Tensor | LossOutput:
         """Compute `nkd_loss` with this module's settings."""
-        output = nkd_loss(
+        compute = partial(
+            nkd_loss,
             logits,
             teacher_logits,
             target,
@@ -281,9 +283,8 @@ class NKDLoss(nn.Module):
             mixed_target=self.mixed_target,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            return_parts=True,
         )
-        return output if return_parts else output.loss
+        return compute(return_parts=True) if return_parts else compute()
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's belief in the true class, and how it shares the rest among the others."""

@@ -182,7 +182,9 @@ def _gradient(
 ) -> Tensor:
     """Gradient of `_weighted` with respect to the logits, [B, C], for a batch sum."""
     pulled = weights[0] * target_values.sum(1, keepdim=True)
-    filled = torch.where(sums.rest == -torch.inf, 0.0, weights[1] / temperature)
+    # Not where() of two numbers, which is float32 for any logits.
+    filled = torch.full_like(sums.rest, weights[1] / temperature)
+    filled = filled.masked_fill_(sums.rest == -torch.inf, 0.0)
     share = (sums.rest - sums.everything).exp()  # S over N(S)
     scale = pulled * share + filled if temperature == 1 else pulled * share
     # At labelled classes, which are replaced below, the exponent may be anything.

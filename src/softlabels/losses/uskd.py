@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -508,7 +509,8 @@ class USKDLoss(nn.Module):
         if target is None:
             raise TypeError("target must be a tensor, got None")
         self._check_teacher(teacher_logits)
-        output = uskd_loss(
+        compute = partial(
+            uskd_loss,
             logits,
             weak_logits,
             target,
@@ -523,9 +525,8 @@ class USKDLoss(nn.Module):
             sync_batch_stats=self.sync_batch_stats,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            return_parts=True,
         )
-        return output if return_parts else output.loss
+        return compute(return_parts=True) if return_parts else compute()
 
     def _check_teacher(self, teacher_logits: Tensor | None) -> None:
         if (teacher_logits is None) == (self.target_from == "teacher"):

@@ -409,7 +409,7 @@ class Layout:
         if point.path == self._last_path and self._in_two_halves:
             if getattr(self._model, "drop_rate", 0):
                 mode_dependent = ("", *mode_dependent)
-            return PositionHead(point, mode_dependent=mode_dependent)
+            return PositionHead(point, mode_dependent=mode_dependent, num_classes=self.num_classes)
         steps = tuple(
             (r.path, r.input_dims)
             for r in later
@@ -420,7 +420,7 @@ class Layout:
             feature = tap.pop()[point.path]
             tap.enabled = False
             for activation in (False, True):
-                head = PositionHead(point, steps, activation, mode_dependent)
+                head = PositionHead(point, steps, activation, mode_dependent, self.num_classes)
                 values = functional.relu(feature) if activation else feature
                 try:
                     pooled = head.logits(self._model, point.pooled(values))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from softlabels.taps.feature_tap import TapPoint, find_module
 
-__all__ = ["PositionHead", "TwoHalves"]
+__all__ = ["PositionHead", "TwoHalves", "votes_of"]
 
 
 @runtime_checkable
@@ -42,12 +42,14 @@ class PositionHead:
             empty: the model's own `forward_head`.
         activation: Whether the model applies a ReLU to the map that no module shows.
         mode_dependent: Paths of modules in the head that act otherwise in training mode.
+        num_classes: Width of the logits, by which `votes` sizes its chunks.
     """
 
     point: TapPoint
     steps: tuple[tuple[str, int], ...] = ()
     activation: bool = False
     mode_dependent: tuple[str, ...] = ()
+    num_classes: int = 0
 
     def logits(self, model: nn.Module, positions: Tensor) -> Tensor:
         """Class logits of single positions, [n, D] -> [n, C]."""
@@ -72,13 +74,20 @@ class PositionHead:
             value = module(value)
         return value
 
-    def votes(self, model: nn.Module, feature: Tensor, upsample: int = 1) -> Tensor:
+    def votes(
+        self,
+        model: nn.Module,
+        feature: Tensor,
+        upsample: int = 1,
+        mode: Literal["bilinear", "bicubic"] = "bilinear",
+    ) -> Tensor:
         """The class with the largest logit at each position, [B, K], without gradient.
 
         Args:
             model: The network that gave the feature; its head runs in eval mode.
             feature: Output of the module at `point`.
-            upsample: Factor by which the map is enlarged (bilinear) first.
+            upsample: Factor by which the map is enlarged first.
+            mode: How.
         """
         with torch.no_grad(), _in_eval(model, self.mode_dependent):
             maps = self.point.as_map(feature.detach())
@@ -86,17 +95,31 @@ class PositionHead:
                 maps = functional.relu(maps)
             if upsample > 1:
                 maps = functional.interpolate(
-                    maps, scale_factor=float(upsample), mode="bilinear", align_corners=False
+                    maps, scale_factor=float(upsample), mode=mode, align_corners=False
                 )
-            num_positions = maps.shape[2] * maps.shape[3]
-            positions = maps.flatten(2).transpose(1, 2)
-            per_sample = num_positions * maps.shape[1] * maps.element_size()
-            chunk = max(1, _CHUNK_BYTES // (2 * per_sample))
-            votes = [
-                self.logits(model, part.flatten(0, 1)).argmax(1).view(-1, num_positions)
-                for part in torch.split(positions, chunk)
-            ]
-            return torch.cat(votes)
+            return votes_of(maps, self.num_classes, lambda part: self.logits(model, part))
+
+
+def votes_of(maps: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
+    """The class with the largest logit at each position of [B, D, H, W] maps, [B, H * W].
+
+    Args:
+        maps: Without gradient.
+        num_classes: Width of what `classify` gives.
+        classify: [n, D] -> [n, num_classes]; called with as many positions at a time as fit
+            in 64 MB with their logits.
+    """
+    positions = maps.flatten(2).transpose(1, 2)
+    num_positions = positions.shape[1]
+    # A position, its copy and what the head makes of it, and its logits.
+    per_position = (3 * maps.shape[1] + num_classes) * maps.element_size()
+    at_once = max(1, _CHUNK_BYTES // per_position)
+    votes = [
+        classify(part).argmax(1)
+        for samples in torch.split(positions, max(1, at_once // num_positions))
+        for part in torch.split(samples.flatten(0, 1), at_once)
+    ]
+    return torch.cat(votes).view(-1, num_positions)
 
 
 @contextmanager

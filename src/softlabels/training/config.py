@@ -266,10 +266,9 @@ def build_method(settings: MethodSettings) -> nn.Module | None:
     return METHODS[settings.kind](**settings.model_dump(exclude={"kind"}))
 
 
-def method_reads_teacher(kind: str) -> bool:
-    """Whether a method of this kind, by its defaults, reads from a teacher."""
-    method = None if kind == "none" else METHODS[kind]()
-    reads: Mapping[str, Signal] = getattr(method, "reads", {})
+def method_reads_teacher(settings: MethodSettings) -> bool:
+    """Whether a method with these settings reads from a teacher."""
+    reads: Mapping[str, Signal] = getattr(build_method(settings), "reads", {})
     return any(reads_teacher(signal) for signal in reads.values())
 
 
@@ -378,7 +377,7 @@ def checked(config: Config) -> Config:
         build_method(config.method)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
-    if method_reads_teacher(config.method.kind) and config.teacher.name is None:
+    if method_reads_teacher(config.method) and config.teacher.name is None:
         raise ConfigError(
             f"method {config.method.kind!r} reads from a teacher: give teacher.name and "
             "teacher.weights"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,29 @@ class Observer(Protocol):
     ) -> None:
         """An epoch is trained and evaluated; `epoch` counts the finished ones."""
         ...
+
+
+def _details(output: StepOutput) -> dict[str, Tensor]:
+    """The terms of a step's loss after their weights, and their shares of the gradient."""
+    terms = {f"term/{name}": term.detach() for name, term in output.terms.items()}
+    shares = {f"gradient_share/{name}": share for name, share in output.gradient_shares().items()}
+    return {**terms, **shares}
+
+
+def _averaged(shares: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Scalars of micro-batches, averaged over their samples."""
+    return {
+        name: torch.stack([share * scalars[name] for share, scalars in shares]).sum()
+        for name in shares[0][1]
+    }
+
+
+def _floats(details: Mapping[str, Tensor]) -> dict[str, float]:
+    """For the log: one wait for the device."""
+    if not details:
+        return {}
+    values: list[float] = torch.stack([value.float() for value in details.values()]).tolist()
+    return {f"train/{name}": value for name, value in zip(details, values, strict=True)}
 
 
 class Engine:
@@ -118,12 +141,12 @@ class Engine:
             for index, batch in enumerate(self._batches(epoch)):
                 interrupt.check()
                 step = epoch * self.steps_per_epoch + index
-                loss, parts = self._step(batch, epoch, index)
-                log.add(step, loss, parts)
-                num_images += len(batch.target)
                 done = step + 1
                 due = done % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
-                scalars = self._logged(log) if due else {}
+                loss, parts, details = self._step(batch, epoch, index, detailed=due)
+                log.add(step, loss, parts)
+                num_images += len(batch.target)
+                scalars = {**self._logged(log), **_floats(details)} if due else {}
                 observer.step(epoch, done, len(batch.target), scalars)
             self.distiller.after_epoch()
             seconds = time.perf_counter() - started
@@ -146,8 +169,15 @@ class Engine:
             device=self.accelerator.device,
         )
 
-    def _step(self, batch: Batch, epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One update of the weights; the loss and its parts, averaged over the micro-batches."""
+    def _step(
+        self, batch: Batch, epoch: int, index: int, *, detailed: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """One update of the weights.
+
+        Returns:
+            The loss and its parts, averaged over the micro-batches of this process; and, if
+            `detailed`, what is logged of its terms.
+        """
         seed, rank = self.config.seed, self.accelerator.process_index
         # Dropout and the like are a function of the place in the run: a resume needs no state.
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
@@ -155,13 +185,16 @@ class Engine:
             batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
         if self.config.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
-        num_parts = min(self.config.accumulation, len(batch.target))
-        shares: list[tuple[float, StepOutput]] = []
+        self.distiller.detailed = detailed
+        num_samples = len(batch.target)
+        num_parts = min(self.config.accumulation, num_samples)
+        mean_samples = self._samples_a_process(num_samples)
+        shares: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]] = []
         for number, (images, target, sample) in enumerate(
             zip(
-                batch.images.chunk(num_parts),
-                batch.target.chunk(num_parts),
-                batch.index.chunk(num_parts),
+                batch.images.tensor_split(num_parts),
+                batch.target.tensor_split(num_parts),
+                batch.index.tensor_split(num_parts),
                 strict=True,
             )
         ):
@@ -172,9 +205,10 @@ class Engine:
             with waits:
                 with self.accelerator.autocast():
                     output = self.distiller(images, target, index=sample)
-                share = len(target) / len(batch.target)
-                self.accelerator.backward(share * output.loss)
-            shares.append((share, output))
+                details = _details(output) if detailed else {}
+                self.accelerator.backward(len(target) / mean_samples * output.loss)
+            parts = {"loss": output.loss.detach(), **output.parts}
+            shares.append((len(target) / num_samples, parts, details))
         if self.config.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -183,12 +217,22 @@ class Engine:
         self.distiller.after_step()
         if self.ema is not None:
             self.ema.update(self.core)
-        loss = torch.stack([share * output.loss.detach() for share, output in shares]).sum()
-        parts = {
-            name: torch.stack([share * output.parts[name] for share, output in shares]).sum()
-            for name in shares[0][1].parts
-        }
-        return loss, parts
+        parts = _averaged([(share, of_part) for share, of_part, _ in shares])
+        details = _averaged([(share, of_part) for share, _, of_part in shares])
+        return parts.pop("loss"), parts, details
+
+    def _samples_a_process(self, num_samples: int) -> float | Tensor:
+        """The mean number of samples that a process has in this step.
+
+        A loss weighted by its samples over this number counts every sample of all processes the
+        same: gradients are averaged over processes, whose batches may differ in size.
+        """
+        world_size = self.accelerator.num_processes
+        if world_size == 1:
+            return float(num_samples)
+        count = torch.tensor(float(num_samples), device=self.accelerator.device)
+        mean: Tensor = cast("Tensor", self.accelerator.reduce(count, "sum")) / world_size
+        return mean
 
     def _logged(self, log: LossLog) -> dict[str, float]:
         means = {f"train/{name}": value for name, value in log.means().items()}
