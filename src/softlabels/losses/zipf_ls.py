@@ -512,6 +512,11 @@ class ZipfLSLoss(nn.Module):
         if exit_taps and rank_from != "votes":
             raise ValueError("exit_taps need rank_from='votes', got rank_from='logits'")
         check_number("exit_weight", exit_weight)
+        if exit_taps and exit_weight == 0:
+            raise ValueError(
+                "exit_weight must be above 0 with exit_taps, got 0: nothing else trains their "
+                "heads, and untrained ones would vote at random"
+            )
         check_flag("correct_only", correct_only)
         check_ignore_index(ignore_index)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
