@@ -209,7 +209,6 @@ def test_settings_without_use_for_a_head_or_a_teacher_have_none():
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, accumulation):
     softlabels.train(
-        data="glyphs100",
         method="uskd",
         student="timm:resnet8_glyphs",
         output=str(tmp_path / "run"),
