@@ -108,7 +108,8 @@ class Distiller(nn.Module):
         method: The method's module.
         teacher: The `Teacher`, or None.
         detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
-            its forward has that). It costs some time and memory; False at first.
+            its forward has that). It costs a second run of the method, and changes nothing of the
+            loss; False at first.
 
     Raises:
         TypeError: The student or the method is no module.
@@ -285,12 +286,14 @@ class Distiller(nn.Module):
         if self.method is not None:
             read = _read_values(outputs)
             values = {**given, **read}
+            distilled = self.method(**values)
             if self.detailed and self._gives_parts:
-                distilled, parts_of_method = self.method(**values, return_parts=True)
-                for name, part in parts_of_method.items():
+                # Beside the loss itself, so that a look at its parts changes not one bit of it.
+                with torch.random.fork_rng(devices=[]):
+                    _, of_method = self.method(**values, return_parts=True)
+                for name, part in of_method.items():
                     terms[f"method/{name}"] = self.method_weight * part
             else:
-                distilled = self.method(**values)
                 terms["method"] = self.method_weight * distilled
             loss = loss + self.method_weight * distilled
             parts["method"] = distilled.detach()
