@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow check format bench docs teacher picture clean
+.PHONY: help demo test test-slow check format bench bench-losses docs teacher picture clean
 
 help: ## List the verbs
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -41,6 +41,9 @@ format: $(STAMP) ## Format the code and fix what can be fixed
 
 bench: $(STAMP) ## Measure overheads and write results/benchmarks.json
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.run
+
+bench-losses: $(STAMP) ## Measure the losses, and write results/losses.json (6 minutes, two threads)
+	$(BIN)/python -m benchmarks.losses
 
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render

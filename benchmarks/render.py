@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md")
 NAMES = {
     "cross_entropy": "cross-entropy",
     "zipf_ls": "Zipf's LS",
@@ -24,9 +25,9 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
-def _where(environment: Mapping[str, Any]) -> str:
+def _where(environment: Mapping[str, Any], threads: str = "one thread a run") -> str:
     return (
-        f"{environment['processor']}, {environment['cores']} cores, one thread a run, "
+        f"{environment['processor']}, {environment['cores']} cores, {threads}, "
         f"torch {environment['torch']}, commit {environment['commit']}"
     )
 
@@ -134,11 +135,97 @@ def benchmarks() -> str:
     return "\n".join(lines)
 
 
+PROVIDERS = ("eager", "compiled", "transcription")
+
+
+def _loss(name: str) -> str:
+    name, _, num_votes = name.partition("_ls_")
+    return f"Zipf's LS, K = {num_votes}" if num_votes else NAMES[name].partition(" (")[0]
+
+
+def _bound_rows(results: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| what | provider | figure | B x C | measured | middle half | bound | held |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for bound in results["bounds"]:
+        name = "making the votes" if bound["name"] == "votes" else _loss(bound["name"])
+        figure = bound["figure"].replace("_", "-").replace("/ sort", "/ `torch.sort`")
+        spread = f"{bound['low']:.2f} to {bound['high']:.2f}" if "low" in bound else ""
+        rows.append(
+            f"| {name} | {bound['provider']} | {figure} | {bound['size']} "
+            f"| {bound['measured']:.2f} | {spread} | {bound['at_most']:g} "
+            f"| {'yes' if bound['held'] else '**no**'} |"
+        )
+    return rows
+
+
+def _three(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _size_rows(part: Mapping[str, Any]) -> list[str]:
+    times, memory = part["milliseconds"], part["extra_memory"]
+
+    def row(label: str, provider: str, name: str) -> str:
+        time = times[name]
+        return (
+            f"| {part['size']} | {label} | {provider} | {_three(time['median'])} "
+            f"| {_three(time['low'])} to {_three(time['high'])} "
+            f"| {part['over_cross_entropy'][name]['median']:.2f} "
+            f"| {part['over_sort'][name]['median']:.2f} | {memory[name]:.1f} |"
+        )
+
+    losses = dict.fromkeys(name.partition("/")[0] for name in times if "/" in name)
+    return [
+        row("cross-entropy", "torch", "cross_entropy"),
+        row("`torch.sort`", "torch", "sort"),
+        *(row(_loss(loss), p, f"{loss}/{p}") for loss in losses for p in PROVIDERS),
+    ]
+
+
+def losses() -> str:
+    """Time and memory of the losses beside their bounds, and what the votes cost in a step."""
+    results = _read("losses.json")
+    lines = [
+        *_bound_rows(results),
+        "",
+        "| B x C | loss | provider | ms | middle half | / cross-entropy | / `torch.sort` "
+        "| extra memory |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for part in results["sizes"]:
+        lines += _size_rows(part)
+    rounds = ", ".join(f"{count} at {size}" for size, count in results["rounds"].items())
+    lines += [
+        "",
+        f"Rounds: {rounds}. Extra memory in B x C floats.",
+        "",
+        "| student | classes | pixels | batch | K | step ms | votes ms | votes / step % "
+        "| middle half | extra MB | steps |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for step in results["votes"]:
+        share = step["share"]
+        lines.append(
+            f"| {step['student']} | {step['num_classes']} | {step['image_size']} "
+            f"| {step['batch_size']} | {step['votes']} | {step['step_milliseconds']['median']:.0f} "
+            f"| {step['votes_milliseconds']['median']:.1f} | {100 * share['median']:.2f} "
+            f"| {100 * share['low']:.2f} to {100 * share['high']:.2f} "
+            f"| {step['extra_megabytes']:.1f} | {step['rounds']} |"
+        )
+    threads = f"{results['environment']['threads']} threads"
+    lines += ["", f"`{results['command']}` on {_where(results['environment'], threads)}."]
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "demo-table": demo_table,
     "demo-details": demo_details,
     "teacher": teacher,
     "benchmarks": benchmarks,
+    "losses": losses,
 }
 
 

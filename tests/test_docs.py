@@ -18,7 +18,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 sys.path.insert(0, str(ROOT))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/speed.md"])
 def test_generated_figures_equal_the_results_files(page):
     from benchmarks.render import rendered
 
@@ -27,19 +27,34 @@ def test_generated_figures_equal_the_results_files(page):
     assert rendered(text) == text, "run `make docs`"
 
 
-def test_a_changed_result_changes_the_page(monkeypatch):
+def _better_uskd(content):
+    content["results"]["uskd"]["top1"] += 1
+
+
+def _broken_bound(content):
+    content["bounds"][0]["held"] = not content["bounds"][0]["held"]
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "change"),
+    [
+        ("README.md", "demo.json", _better_uskd),
+        ("docs/speed.md", "losses.json", _broken_bound),
+    ],
+)
+def test_a_changed_result_changes_the_page(page, file, change, monkeypatch):
     from benchmarks import render
 
     read = render._read
 
     def other(name):
         content = read(name)
-        if name == "demo.json":
-            content["results"]["uskd"]["top1"] += 1
+        if name == file:
+            change(content)
         return content
 
     monkeypatch.setattr(render, "_read", other)
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     assert render.rendered(text) != text
 
 

@@ -182,17 +182,18 @@ def _gradient(
 ) -> Tensor:
     """Gradient of `_weighted` with respect to the logits, [B, C], for a batch sum."""
     pulled = weights[0] * target_values.sum(1, keepdim=True)
-    # Not where() of two numbers, which is float32 for any logits.
-    filled = torch.full_like(sums.rest, weights[1] / temperature)
-    filled = filled.masked_fill_(sums.rest == -torch.inf, 0.0)
-    share = (sums.rest - sums.everything).exp()  # S over N(S)
-    scale = pulled * share + filled if temperature == 1 else pulled * share
-    # At labelled classes, which are replaced below, the exponent may be anything.
+    pushed = weights[1] / temperature
+    filled = torch.where(sums.rest == -torch.inf, 0.0, pushed * non_target.total)
+    scale = pulled * (sums.rest - sums.everything).exp() * non_target.total  # S over N(S)
+    if temperature == 1:
+        scale = scale + filled
+    # Times the total until the end: so no step needs another buffer. At labelled classes, which
+    # are replaced below, the exponent may be anything.
     found = (logits - sums.rest).clamp_(max=0.0).exp_().mul_(scale)
     if temperature != 1:
         others = (logits - sums.top).div_(temperature).sub_(sums.scaled).clamp_(max=0.0)
         found = found.add_(others.exp_().mul_(filled))
-    found = found.sub_(non_target.weights * (weights[1] / temperature / non_target.total))
+    found = found.sub_(non_target.weights, alpha=pushed).div_(non_target.total)
     labelled = (logits.gather(1, labels.classes) - sums.everything).exp()
     labelled = torch.where(labels.present, pulled * labelled - weights[0] * target_values, 0.0)
     if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():

@@ -445,7 +445,9 @@ def _with_exits(
         own = in_float32(own).to(logits.dtype)
         ones = torch.ones_like(labels.values[:, :1])
         nothing = NonTarget(torch.zeros_like(ones).expand_as(own), ones)
-        term = soft_cross_entropy(own, labels, labels.values, nothing, weights=(1.0, 0.0))
+        # A copy: compiled code cannot pass one tensor twice to an autograd function.
+        values = labels.values.clone()
+        term = soft_cross_entropy(own, labels, values, nothing, weights=(1.0, 0.0))
         total = term if total is None else total + term
     assert total is not None
     exits = reduce_parts({"exits": weight * total}, reduction, labels.kept)
