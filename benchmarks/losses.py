@@ -60,7 +60,7 @@ class Size:
 SIZES = (Size(128, 100, 1, 20), Size(256, 1000, 1, 5), Size(256, 10_000, 0.25, 1),
          Size(64, 50_000, 0.2, 1))  # fmt: skip
 
-# Issue 3, at 256x1000: time over a base's in the same rounds; memory in floats of one [B, C].
+# At 256x1000: time over a base's in the same rounds; memory in floats of one [B, C].
 BOUNDED_SIZE = "256x1000"
 TIME_BOUNDS = (
     ("nkd", "cross_entropy", {"eager": 10.0, "compiled": 3.0}),

@@ -40,6 +40,7 @@ def batches(
     most_labels: int = 2,
     min_classes: int = 2,
     distinct: bool = False,
+    unsmoothed: bool = False,
 ) -> Batch:
     """Draw a batch.
 
@@ -48,9 +49,12 @@ def batches(
         most_labels: How many labelled classes a row may have; rows with fewer are mixed in.
         min_classes: The least number of classes.
         distinct: No two logits of a row are equal, nor two of its positive labels.
+        unsmoothed: Every row of three classes or more has a class without a label.
     """
     batch_size = draw(st.integers(1, 5))
     num_classes = draw(st.integers(min_classes, 7))
+    if unsmoothed and num_classes > 2:
+        most_labels = min(most_labels, num_classes - 1)
     shape = (batch_size, num_classes)
     logits = STEP * _integers(draw, shape, -160, 160, distinct)
     other_logits = STEP * _integers(draw, shape, -160, 160, distinct)
@@ -78,7 +82,7 @@ def batches(
     )
 
 
-def ranks_are_clear(batch: Batch, rank_by: str, gap: float = 1e-9) -> bool:
+def ranks_are_clear(batch: Batch, rank_by: str, gap: float = 1e-9, rank_from: str = "both") -> bool:
     """Whether no two of USKD's rank scores of a row are nearly, but not exactly, tied.
 
     A near-tie is decided by the last bit of a softmax, which two correct programs round
@@ -86,13 +90,15 @@ def ranks_are_clear(batch: Batch, rank_by: str, gap: float = 1e-9) -> bool:
     """
     logits, weak_logits = batch.logits.tolist(), batch.other_logits.tolist()
     for row, label in enumerate(batch.labels.tolist()):
-        scores = rank_scores(logits[row], weak_logits[row], label, rank_by)
+        scores = rank_scores(logits[row], weak_logits[row], label, rank_by, rank_from)
         for i in range(len(scores)):
             for j in range(i):
                 same = (logits[row][i], weak_logits[row][i]) == (
                     logits[row][j],
                     weak_logits[row][j],
                 )
+                if rank_from in ("weak", "final"):  # logits of a grid, compared as they are
+                    same = True
                 if not same and abs(scores[i] - scores[j]) < gap:
                     return False
     return True

@@ -7,10 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import CASES, INDICES, MIXED, case_id
+from loss_cases import BY_NAME, CASES, INDICES, MIXED, PLAIN_CASES, LossCase, case_id
 from torch import Tensor
 
-from softlabels.losses import label_smoothing_loss
+from softlabels.losses import (
+    NKDLoss,
+    USKDLoss,
+    ZipfLSLoss,
+    label_smoothing_loss,
+    nkd_loss,
+    uskd_loss,
+    uskd_targets,
+    zipf_ls_loss,
+    zipf_ls_targets,
+)
 
 BATCH_SIZE, NUM_CLASSES = 4, 6
 
@@ -108,6 +118,19 @@ WRONG: dict[str, list[Wrong]] = {
     ],
 }
 
+WRONG.update(
+    {
+        f"exit_logits_{number}": [
+            (None, TypeError, [f"exit_logits[{number}] must be a floating-point", "got NoneType"]),
+            (zeros(4, 6, dtype=torch.int32), TypeError, [f"exit_logits[{number}]", "torch.int32"]),
+            (zeros(24), ValueError, [f"exit_logits[{number}] must be [B, C]", "got (24,)"]),
+            (zeros(4, 7), ValueError, [f"exit_logits[{number}]", "shape", "got (4, 7)"]),
+            (zeros(1, 6), ValueError, [f"exit_logits[{number}]", "shape", "got (1, 6)"]),
+        ]
+        for number in range(2)
+    }
+)
+
 NOT_POSITIVE: list[Wrong] = [
     (0, ValueError, ["must be finite, above 0", "got 0"]),
     (0.0, ValueError, ["must be finite, above 0", "got 0.0"]),
@@ -131,17 +154,60 @@ def not_among(*choices: str) -> list[Wrong]:
     ]
 
 
+def above(bound: float) -> Wrong:
+    value = 2 * bound
+    return value, ValueError, [f"at most {bound}", f"got {value}"]
+
+
+NOT_A_FLAG: list[Wrong] = [
+    (1, TypeError, ["must be True or False", "got int (1)"]),
+    (None, TypeError, ["must be True or False", "got NoneType (None)"]),
+    ("no", TypeError, ["must be True or False", "got str ('no')"]),
+]
+
 WRONG_SETTINGS: dict[str, list[Wrong]] = {
-    "temperature": NOT_POSITIVE + NOT_A_WEIGHT,
+    "temperature": [*NOT_POSITIVE, *NOT_A_WEIGHT, above(1e6)],
+    "target_term": not_among("T1", "T2", "both"),
+    "non_target_term": not_among("normalized", "unnormalized"),
+    "target_from": not_among("self", "teacher"),
+    "squared": NOT_A_FLAG,
+    "sync_batch_stats": NOT_A_FLAG,
+    "correct_only": NOT_A_FLAG,
+    "ignore_index": [
+        (1.5, TypeError, ["must be a whole number or None", "got float (1.5)"]),
+        (True, TypeError, ["must be a whole number or None", "got bool (True)"]),
+        ("0", TypeError, ["must be a whole number or None", "got str ('0')"]),
+    ],
+    "distribution": not_among("zipf", "constant", "sorted_pareto", "unbiased_zipf"),
+    "smallest_probability": [*NOT_A_WEIGHT, above(1)],
+    "decay": [*NOT_A_WEIGHT, above(30)],
+    "lower_bound": [
+        *NOT_POSITIVE,
+        *NOT_A_WEIGHT,
+    ],
+    "upper_bound": [
+        *NOT_POSITIVE,
+        *NOT_A_WEIGHT,
+        (0.001, ValueError, ["must be above lower_bound 0.001", "got 0.001"]),
+    ],
+    "exit_weight": NOT_A_WEIGHT,
+    "exit_taps": [
+        ("middle", TypeError, ["must be a tuple of strings", "got 'middle'"]),
+        ((1,), TypeError, ["must be a tuple of strings", "got (1,)"]),
+    ],
+    "vote_interpolation": not_among("bilinear", "bicubic"),
     "target_weight": NOT_A_WEIGHT,
     "non_target_weight": NOT_A_WEIGHT,
     "weak_weight": NOT_A_WEIGHT,
-    "power": NOT_A_WEIGHT,
+    "power": [*NOT_A_WEIGHT, above(30)],
     "smoothing": [*NOT_A_WEIGHT, (1.5, ValueError, ["0 or more and at most 1", "got 1.5"])],
     "mixed_target": not_among("largest", "all"),
     "rank_by": not_among("probability", "log_probability"),
-    "rank_from": not_among("votes", "logits"),
-    "vote_upsample": NOT_POSITIVE + NOT_A_WEIGHT,
+    "vote_upsample": [
+        *NOT_POSITIVE,
+        *NOT_A_WEIGHT,
+        (1.5, TypeError, ["must be a whole number", "got 1.5"]),
+    ],
     "smooth_over": not_among("all", "non_target"),
     "reduction": [
         *not_among("mean", "sum", "none"),
@@ -149,21 +215,38 @@ WRONG_SETTINGS: dict[str, list[Wrong]] = {
     ],
 }
 
+RANKS_FROM = {
+    "USKD": not_among("both", "both_unnormalized", "weak", "final"),
+    "ZipfLS": not_among("votes", "logits"),
+}
+
 CALLABLES = tuple(dict.fromkeys(c for case in CASES for c in (case.function, case.module)))
 
 
 def settings_of(function_or_module: Callable[..., object]) -> list[str]:
     parameters = inspect.signature(function_or_module).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    keyword_only = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [name for name in keyword_only if name != "return_parts"]
+
+
+def case_of(called: Callable[..., object]) -> LossCase:
+    return next(case for case in PLAIN_CASES if called in (case.function, case.module))
 
 
 def wrong_arguments() -> list[object]:
     return [
         pytest.param(case, name, *wrong, id=f"{case.name}-{name}-{number}")
-        for case in CASES
+        for case in (*PLAIN_CASES, BY_NAME["uskd_teacher"], BY_NAME["zipf_ls_exits"])
         for name in case.inputs
         for number, wrong in enumerate(WRONG[name])
+        if not (case.name == "uskd_teacher" and wrong[0] is None)  # None is no teacher
     ]
+
+
+def wrong_values_of(called: Callable[..., object], name: str) -> list[Wrong]:
+    if name == "rank_from":
+        return RANKS_FROM[case_of(called).module.__name__.removesuffix("Loss")]
+    return WRONG_SETTINGS[name]
 
 
 def wrong_settings() -> list[object]:
@@ -171,7 +254,7 @@ def wrong_settings() -> list[object]:
         pytest.param(called, name, *wrong, id=f"{called.__name__}-{name}-{number}")
         for called in CALLABLES
         for name in settings_of(called)
-        for number, wrong in enumerate(WRONG_SETTINGS[name])
+        for number, wrong in enumerate(wrong_values_of(called, name))
     ]
 
 
@@ -194,7 +277,7 @@ def test_a_wrong_tensor_is_refused(case, name, value, error_class, parts):
 
 @pytest.mark.parametrize(("called", "name", "value", "error_class", "parts"), wrong_settings())
 def test_a_wrong_setting_is_refused(called, name, value, error_class, parts):
-    case = next(case for case in CASES if called in (case.function, case.module))
+    case = case_of(called)
     inputs = case.make(case.target_kinds[0], BATCH_SIZE, NUM_CLASSES)
     # The module refuses when it is made, before it sees a tensor.
     arguments = () if called is case.module else tuple(inputs.values())
@@ -205,15 +288,25 @@ def test_a_wrong_setting_is_refused(called, name, value, error_class, parts):
     assert_says(error.value, error_class, [name, *parts])
 
 
-@pytest.mark.parametrize("name", ["target_weight", "non_target_weight", "weak_weight", "power"])
+ZERO_IN_RANGE = (
+    "target_weight",
+    "non_target_weight",
+    "weak_weight",
+    "power",
+    "decay",
+    "smallest_probability",
+    "exit_weight",
+)
+
+
+@pytest.mark.parametrize("name", ZERO_IN_RANGE)
 def test_a_setting_of_zero_is_accepted_where_zero_is_in_range(name):
     takers = [called for called in CALLABLES if name in settings_of(called)]
 
     assert takers
     for called in takers:
-        case = next(case for case in CASES if called in (case.function, case.module))
-        inputs = case.make(INDICES)
-        if called is case.module:
+        inputs = case_of(called).make(INDICES)
+        if inspect.isclass(called):
             value = called(**{name: 0})(*inputs.values())
         else:
             value = called(*inputs.values(), **{name: 0})
@@ -262,10 +355,107 @@ def test_only_uskd_refuses_three_labels(case):
         assert bool(torch.isfinite(case(inputs)))
 
 
-def test_smoothed_labels_are_refused_by_uskd_with_advice():
-    case = next(case for case in CASES if case.name == "uskd")
-    inputs = case.make(INDICES)
-    inputs["target"] = torch.full((4, 6), 0.02).scatter(1, inputs["target"].unsqueeze(1), 0.9)
+def smoothed(num_classes: int = NUM_CLASSES) -> Tensor:
+    rest = 0.1 / (num_classes - 1)
+    return torch.full((4, num_classes), rest).scatter(1, torch.tensor([[0], [1], [0], [1]]), 0.9)
 
-    with pytest.raises(ValueError, match=r"6 labelled classes, at most two .* unsmoothed labels"):
+
+def test_smoothed_labels_are_refused_by_uskd_with_advice():
+    inputs = BY_NAME["uskd"].make(INDICES)
+
+    for called in (uskd_loss, uskd_targets, USKDLoss(), USKDLoss().soft_labels):
+        with pytest.raises(ValueError, match=r"6 labelled classes, at most two .* unsmoothed labe"):
+            called(inputs["logits"], inputs["weak_logits"], smoothed())
+
+
+def test_smoothed_labels_are_refused_with_advice_where_all_labels_are_removed():
+    logits, plain = torch.zeros(4, NUM_CLASSES), torch.eye(4, NUM_CLASSES)
+    target = torch.cat((plain[:2], smoothed()[:2]))
+    nkd, zipf = NKDLoss(mixed_target="all"), ZipfLSLoss(mixed_target="all", rank_from="logits")
+
+    for called, arguments in (
+        (nkd_loss, (logits, logits, target)),
+        (zipf_ls_loss, (logits, target)),
+        (zipf_ls_targets, (logits, target)),
+    ):
+        with pytest.raises(ValueError, match=r"row 2 of target .* every class.* unsmoothed label"):
+            called(*arguments, mixed_target="all")
+        assert bool(torch.isfinite(called(*arguments)).all())
+    for called, arguments in (
+        (nkd, (logits, logits, target)),
+        (nkd.soft_labels, (logits, logits, target)),
+        (zipf, (logits, target)),
+        (zipf.soft_labels, (logits, target)),
+    ):
+        with pytest.raises(ValueError, match=r"row 2 of target .* every class.* unsmoothed label"):
+            called(*arguments)
+
+
+@pytest.mark.parametrize("target_term", ["T2", "both"])
+def test_uskds_t2_names_the_row_where_it_is_undefined(target_term):
+    logits, target = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.7, 0.3]])
+
+    with pytest.raises(ValueError, match=r"T2 is undefined for row 1 .* every class has a label"):
+        uskd_loss(logits, logits, target, target_term=target_term)
+
+
+def test_uskd_says_which_setting_needs_the_weak_logits():
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+
+    with pytest.raises(ValueError, match="rank_from='both' ranks by weak_logits, got None"):
+        uskd_loss(logits, None, target, weak_weight=0)
+    with pytest.raises(ValueError, match="weak_weight is not 0, so weak_logits are needed, got N"):
+        uskd_loss(logits, None, target, rank_from="final")
+    with pytest.raises(ValueError, match="rank_from='weak' ranks by weak_logits, got None"):
+        uskd_targets(logits, None, target, rank_from="weak")
+    assert bool(torch.isfinite(uskd_loss(logits, None, target, rank_from="final", weak_weight=0)))
+
+
+def test_uskds_module_takes_a_teacher_exactly_if_it_gives_the_target_label():
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+
+    for method in (USKDLoss(target_from="teacher"), USKDLoss(target_from="teacher").soft_labels):
+        with pytest.raises(ValueError, match=r"target_from='teacher' decides .* got none"):
+            method(logits, logits, target)
+    for method in (USKDLoss(), USKDLoss().soft_labels):
+        with pytest.raises(ValueError, match=r"target_from='self' decides .* got some"):
+            method(logits, logits, target, logits)
+
+
+def test_uskds_module_needs_a_target():
+    with pytest.raises(TypeError, match="target must be a tensor, got None"):
+        USKDLoss()(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_zipf_ls_module_takes_logits_and_votes_of_each_exit():
+    logits, target, votes = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([[0], [2]])
+
+    for exits in ((), (logits,), (logits, votes, logits, votes)):
+        with pytest.raises(ValueError, match=rf"logits and votes of 1 heads, got {len(exits)}"):
+            ZipfLSLoss(exit_taps=("middle",), exit_weight=0.1)(logits, target, votes, exits)
+    with pytest.raises(ValueError, match="exit_taps need rank_from='votes', got rank_from='logits"):
+        ZipfLSLoss(exit_taps=("middle",), exit_weight=0.1, rank_from="logits")
+    with pytest.raises(ValueError, match="exit_weight must be above 0 with exit_taps, got 0"):
+        ZipfLSLoss(exit_taps=("middle",))
+
+
+def test_distributions_refuse_settings_that_give_no_distribution():
+    logits, target = torch.zeros(2, 4), torch.tensor([0, 1])
+
+    with pytest.raises(ValueError, match=r"smallest_probability must be at most 1 / 4 .* got 0.26"):
+        zipf_ls_loss(logits, target, distribution="linear_decay", smallest_probability=0.26)
+    with pytest.raises(ValueError, match=r"power must be above 0 for .*unbiased_zipf', got 0"):
+        zipf_ls_loss(logits, target, distribution="unbiased_zipf", power=0)
+    with pytest.raises(ValueError, match="power must be above 0"):
+        ZipfLSLoss(distribution="unbiased_zipf", power=0)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "ignore_index" in case.settings], ids=case_id
+)
+def test_another_class_out_of_range_is_refused_beside_an_ignored_one(case):
+    inputs = case.make(INDICES)
+    inputs["target"][2] = 77
+
+    with pytest.raises(ValueError, match=r"must lie in \[0, 6\), got values from 0 to 77"):
         case(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,18 +17,24 @@ from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, Zi
 from softlabels.losses import reads as signals
 from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
 
+LABELS = torch.tensor([0, 5, 1, 2])
 METHOD_CASES = [case for case in CASES if case.module in METHODS.values()]
 
 every_method = pytest.mark.parametrize("name", METHODS)
 every_method_case = pytest.mark.parametrize("case", METHOD_CASES, ids=case_id)
 
 
-def arguments_of(case: LossCase, target: Tensor | None = None) -> list[Tensor]:
+def arguments_of(
+    case: LossCase,
+    target: Tensor = LABELS,
+    change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> tuple[object, ...]:
     """Arguments of `soft_labels`: what `forward` takes, and the labels in any case."""
     inputs = case.make(case.target_kinds[0], dtype=torch.float64)
-    if target is None:
-        target = inputs.get("target", torch.tensor([0, 5, 1, 2]))
-    return [*{**inputs, "target": target}.values()]
+    changed = {name: change(tensor) for name, tensor in {**inputs, "target": target}.items()}
+    if case.module is KDLoss:
+        return tuple(changed.values())
+    return case.module_arguments(changed)
 
 
 # The table
@@ -54,9 +61,9 @@ def test_settings_have_annotated_types_for_the_config(name):
 
     for setting in settings.values():
         assert setting.name in types
-        assert types[setting.name] in (int, float) or typing.get_origin(types[setting.name]) is (
-            typing.Literal
-        )
+        allowed = (bool, int, float, int | None, tuple[str, ...])
+        hint = types[setting.name]
+        assert hint in allowed or typing.get_origin(hint) is typing.Literal
 
 
 # Signals
@@ -68,7 +75,8 @@ def test_a_method_reads_a_signal_for_every_tensor_that_forward_needs(case):
     parameters = inspect.signature(module.forward).parameters
     required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
 
-    assert set(module.reads) == set(case.inputs)
+    names = {"exits" if name.startswith("exit_logits") else name for name in case.inputs}
+    assert set(module.reads) == names
     assert required <= set(module.reads) <= set(parameters)
     assert all(isinstance(signal, Signal) for signal in module.reads.values())
 
@@ -117,9 +125,10 @@ def test_signals_have_the_papers_places_as_defaults():
 @every_method_case
 def test_soft_labels_lie_where_they_belong_and_carry_no_gradient(case):
     module = case.module(**case.module_settings)
-    arguments = [t.requires_grad_() if t.is_floating_point() else t for t in arguments_of(case)]
-    target = next(t for t in arguments if t.dim() == 1)
-    at_target = nn.functional.one_hot(target, 6).bool()
+    arguments = arguments_of(
+        case, change=lambda t: t.requires_grad_() if t.is_floating_point() else t
+    )
+    at_target = nn.functional.one_hot(LABELS, 6).bool()
 
     soft = module.soft_labels(*arguments)
 
@@ -135,7 +144,7 @@ def test_soft_labels_lie_where_they_belong_and_carry_no_gradient(case):
 
 @every_method_case
 def test_soft_labels_take_mixed_labels(case):
-    if "mixed_target" in case.function_settings or case.module in (losses.KDLoss, USKDLoss):
+    if "mixed_target" in case.settings or case.module in (losses.KDLoss, USKDLoss):
         labelled_classes = 2
     else:
         labelled_classes = 1
@@ -149,7 +158,7 @@ def test_soft_labels_take_mixed_labels(case):
 
 @every_method_case
 def test_soft_labels_of_half_precision_are_float32(case):
-    arguments = [t.half() if t.is_floating_point() else t for t in arguments_of(case)]
+    arguments = arguments_of(case, change=lambda t: t.half() if t.is_floating_point() else t)
 
     soft = case.module(**case.module_settings).soft_labels(*arguments)
 

@@ -9,22 +9,34 @@ import torch
 from by_hand import assert_six_digits, logits_of, rows
 from draws import batches
 from hypothesis import given
+from hypothesis import strategies as st
 
-from softlabels.losses import SoftLabels
-from softlabels.losses.nontarget import (
+from softlabels.losses import LossOutput, SoftLabels
+from softlabels.losses.checks import (
     check_choice,
+    check_flag,
+    check_ignore_index,
     check_logits,
     check_number,
     check_target,
+    check_temperature,
     check_two_labels,
+    check_unsmoothed,
     check_votes,
-    class_mask,
+)
+from softlabels.losses.nontarget import (
+    Labels,
+    column_means,
+    finite_limit,
     in_float32,
+    label_columns,
     label_probabilities,
-    non_target_log_softmax,
     non_target_softmax,
-    normalized,
-    reduce_batch,
+    non_target_weights,
+    reduce_parts,
+    removed,
+    row_sums,
+    spread,
 )
 
 LOGITS = torch.zeros(2, 3)
@@ -41,6 +53,14 @@ def test_what_is_right_passes_in_silence():
     check_target(rows([0.2, 0.3, 0.5], [0, 1, 0]), LOGITS)
     check_two_labels(torch.tensor([0, 2]))
     check_two_labels(rows([0.5, 0, 0.5], [0, 1, 0]))
+    check_unsmoothed(torch.tensor([0, 2]))
+    check_unsmoothed(rows([0.5, 0, 0.5], [0, 1, 0]))
+    check_unsmoothed(rows([0.5, 0.5], [1, 0]))  # two classes, both mixed: there is no third
+    check_target(torch.tensor([0, -100]), LOGITS, -100)
+    check_temperature(1e6)
+    check_flag("squared", False)
+    check_ignore_index(None)
+    check_ignore_index(-100)
     check_votes(torch.tensor([[0, 2, 1, 1], [2, 2, 0, 0]]), LOGITS)
     check_choice("reduction", "mean", ("mean", "sum"))
     check_number("weight", 0)
@@ -91,9 +111,6 @@ def test_class_indices_become_rows_with_a_single_one():
     labels = label_probabilities(torch.tensor([2, 0]), LOGITS.double())
 
     torch.testing.assert_close(labels, rows([0, 0, 1], [1, 0, 0]))
-    torch.testing.assert_close(
-        class_mask(torch.tensor([2, 0]), 3), rows([0, 0, 1], [1, 0, 0]).bool()
-    )
 
 
 def test_all_labels_are_kept_or_the_first_largest_alone():
@@ -106,23 +123,88 @@ def test_all_labels_are_kept_or_the_first_largest_alone():
     )
 
 
+def test_class_indices_are_a_single_column():
+    classes, values, kept = label_columns(torch.tensor([2, 0], dtype=torch.uint8), LOGITS)
+
+    assert classes.tolist() == [[2], [0]]
+    assert classes.dtype == torch.int64
+    assert values.tolist() == [[1.0], [1.0]]
+    assert kept is None
+
+
+@pytest.mark.parametrize("ignored", [-100, 1, 255])
+def test_ignored_samples_are_marked_and_get_a_class_in_range(ignored):
+    classes, values, kept = label_columns(torch.tensor([2, ignored]), LOGITS, ignore_index=ignored)
+
+    assert classes.tolist() == [[2], [0]]
+    assert values.tolist() == [[1.0], [1.0]]
+    assert kept.tolist() == [True, False]
+
+
+def test_two_columns_hold_the_two_largest_labels_of_which_the_second_may_be_absent():
+    target = rows([0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0, 0, 0, 1])
+
+    labels = label_columns(target, torch.zeros(3, 4, dtype=torch.float64), "two")
+
+    assert labels.classes.tolist() == [[2, 0], [1, 3], [3, 3]]
+    assert_six_digits(labels.values, [0.75, 0.25], [0.5, 0.5], [1, 0])
+    assert labels.present.tolist() == [[True, True], [True, True], [True, False]]
+    assert labels.kept is None
+
+
+@given(batch=batches(most_labels=7))
+def test_columns_spread_out_are_the_labels_again(batch):
+    for mixed_target in ("all", "two"):
+        if mixed_target == "two" and int((batch.labels > 0).sum(1).max()) > 2:
+            continue
+        labels = label_columns(batch.target, batch.logits, mixed_target)
+
+        torch.testing.assert_close(spread(labels, labels.values, batch.logits), batch.labels)
+        assert bool(batch.labels.gather(1, labels.classes).gt(0).all())
+
+
+def test_removal_writes_at_labelled_classes_of_a_copy():
+    values = rows([1, 2, 3], [4, 5, 6])
+    labels = Labels(torch.tensor([[0, 2], [1, 1]]), rows([0.5, 0.5], [1, 0]))
+
+    assert removed(values, labels).tolist() == [[-math.inf, 2, -math.inf], [4, -math.inf, 6]]
+    assert removed(values, labels, 0.0).tolist() == [[0, 2, 0], [4, 0, 6]]
+    torch.testing.assert_close(values, rows([1, 2, 3], [4, 5, 6]))
+
+
 # The non-target softmax
 
 
-@given(batch=batches(most_labels=6, min_classes=3))
-def test_it_is_the_softmax_of_what_is_left_after_removal(batch):
-    labelled = batch.labels > 0
+@given(batch=batches(most_labels=6, min_classes=3), temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_it_is_the_softmax_of_what_is_left_after_removal(batch, temperature):
+    labels = label_columns(batch.target, batch.logits)
 
-    log_probabilities = non_target_log_softmax(batch.logits, labelled)
-    probabilities = non_target_softmax(batch.logits, labelled)
+    probabilities = non_target_softmax(batch.logits, labels, temperature).normalized()
 
-    for row, kept in enumerate(~labelled):
+    for row, kept in enumerate(batch.labels == 0):
         if kept.any():
-            removed = batch.logits[row][kept].log_softmax(0)
-            torch.testing.assert_close(log_probabilities[row][kept], removed)
-            torch.testing.assert_close(probabilities[row][kept], removed.exp())
-        assert not log_probabilities[row][~kept].any()
+            left = (batch.logits[row][kept] / temperature).softmax(0)
+            torch.testing.assert_close(probabilities[row][kept], left)
         assert not probabilities[row][~kept].any()
+
+
+@given(batch=batches(most_labels=7), temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_row_sums_are_log_sums_of_exponentials_over_parts_of_a_row(batch, temperature):
+    labels = label_columns(batch.target, batch.logits)
+
+    sums = row_sums(batch.logits, labels, temperature)
+
+    torch.testing.assert_close(sums.everything, batch.logits.logsumexp(1, keepdim=True))
+    for row, kept in enumerate(batch.labels == 0):
+        left = batch.logits[row][kept]
+        if not kept.any():
+            assert float(sums.top[row]) == 0
+            assert float(sums.rest[row]) == -math.inf
+            continue
+        assert float(sums.top[row]) == float(left.max())
+        torch.testing.assert_close(sums.rest[row, 0], left.logsumexp(0))
+        scaled = ((left - left.max()) / temperature).logsumexp(0)
+        torch.testing.assert_close(sums.scaled[row, 0], scaled)
 
 
 @pytest.mark.parametrize("others", [0.0, 5e3, -5e3])
@@ -130,42 +212,58 @@ def test_it_is_the_softmax_of_what_is_left_after_removal(batch):
 def test_the_removed_logit_may_be_anything(extreme, others):
     # The others are 1/4 and 3/4, wherever they lie: their logits differ by ln 3.
     logits = rows([extreme, others, others + math.log(3)]).requires_grad_()
-    labelled = class_mask(torch.tensor([0]), 3)
+    labels = label_columns(torch.tensor([0]), logits)
 
-    values = non_target_log_softmax(logits, labelled)
-    values[0, 1].backward()
+    rest = row_sums(logits, labels).rest
+    rest.backward()
 
-    assert_six_digits(values.detach(), [[0, -1.386294, -0.287682]])
-    assert_six_digits(non_target_softmax(logits.detach(), labelled), [[0, 0.25, 0.75]])
-    assert_six_digits(logits.grad, [[0, 0.75, -0.75]])
+    assert_six_digits(rest.detach() - others, [[math.log(4)]])
+    assert_six_digits(non_target_softmax(logits.detach(), labels).normalized(), [[0, 0.25, 0.75]])
+    assert_six_digits(logits.grad, [[0, 0.25, 0.75]])
 
 
-def test_a_row_whose_every_class_is_labelled_gives_zeros_and_no_gradient():
-    logits = rows([1, 2, 3]).requires_grad_()
-    labelled = torch.ones(1, 3, dtype=torch.bool)
+def test_a_row_whose_every_class_is_labelled_has_no_softmax():
+    logits = rows([1, 2, 3])
 
-    # Anomaly detection refuses a NaN anywhere on the way back, also one that is masked later.
-    with torch.autograd.set_detect_anomaly(True):
-        values = non_target_log_softmax(logits, labelled)
-        values.sum().backward()
+    soft = non_target_softmax(logits, label_columns(rows([0.2, 0.3, 0.5]), logits))
 
-    assert not values.any()
-    assert not logits.grad.any()
-    assert not non_target_softmax(logits, labelled).any()
+    assert not soft.normalized().any()
+    assert float(soft.total) > 0
 
 
 def test_weights_are_scaled_over_the_classes_without_a_label():
-    labelled = rows([1, 0, 0, 1], [0, 0, 1, 0]).bool()
+    labels = Labels(torch.tensor([[0, 3], [2, 2]]), rows([0.5, 0.5], [1, 0]))
 
-    scaled = normalized(rows([9, 1, 3, 9], [1, 1, 7, 2]), labelled)
+    soft = non_target_weights(rows([9, 1, 3, 9], [1, 1, 7, 2]), labels)
 
-    assert_six_digits(scaled, [0, 0.25, 0.75, 0], [0.25, 0.25, 0, 0.5])
+    assert_six_digits(soft.total, [4], [4])
+    assert_six_digits(soft.normalized(), [0, 0.25, 0.75, 0], [0.25, 0.25, 0, 0.5])
 
 
 def test_weights_without_a_class_left_are_zeros():
-    labelled = torch.ones(1, 3, dtype=torch.bool)
+    labels = label_columns(rows([0.2, 0.3, 0.5]), rows([1, 2, 3]))
 
-    assert not normalized(rows([1, 2, 3]), labelled).any()
+    assert not non_target_weights(rows([1, 2, 3]), labels).normalized().any()
+
+
+# The batch mean
+
+
+def test_column_means_count_the_rows_that_have_the_column_and_are_kept():
+    values = rows([1, 10], [2, 20], [6, 30], [100, 100]).requires_grad_()
+    labels = Labels(
+        torch.zeros(4, 2, dtype=torch.int64),
+        rows([1, 1], [1, 0], [1, 1], [1, 1]),
+        torch.tensor([True, True, True, False]),
+    )
+
+    means = column_means(values, labels)
+
+    assert_six_digits(means, 3.0, 20.0)
+    assert not means.requires_grad
+    assert_six_digits(column_means(values, labels, sync=True), 3.0, 20.0)
+    nothing = labels._replace(kept=torch.zeros(4, dtype=torch.bool))
+    assert_six_digits(column_means(values, nothing), 0.0, 0.0)
 
 
 # Precision and reduction
@@ -184,14 +282,41 @@ def test_less_than_float32_is_widened(given_dtype, expected):
     assert in_float32(LOGITS.to(given_dtype)).dtype == expected
 
 
-def test_reductions_over_the_batch():
-    losses = torch.tensor([1.0, 2.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_limit_leaves_room_for_sums_and_products_with_weights(dtype):
+    limit = finite_limit(dtype)
 
-    assert float(reduce_batch(losses, "mean")) == 3
-    assert float(reduce_batch(losses, "sum")) == 9
-    torch.testing.assert_close(reduce_batch(losses, "none"), losses)
+    assert limit > 1e25
+    assert math.isfinite(float(torch.tensor(limit, dtype=dtype) * 1e9))
+
+
+def test_reductions_over_the_batch():
+    parts = {"one": torch.tensor([1.0, 2.0, 6.0]), "two": torch.tensor([0.5, 0.25, 0.0])}
+
+    mean, of_mean = reduce_parts(parts, "mean")
+    total, of_sum = reduce_parts(parts, "sum")
+    none, of_none = reduce_parts(parts, "none")
+
+    assert (float(mean), float(of_mean["one"]), float(of_mean["two"])) == (3.25, 3, 0.25)
+    assert (float(total), float(of_sum["one"]), float(of_sum["two"])) == (9.75, 9, 0.75)
+    assert none.tolist() == [1.5, 2.25, 6]
+    assert of_none["one"].tolist() == [1, 2, 6]
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got 'x'"):
-        reduce_batch(losses, "x")
+        reduce_parts(parts, "x")
+
+
+def test_reductions_over_the_samples_that_are_kept():
+    parts = {"one": torch.tensor([1.0, math.inf, 6.0])}
+    kept = torch.tensor([True, False, True])
+
+    assert float(reduce_parts(parts, "mean", kept).loss) == 3.5
+    assert float(reduce_parts(parts, "sum", kept).loss) == 7
+    assert reduce_parts(parts, "none", kept).loss.tolist() == [1, 0, 6]
+    assert float(reduce_parts(parts, "mean", torch.zeros(3, dtype=torch.bool)).loss) == 0
+
+
+def test_outputs_have_named_parts():
+    assert LossOutput._fields == ("loss", "parts")
 
 
 def test_soft_labels_have_two_parts():

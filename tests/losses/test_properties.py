@@ -15,6 +15,7 @@ from slow_reference import rank_scores
 from torch import Tensor
 
 from softlabels.losses import (
+    LossOutput,
     kd_loss,
     label_smoothing_loss,
     nkd_loss,
@@ -189,13 +190,15 @@ def test_uskd_is_the_weighted_sum_of_three_terms(rank_by, batch, weights):
 @given(batch=batches())
 def test_a_zero_weight_takes_its_gradient_away(batch):
     logits, weak_logits, target = batch.logits, batch.other_logits, batch.target
-    of_weak = partial(uskd_loss, logits, target=target, weak_weight=0)
     of_final = partial(
         uskd_loss, weak_logits=weak_logits, target=target, target_weight=0, non_target_weight=0
     )
 
-    assert not gradient(of_weak, weak_logits).any()
     assert not gradient(of_final, logits).any()
+    leaves = logits.clone().requires_grad_(), weak_logits.clone().requires_grad_()
+    value = uskd_loss(*leaves, target, weak_weight=0)
+    _, of_weak_logits = torch.autograd.grad(value, leaves, allow_unused=True)
+    assert of_weak_logits is None
 
 
 @given(batch=batches())
@@ -407,3 +410,215 @@ def test_a_power_of_zero_gives_uniform_soft_labels(batch):
     num_classes = soft.shape[1]
     expected = torch.full_like(soft, 1 / (num_classes - 1))
     assert_close(soft, expected.scatter(1, largest(batch).unsqueeze(1), 0.0))
+
+
+# Identities between the methods (spec 1.2 to 1.5)
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    return -(log_probabilities.exp() * log_probabilities).sum(1)
+
+
+def binary(logits: Tensor, target: Tensor) -> Tensor:
+    """log S_t and log(1 - S_t) as columns."""
+    rows = torch.arange(len(target))
+    rest = logits.scatter(1, target.unsqueeze(1), -math.inf).logsumexp(1)
+    return torch.stack((logits[rows, target], rest), 1) - logits.logsumexp(1, keepdim=True)
+
+
+@given(batch=batches())
+def test_nkd_with_all_of_both_terms_is_kd_in_cross_entropy_form(batch):
+    target = largest(batch)
+    kd = kd_loss(batch.logits, batch.other_logits, temperature=1.0, reduction="none")
+
+    value = nkd_loss(
+        batch.logits,
+        batch.other_logits,
+        target,
+        target_term="T1",
+        non_target_term="unnormalized",
+        non_target_weight=1,
+        reduction="none",
+    )
+
+    assert_close(value, kd + entropy(batch.other_logits.log_softmax(1)))
+
+
+@given(batch=batches())
+def test_kd_is_nkds_target_terms_and_the_teachers_share_of_the_non_target_term(batch):
+    target = largest(batch)
+    teacher_rest = binary(batch.other_logits, target)[:, 1].exp()
+    kd = kd_loss(batch.logits, batch.other_logits, temperature=1.0, reduction="none")
+
+    parts = nkd_loss(
+        batch.logits,
+        batch.other_logits,
+        target,
+        target_term="both",
+        non_target_weight=1,
+        reduction="none",
+        return_parts=True,
+    ).parts
+
+    total = parts["target"] + parts["rest"] + teacher_rest * parts["non_target"]
+    assert_close(total, kd + entropy(batch.other_logits.log_softmax(1)))
+
+
+@given(batch=batches())
+def test_unnormalized_is_t2_and_the_teachers_share_of_the_normalized_term(batch):
+    target = largest(batch)
+    common = {"target_term": "both", "non_target_weight": 1, "reduction": "none"}
+    inputs = batch.logits, batch.other_logits, target
+    teacher_rest = binary(batch.other_logits, target)[:, 1].exp()
+
+    plain = nkd_loss(*inputs, **common, return_parts=True).parts
+    unnormalized = nkd_loss(
+        *inputs, **common, non_target_term="unnormalized", return_parts=True
+    ).parts
+
+    assert_close(unnormalized["non_target"], plain["rest"] + teacher_rest * plain["non_target"])
+
+
+@given(batch=batches())
+def test_nkds_both_target_terms_are_dkds_up_to_the_teachers_binary_entropy(batch):
+    target = largest(batch)
+    student, teacher = binary(batch.logits, target), binary(batch.other_logits, target)
+    tckd = (teacher.exp() * (teacher - student)).sum(1)
+
+    value = nkd_loss(
+        batch.logits,
+        batch.other_logits,
+        target,
+        target_term="both",
+        non_target_weight=0,
+        reduction="none",
+    )
+
+    assert_close(value, tckd + entropy(teacher))
+
+
+@given(batch=batches(min_classes=3))
+def test_nkds_non_target_term_is_dkds_up_to_the_teachers_non_target_entropy(batch):
+    target = largest(batch)
+    kept = torch.ones_like(batch.logits, dtype=torch.bool)
+    kept.scatter_(1, target.unsqueeze(1), False)
+
+    def without_target(logits: Tensor) -> Tensor:
+        return logits[kept].reshape(len(logits), -1).log_softmax(1)
+
+    student, teacher = without_target(batch.logits), without_target(batch.other_logits)
+    nckd = (teacher.exp() * (teacher - student)).sum(1)
+
+    parts = nkd_loss(
+        batch.logits,
+        batch.other_logits,
+        target,
+        non_target_weight=1,
+        reduction="none",
+        return_parts=True,
+    ).parts
+
+    assert_close(parts["non_target"], nckd + entropy(teacher))
+
+
+@given(batch=batches(most_labels=1))
+def test_tf_nkd_weighs_cross_entropy_by_the_centred_confidence(batch):
+    target = largest(batch)
+    rows = torch.arange(len(target))
+    log_s = batch.logits.log_softmax(1)[rows, target]
+    weight = log_s.exp() + 1 - log_s.exp().mean()
+    leaf = batch.logits.clone().requires_grad_()
+
+    value = uskd_loss(
+        leaf, None, target, squared=False, non_target_weight=0, weak_weight=0, reduction="none"
+    )
+    value.sum().backward()
+
+    assert_close(value, -weight * log_s)
+    one_hot = torch.nn.functional.one_hot(target, leaf.shape[1])
+    assert_close(leaf.grad, weight.unsqueeze(1) * (batch.logits.softmax(1) - one_hot))
+
+
+# Parts
+
+
+@given(batch=batches())
+def test_a_teachers_target_labels_make_uskds_target_term_nkds(batch):
+    target = largest(batch)
+
+    of_uskd = uskd_loss(
+        batch.logits, None, target, batch.other_logits, non_target_weight=0, weak_weight=0
+    )
+
+    nkd = nkd_loss(batch.logits, batch.other_logits, target, non_target_weight=0)
+    assert_close(of_uskd, nkd)
+
+
+@given(batch=batches(min_classes=3))
+def test_a_weight_of_zero_removes_its_part_and_leaves_the_others(batch):
+    inputs = batch.logits, batch.other_logits, batch.target
+
+    def parts(loss: Callable[..., LossOutput], **settings: object) -> dict[str, Tensor]:
+        return loss(**settings, return_parts=True).parts
+
+    nkd = partial(nkd_loss, *inputs, target_term="both")
+    uskd = partial(uskd_loss, *inputs, target_term="both")
+    zipf = partial(zipf_ls_loss, batch.logits, batch.target, None, [batch.other_logits])
+    smoothing = partial(label_smoothing_loss, batch.logits, batch.target)
+    for loss, weight, removed in (
+        (nkd, "non_target_weight", {"non_target"}),
+        (uskd, "target_weight", {"target", "rest"}),
+        (uskd, "non_target_weight", {"non_target"}),
+        (uskd, "weak_weight", {"weak"}),
+        (zipf, "exit_weight", {"exits"}),
+        (smoothing, "smoothing", {"uniform"}),
+    ):
+        full, zero = parts(loss, **{weight: 0.5}), parts(loss, **{weight: 0.0})
+        double = parts(loss, **{weight: 1.0})
+        assert removed <= set(full)
+        for name, part in full.items():
+            if name in removed:
+                assert float(zero.get(name, torch.zeros(()))) == 0
+                assert_close(double[name], 2 * part)
+            elif weight != "smoothing":
+                assert_close(zero[name], part)
+        assert_close(loss(**{weight: 0.0}), sum(zero.values()))
+
+
+OF_NON_TARGETS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "nkd": lambda x, b: part_of(nkd_loss, x, b.other_logits, b.target, temperature=2.0),
+    "nkd_all_labels": lambda x, b: part_of(
+        nkd_loss, x, b.other_logits, b.target, mixed_target="all"
+    ),
+    **{
+        f"zipf_ls_{distribution}": lambda x, b, distribution=distribution: part_of(
+            zipf_ls_loss, x, b.target, b.votes, distribution=distribution, mixed_target="all"
+        )
+        for distribution in ("zipf", "constant", "exponential_decay", "unbiased_zipf")
+    },
+    "uskd_weak": lambda x, b: part_of(
+        uskd_loss, x, b.other_logits, b.target, rank_from="weak", weak_weight=0
+    ),
+}
+
+
+def part_of(loss: Callable[..., LossOutput], *arguments: object, **settings: object) -> Tensor:
+    output = loss(*arguments, **settings, reduction="none", return_parts=True)
+    return output.parts["non_target"]
+
+
+@pytest.mark.parametrize("name", OF_NON_TARGETS)
+@given(batch=batches(), steps=st.integers(-160, 160))
+def test_the_target_logit_has_no_influence_on_any_non_target_term(name, batch, steps):
+    removed = batch.labels > 0
+    if name == "nkd":  # its default removes the largest label alone
+        removed = torch.zeros_like(removed).scatter(1, largest(batch).unsqueeze(1), True)
+    leaf = batch.logits.clone().requires_grad_()
+
+    before = OF_NON_TARGETS[name](leaf, batch)
+    after = OF_NON_TARGETS[name](batch.logits + steps * STEP * removed, batch)
+    before.sum().backward()
+
+    assert_close(after, before.detach())
+    assert not leaf.grad[removed].any()
+    assert_close(leaf.grad.sum(1), torch.zeros(len(leaf), dtype=torch.float64))

@@ -164,10 +164,10 @@ def test_two_classes_have_no_loss_and_no_gradient():
     assert not logits.grad.any()
 
 
-@pytest.mark.parametrize("votes", [None, VOTES[:1]])
-def test_if_every_class_has_a_label_there_is_no_loss_and_no_gradient(votes):
-    logits = STUDENT_LOGITS[:1].clone().requires_grad_()
-    labels = torch.full_like(logits.detach(), 0.2)
+@pytest.mark.parametrize("votes", [None, torch.tensor([[0, 1, 1]])])
+def test_if_both_of_two_classes_have_a_label_there_is_no_loss_and_no_gradient(votes):
+    logits = logits_of([0.25, 0.75]).requires_grad_()
+    labels = rows([0.7, 0.3])
 
     value = zipf_ls_loss(logits, labels, votes, mixed_target="all")
     value.backward()

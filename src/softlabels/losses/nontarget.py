@@ -192,18 +192,20 @@ def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSum
     others = others.sub_(top)
 
     def log_sum(exponents: Tensor) -> Tensor:
-        # The largest summand is 1, so that the bound changes nothing but an empty sum.
-        return exponents.exp_().sum(1, keepdim=True).clamp(min=1.0).log()
+        # Not clamp(min=1), which takes the gradient of a sum that is 1.
+        return exponents.exp_().sum(1, keepdim=True).masked_fill(empty, 1.0).log()
 
     if temperature == 1:
         rest = scaled = log_sum(others)
     else:
         rest, scaled = log_sum(others.clone()), log_sum(others.div_(temperature))
-    rest = (rest + top).masked_fill(empty, -torch.inf)
+    rest = rest + top
     labelled = logits.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
     if labelled.shape[1] > 1:
         labelled = labelled.logsumexp(1, keepdim=True)
-    return RowSums(top, rest, torch.logaddexp(rest, labelled), scaled)
+    # The second gradient of logaddexp at -inf is NaN.
+    everything = torch.where(empty, labelled, torch.logaddexp(rest, labelled))
+    return RowSums(top, rest.masked_fill(empty, -torch.inf), everything, scaled)
 
 
 class NonTarget(NamedTuple):

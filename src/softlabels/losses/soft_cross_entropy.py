@@ -109,7 +109,8 @@ def _non_target_term(
     if temperature != 1:
         others = others.div_(temperature)
     # Bound from above too: a labelled class may lie far above the others, where its q is 0.
-    others = others.clamp_(-limit, limit).mul_(non_target.weights).sum(1, keepdim=True)
+    others = others.clamp_min_(-limit).clamp_max_(limit)
+    others = others.mul_(non_target.weights).sum(1, keepdim=True)
     return (sums.scaled - others / non_target.total).squeeze(1)
 
 

@@ -154,7 +154,7 @@ def _zipf_by_order(scores: Tensor) -> Tensor:
     num_classes = scores.shape[1]
     order = _sort_keys(scores).sort(dim=1, stable=True).indices
     ranks = torch.arange(1, num_classes + 1, device=scores.device, dtype=scores.dtype)
-    return torch.empty_like(scores).scatter_(1, order, ranks.reciprocal().expand_as(scores))
+    return torch.empty_like(scores).scatter(1, order, ranks.reciprocal().expand_as(scores))
 
 
 def uskd_targets(

@@ -410,7 +410,8 @@ def zipf_ls_loss(
     labels = _labels(target, logits, mixed_target, ignore_index)
     soft = _non_target(logits.detach(), votes, labels, distribution, settings)
     nothing = torch.zeros_like(labels.values)
-    cross_entropy = soft_cross_entropy(logits, labels, nothing, soft)
+    # Temperature and weights as constants: dynamic compiled code takes a default for an input.
+    cross_entropy = soft_cross_entropy(logits, labels, nothing, soft, 1.0, (1.0, 1.0))
     # sum of q log q, for q = weights / total
     entropy = torch.xlogy(soft.weights, soft.weights).sum(1, keepdim=True) / soft.total
     entropy = torch.where(soft.weights.any(1, keepdim=True), entropy - soft.total.log(), 0.0)
@@ -447,7 +448,7 @@ def _with_exits(
         nothing = NonTarget(torch.zeros_like(ones).expand_as(own), ones)
         # A copy: compiled code cannot pass one tensor twice to an autograd function.
         values = labels.values.clone()
-        term = soft_cross_entropy(own, labels, values, nothing, weights=(1.0, 0.0))
+        term = soft_cross_entropy(own, labels, values, nothing, 1.0, (1.0, 0.0))
         total = term if total is None else total + term
     assert total is not None
     exits = reduce_parts({"exits": weight * total}, reduction, labels.kept)

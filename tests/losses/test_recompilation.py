@@ -1,0 +1,62 @@
+"""How often a loss is compiled: once more at most for other batch sizes, never again if dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from loss_cases import BY_NAME, PLAIN_CASES, case_id
+from torch._dynamo.testing import CompileCounterWithBackend
+
+NUM_CLASSES = 10
+BATCH_SIZES = (128, 96, 64, 33)
+OTHERS = ("nkd_both_unnormalized", "uskd_ignoring", "zipf_ls_unbiased_logits", "zipf_ls_exits")
+
+some_cases = pytest.mark.parametrize(
+    "case", [*PLAIN_CASES, *(BY_NAME[name] for name in OTHERS)], ids=case_id
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compilations(case, dynamic: bool | None) -> list[int]:
+    """How often the module was compiled after each batch size; its values are checked."""
+    module = case.module(**case.module_settings)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=dynamic)
+    counts = []
+    for batch_size in BATCH_SIZES:
+        inputs = case.make(case.target_kinds[0], batch_size, NUM_CLASSES)
+        leaves = [inputs[name].requires_grad_() for name in case.trained]
+        arguments = case.module_arguments(inputs)
+
+        value = compiled(*arguments)
+
+        expected = module(*arguments)
+        torch.testing.assert_close(value, expected)
+        for found, wanted in zip(
+            torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+        counts.append(counter.frame_count)
+    return counts
+
+
+@some_cases
+def test_other_batch_sizes_take_one_recompilation_at_most(case):
+    assert 1 <= compilations(case, None)[-1] <= 2
+
+
+@some_cases
+def test_a_dynamic_loss_is_never_compiled_again(case):
+    # One compilation calls its backend twice where it starts anew to fix a float setting.
+    first, *later = compilations(case, True)
+
+    assert first in (1, 2)
+    assert later == [first] * 3
