@@ -99,18 +99,17 @@ def test_subnormal_probabilities_are_finite(case, kind):
     check_finite(case, inputs)
 
 
-@pytest.mark.parametrize("num_classes", [2, 5])
-@pytest.mark.parametrize("value", [0.0, -1e4, 7.5])
 @every_case_and_kind
-def test_tied_logits_and_equal_labels_are_finite(case, kind, value, num_classes):
-    inputs = case.make(kind, 3, num_classes)
-    for name in case.inputs:
-        if "logits" in name:
-            inputs[name] = torch.full((3, num_classes), value)
-        elif name == "target":
-            inputs[name] = inputs[name][:1].expand(3, *inputs[name].shape[1:]).clone()
-
-    check_finite(case, inputs)
+def test_tied_logits_and_equal_labels_are_finite(case, kind):
+    for num_classes in (2, 5):
+        for value in (0.0, -1e4, 7.5):
+            inputs = case.make(kind, 3, num_classes)
+            for name in case.inputs:
+                if "logits" in name:
+                    inputs[name] = torch.full((3, num_classes), value)
+                elif name == "target":
+                    inputs[name] = inputs[name][:1].expand(3, *inputs[name].shape[1:]).clone()
+            check_finite(case, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

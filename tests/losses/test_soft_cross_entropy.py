@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loss_cases import CASES_AND_MAIN_KINDS, case_id
 from torch import Tensor
 
+from softlabels.losses import NKDLoss, USKDLoss, ZipfLSLoss
 from softlabels.losses.nontarget import Labels, NonTarget, label_columns, non_target_softmax
 from softlabels.losses.soft_cross_entropy import (
     log_non_target_mass,
@@ -229,3 +230,17 @@ def test_a_loss_survives_two_backward_passes_and_double_use(case, kind):
     for first, second, sum_of_three in zip(once, again, both, strict=True):
         assert_close(second, first)
         assert_close(sum_of_three, 3 * first)
+
+
+@pytest.mark.parametrize("module", [NKDLoss(), USKDLoss(), ZipfLSLoss(rank_from="logits")])
+def test_modules_take_the_closed_form(module):
+    tensors = {name: torch.randn(3, 5, requires_grad=True) for name in module.reads}
+    tensors["target"] = torch.tensor([0, 4, 2])
+
+    nodes, names = [module(**tensors).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+
+    assert "_ClosedFormBackward" in names

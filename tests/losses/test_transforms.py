@@ -9,6 +9,8 @@ import torch
 from loss_cases import (
     CASES_AND_INDICES,
     CASES_AND_MAIN_KINDS,
+    MIXED,
+    PLAIN_CASES,
     case_id,
     deterministic,
     gradients,
@@ -23,6 +25,16 @@ every_case_once = pytest.mark.parametrize(("case", "kind"), CASES_AND_INDICES, i
 every_case_and_main_kind = pytest.mark.parametrize(
     ("case", "kind"), CASES_AND_MAIN_KINDS, ids=case_id
 )
+
+# Compiling takes long: mixed labels only where they take another path, and the plain cases with
+# class indices are in test_recompilation.py.
+COMPILED = [
+    (case, kind)
+    for case, kind in CASES_AND_MAIN_KINDS
+    if (case not in PLAIN_CASES if kind != MIXED else case in PLAIN_CASES)
+    or case.name == "uskd_teacher"
+    or case.settings.get("mixed_target") == "all"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +61,7 @@ class Elsewhere(Tensor):
 # torch.compile
 
 
-@every_case_and_main_kind
+@pytest.mark.parametrize(("case", "kind"), COMPILED, ids=case_id)
 def test_compiled_without_graph_breaks_equals_eager(case, kind, fresh_compiler):
     inputs = case.make(kind)
     compiled = torch.compile(case, fullgraph=True, backend="aot_eager")

@@ -28,6 +28,7 @@ from softlabels.losses.nontarget import (
     RowSums,
     SoftLabels,
     column_means,
+    finite_limit,
     in_float32,
     label_columns,
     non_target_weights,
@@ -35,6 +36,7 @@ from softlabels.losses.nontarget import (
     row_sums,
     spread,
 )
+from softlabels.losses.ranks import zipf_by_order
 from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, WeakLogits
 from softlabels.losses.soft_cross_entropy import (
     log_non_target_mass,
@@ -138,25 +140,6 @@ def _scores(inputs: _Inputs, sums: RowSums, rank_from: USKDRankFrom, rank_by: Ra
     return final.add_(_share_of_rest(weak_logits, row_sums(weak_logits, labels)))
 
 
-def _sort_keys(scores: Tensor) -> Tensor:
-    """Integers whose ascending order is the descending order of finite `scores`, [B, C].
-
-    Sorting integers takes two thirds of the time of sorting floats, which watches for NaN. The
-    bits of a float, read as an integer, are in order but for negative ones, which are reversed.
-    """
-    integer, width = (torch.int64, 63) if scores.dtype == torch.float64 else (torch.int32, 31)
-    bits = (scores + 0.0).view(integer)  # -0.0 becomes 0.0, its equal
-    return (bits >> width).bitwise_and_(torch.iinfo(integer).max).bitwise_xor_(bits).bitwise_not_()
-
-
-def _zipf_by_order(scores: Tensor) -> Tensor:
-    """Zipf's law, [B, C]: 1/rank for the strict descending order of scores (ties: lower class)."""
-    num_classes = scores.shape[1]
-    order = _sort_keys(scores).sort(dim=1, stable=True).indices
-    ranks = torch.arange(1, num_classes + 1, device=scores.device, dtype=scores.dtype)
-    return torch.empty_like(scores).scatter(1, order, ranks.reciprocal().expand_as(scores))
-
-
 def uskd_targets(
     logits: Tensor,
     weak_logits: Tensor | None,
@@ -225,7 +208,7 @@ def uskd_targets(
     inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
     sums = row_sums(inputs.logits, inputs.labels)
     values = _target_values(inputs, sums, squared, sync_batch_stats)
-    zipf = _zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
+    zipf = zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
     return SoftLabels(
         spread(inputs.labels, values, inputs.logits),
         non_target_weights(zipf, inputs.labels).normalized(),
@@ -377,7 +360,7 @@ def uskd_loss(
     sums = row_sums(inputs.logits, labels)
     values = _target_values(inputs, sums, squared, sync_batch_stats)
     if non_target_weight:
-        zipf = _zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
+        zipf = zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
         others = non_target_weights(zipf, labels)
     else:
         others = NonTarget(torch.zeros_like(sums.top).expand_as(logits), torch.ones_like(sums.top))
@@ -395,7 +378,8 @@ def uskd_loss(
             rest = (values.sum(1) - 1) * log_non_target_mass(logits, labels)
             parts["rest"] = target_weight * rest
         parts["non_target"] = non_target_weight * terms.non_target
-    if weak_weight:
+    # Also with a weight of 0: a head that only ranks then has a gradient, of zeros, as DDP wants.
+    if weak_weight or weak_logits is not None:
         parts["weak"] = weak_weight * _weak_term(weak_logits, labels, logits.dtype)
     output = reduce_parts(parts, reduction, labels.kept)
     return output if return_parts else output.loss
@@ -423,6 +407,7 @@ def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -
     if weak_logits is None:
         raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
     log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
+    log_probabilities = log_probabilities.clamp(min=-finite_limit(dtype))
     labelled = log_probabilities.gather(1, labels.classes).masked_fill(~labels.present, 0.0)
     of_labels = (labels.values * labelled).sum(1)
     return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * log_probabilities.mean(1)

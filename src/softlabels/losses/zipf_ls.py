@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,115 +31,13 @@ from softlabels.losses.nontarget import (
     reduce_parts,
     spread,
 )
+from softlabels.losses.ranks import DISTRIBUTIONS, Distribution, law_weights
 from softlabels.losses.reads import Exits, Logits, Signal, Target, Votes
 from softlabels.losses.soft_cross_entropy import soft_cross_entropy
 
 __all__ = ["Distribution", "RankFrom", "ZipfLSLoss", "zipf_ls_loss", "zipf_ls_targets"]
 
 RankFrom: TypeAlias = Literal["votes", "logits"]
-Distribution: TypeAlias = Literal[
-    "zipf",
-    "constant",
-    "random_uniform",
-    "random_gaussian",
-    "random_pareto",
-    "sorted_pareto",
-    "linear_decay",
-    "exponential_decay",
-    "unbiased_zipf",
-]
-
-_DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
-
-
-class _Ranks(NamedTuple):
-    """Competition ranks, for columns of classes, [B, N] each."""
-
-    rank: Tensor  # 1 + the number of classes with a better score, in the dtype of the logits
-    ties: Tensor  # the number of classes with the same score, itself included
-
-
-def _ranks_of_votes(votes: Tensor, like: Tensor) -> _Ranks:
-    """Ranks of the class of each vote, and in a last column of all classes without a vote.
-
-    Work on [B, K]: at most K classes have votes, and all others share one rank.
-    """
-    (batch_size, num_votes), num_classes = votes.shape, like.shape[1]
-    counts = votes.new_zeros(batch_size, num_classes, dtype=torch.int32)
-    ones = torch.ones_like(votes, dtype=torch.int32)
-    counts = counts.scatter_add_(1, votes, ones).gather(1, votes).long()
-    # A class with n votes stands n times among the votes, so that 1/n of them are classes.
-    classes = votes.new_zeros(batch_size, num_votes + 1, dtype=torch.int32)
-    classes = classes.scatter_add_(1, counts, ones)
-    classes = classes // torch.arange(num_votes + 1, device=votes.device).clamp(min=1)
-    fewer = classes.cumsum(1)
-    num_voted = fewer[:, -1:]
-    rank = torch.cat((1 + num_voted - fewer.gather(1, counts), 1 + num_voted), 1)
-    ties = torch.cat((classes.gather(1, counts), num_classes - num_voted), 1)
-    return _Ranks(rank.to(like.dtype), ties.to(like.dtype))
-
-
-def _ranks_of_logits(logits: Tensor) -> _Ranks:
-    """Ranks of all classes by the sample's own logits."""
-    logits = logits.contiguous()
-    ascending = logits.sort(dim=1).values
-    not_above = torch.searchsorted(ascending, logits, right=True)
-    ties = not_above - torch.searchsorted(ascending, logits)
-    return _Ranks((1 + logits.shape[1] - not_above).to(logits.dtype), ties.to(logits.dtype))
-
-
-def _law(
-    ranks: _Ranks, distribution: Distribution, num_classes: int, settings: Mapping[str, float]
-) -> Tensor:
-    """Weight of each column by its rank, for the laws without draws; [B, N]."""
-    rank, ties = ranks
-    if distribution == "constant":
-        return torch.ones_like(rank)
-    if distribution == "linear_decay":
-        smallest = settings["smallest_probability"]
-        gap = 2 * (1 - num_classes * smallest) / (num_classes * (num_classes - 1))
-        return (num_classes - rank) * gap + smallest
-    if distribution == "exponential_decay":
-        return (settings["decay"] * (1 - rank)).exp()
-    power = settings["power"]
-    if distribution == "zipf":
-        return rank.pow(-power)
-    lower, upper = settings["lower_bound"], settings["upper_bound"]
-    interval = (upper - lower) / num_classes
-    low = lower + (rank - 1) * interval
-    if power == 1:
-        return torch.log1p(ties * interval / low) / ties
-    return (low.pow(1 - power) - (low + ties * interval).pow(1 - power)).abs() / ties
-
-
-def _draws(distribution: Distribution, like: Tensor) -> Tensor:
-    """New draws for each class, [B, C]."""
-    if distribution == "random_uniform":
-        return torch.rand_like(like)
-    if distribution == "random_gaussian":
-        return torch.randn_like(like).abs()
-    # Lomax, shape 1: (1 - u) / u for u uniform in (0, 1].
-    return (1 - torch.rand_like(like)).reciprocal() - 1
-
-
-def _weights(
-    logits: Tensor,
-    votes: Tensor | None,
-    distribution: Distribution,
-    settings: Mapping[str, float],
-) -> Tensor:
-    """Weight of each class before the target is removed, [B, C]."""
-    if distribution.startswith("random"):
-        return _draws(distribution, logits)
-    ranks = _ranks_of_logits(logits) if votes is None else _ranks_of_votes(votes.long(), logits)
-    if distribution == "sorted_pareto":
-        draws = _draws(distribution, logits).sort(dim=1, descending=True).values
-        weights = draws.gather(1, ranks.rank.long().clamp(max=logits.shape[1]) - 1)
-    else:
-        weights = _law(ranks, distribution, logits.shape[1], settings)
-    if votes is None:
-        return weights
-    return weights[:, -1:].expand_as(logits).scatter(1, votes.long(), weights[:, :-1])
 
 
 def zipf_ls_targets(
@@ -237,7 +135,7 @@ def _check_settings(
     lower_bound: float,
     upper_bound: float,
 ) -> None:
-    check_choice("distribution", distribution, _DISTRIBUTIONS)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
     check_number("power", power, at_most=30)
     check_number("smallest_probability", smallest_probability, at_most=1)
@@ -273,7 +171,7 @@ def _non_target(
         )
     if votes is not None:
         check_votes(votes, logits)
-    return non_target_weights(_weights(logits, votes, distribution, settings), labels)
+    return non_target_weights(law_weights(logits, votes, distribution, settings), labels)
 
 
 @overload
