@@ -31,11 +31,11 @@ from softlabels.losses.nontarget import (
     in_float32,
     label_columns,
     label_probabilities,
-    non_target_softmax,
     non_target_weights,
     reduce_parts,
     removed,
     row_sums,
+    softmax_parts,
     spread,
 )
 
@@ -179,7 +179,7 @@ def test_removal_writes_at_labelled_classes_of_a_copy():
 def test_it_is_the_softmax_of_what_is_left_after_removal(batch, temperature):
     labels = label_columns(batch.target, batch.logits)
 
-    probabilities = non_target_softmax(batch.logits, labels, temperature).normalized()
+    probabilities = softmax_parts(batch.logits, labels, temperature)[1].normalized()
 
     for row, kept in enumerate(batch.labels == 0):
         if kept.any():
@@ -218,14 +218,14 @@ def test_the_removed_logit_may_be_anything(extreme, others):
     rest.backward()
 
     assert_six_digits(rest.detach() - others, [[math.log(4)]])
-    assert_six_digits(non_target_softmax(logits.detach(), labels).normalized(), [[0, 0.25, 0.75]])
+    assert_six_digits(softmax_parts(logits.detach(), labels)[1].normalized(), [[0, 0.25, 0.75]])
     assert_six_digits(logits.grad, [[0, 0.25, 0.75]])
 
 
 def test_a_row_whose_every_class_is_labelled_has_no_softmax():
     logits = rows([1, 2, 3])
 
-    soft = non_target_softmax(logits, label_columns(rows([0.2, 0.3, 0.5]), logits))
+    soft = softmax_parts(logits, label_columns(rows([0.2, 0.3, 0.5]), logits))[1]
 
     assert not soft.normalized().any()
     assert float(soft.total) > 0

@@ -14,7 +14,7 @@ from loss_cases import CASES_AND_MAIN_KINDS, case_id
 from torch import Tensor
 
 from softlabels.losses import NKDLoss, USKDLoss, ZipfLSLoss
-from softlabels.losses.nontarget import Labels, NonTarget, label_columns, non_target_softmax
+from softlabels.losses.nontarget import Labels, NonTarget, label_columns, softmax_parts
 from softlabels.losses.soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
@@ -37,7 +37,7 @@ def soft_of(batch: Batch, temperature: float) -> Soft:
     """Soft labels that do not depend on the logits; target values of either sign."""
     labels = label_columns(batch.target, batch.logits)
     values = (batch.other_logits.gather(1, labels.classes) / 10) * labels.present
-    others = non_target_softmax(batch.other_logits, labels, temperature)
+    others = softmax_parts(batch.other_logits, labels, temperature)[1]
     return Soft(labels, values, others, temperature)
 
 
@@ -161,7 +161,7 @@ def test_labelled_logits_have_no_influence_on_the_non_target_term(batch, steps, 
 def test_no_graph_is_made_without_need():
     batch_logits = torch.randn(3, 4)
     labels = label_columns(torch.tensor([0, 1, 2]), batch_logits)
-    others = non_target_softmax(batch_logits, labels)
+    others = softmax_parts(batch_logits, labels)[1]
 
     value = soft_cross_entropy(batch_logits, labels, torch.ones(3, 1), others)
 

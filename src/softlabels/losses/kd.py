@@ -20,8 +20,8 @@ from softlabels.losses.nontarget import (
     finite_limit,
     in_float32,
     label_columns,
-    non_target_softmax,
     reduce_parts,
+    softmax_parts,
     spread,
 )
 from softlabels.losses.reads import Logits, Signal, TeacherLogits
@@ -151,5 +151,5 @@ class KDLoss(nn.Module):
         labels = label_columns(target, believed)
         return SoftLabels(
             spread(labels, believed.gather(1, labels.classes).exp(), believed),
-            non_target_softmax(believed, labels).normalized(),
+            softmax_parts(believed, labels)[1].normalized(),
         )

@@ -22,13 +22,13 @@ from softlabels.losses.nontarget import (
     Labels,
     LossOutput,
     MixedTarget,
+    NonTarget,
     Reduction,
     SoftLabels,
     in_float32,
     label_columns,
-    non_target_softmax,
     reduce_parts,
-    row_sums,
+    softmax_parts,
     spread,
 )
 from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
@@ -168,8 +168,7 @@ def nkd_loss(
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
     labels = _labels(target, logits, mixed_target, ignore_index)
-    believed = _at_labelled(teacher_logits, labels)
-    others = non_target_softmax(teacher_logits, labels, temperature)
+    believed, others = _of_teacher(teacher_logits, labels, temperature)
     weights = 1.0, non_target_weight * temperature**2
     if not return_parts and target_term == "T1" and non_target_term == "normalized":
         total = soft_cross_entropy(logits, labels, believed, others, temperature, weights)
@@ -213,11 +212,13 @@ def _labels(
     return label_columns(target, logits, mixed_target, ignore_index)
 
 
-def _at_labelled(teacher_logits: Tensor, labels: Labels) -> Tensor:
-    """The teacher's probabilities of the labelled classes, [B, K]; 0 where absent."""
-    everything = row_sums(teacher_logits, labels).everything
-    believed = (teacher_logits.gather(1, labels.classes) - everything).exp()
-    return torch.where(labels.present, believed, 0.0)
+def _of_teacher(
+    teacher_logits: Tensor, labels: Labels, temperature: float
+) -> tuple[Tensor, NonTarget]:
+    """T at the labelled classes, [B, K], 0 where absent; and N(T) at the temperature."""
+    sums, others = softmax_parts(teacher_logits, labels, temperature)
+    believed = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
+    return torch.where(labels.present, believed, 0.0), others
 
 
 class NKDLoss(nn.Module):
@@ -292,7 +293,5 @@ class NKDLoss(nn.Module):
         check_target(target, teacher_logits, self.ignore_index)
         teacher_logits = in_float32(teacher_logits.detach())
         labels = _labels(target, teacher_logits, self.mixed_target, self.ignore_index)
-        return SoftLabels(
-            spread(labels, _at_labelled(teacher_logits, labels), teacher_logits),
-            non_target_softmax(teacher_logits, labels, self.temperature).normalized(),
-        )
+        believed, others = _of_teacher(teacher_logits, labels, self.temperature)
+        return SoftLabels(spread(labels, believed, teacher_logits), others.normalized())

@@ -26,12 +26,12 @@ __all__ = [
     "in_float32",
     "label_columns",
     "label_probabilities",
-    "non_target_softmax",
     "non_target_weights",
     "reduce_parts",
     "removed",
     "row_sums",
     "single_mask",
+    "softmax_parts",
     "spread",
 ]
 
@@ -179,35 +179,6 @@ class RowSums(NamedTuple):
     scaled: Tensor
 
 
-def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSums:
-    """Log-sums of exponentials that the softmax over all, and over non-target classes, need.
-
-    Works in place on one [B, C] buffer. The target's logit takes no part in the shift of the
-    non-target sum, so that a target that is nearly certain does not blot the others out.
-    """
-    others = removed(logits, labels)
-    top = others.detach().amax(1, keepdim=True)
-    empty = top == -torch.inf
-    top = top.masked_fill(empty, 0.0)
-    others = others.sub_(top)
-
-    def log_sum(exponents: Tensor) -> Tensor:
-        # Not clamp(min=1), which takes the gradient of a sum that is 1.
-        return exponents.exp_().sum(1, keepdim=True).masked_fill(empty, 1.0).log()
-
-    if temperature == 1:
-        rest = scaled = log_sum(others)
-    else:
-        rest, scaled = log_sum(others.clone()), log_sum(others.div_(temperature))
-    rest = rest + top
-    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
-    if labelled.shape[1] > 1:
-        labelled = labelled.logsumexp(1, keepdim=True)
-    # The second gradient of logaddexp at -inf is NaN.
-    everything = torch.where(empty, labelled, torch.logaddexp(rest, labelled))
-    return RowSums(top, rest.masked_fill(empty, -torch.inf), everything, scaled)
-
-
 class NonTarget(NamedTuple):
     """A distribution over the non-target classes, before it is normalised.
 
@@ -224,18 +195,46 @@ class NonTarget(NamedTuple):
         return self.weights / self.total
 
 
-def non_target_softmax(logits: Tensor, labels: Labels, temperature: float = 1.0) -> NonTarget:
-    """Softmax over the non-target classes: the labelled entries are left out.
+def softmax_parts(
+    logits: Tensor, labels: Labels, temperature: float = 1.0
+) -> tuple[RowSums, NonTarget]:
+    """Log-sums of exponentials of each row, and the non-target softmax at a temperature.
 
-    For tensors without gradient: it works in place on its own copy.
+    Works in place on one [B, C] buffer (two besides temperature 1). The labelled entries are left
+    out, so that a target that is nearly certain does not blot the others out.
     """
     others = removed(logits, labels)
-    top = others.amax(1, keepdim=True)
-    others = others.sub_(top.masked_fill(top == -torch.inf, 0.0))
-    if temperature != 1:
-        others = others.div_(temperature)
-    others = others.exp_()
-    return NonTarget(others, others.sum(1, keepdim=True).clamp(min=1.0))
+    top = others.detach().amax(1, keepdim=True)
+    empty = top == -torch.inf
+    top = top.masked_fill(empty, 0.0)
+    others = others.sub_(top)
+
+    def total(exponentials: Tensor) -> Tensor:
+        # Not clamp(min=1), which takes the gradient of a sum that is 1.
+        return exponentials.sum(1, keepdim=True).masked_fill(empty, 1.0)
+
+    if temperature == 1:
+        others = others.exp_()
+        rest = of_scaled = total(others)
+    else:
+        rest = total(others.exp())
+        others = others.div_(temperature).exp_()
+        of_scaled = total(others)
+    scaled = of_scaled.log()
+    rest = scaled if temperature == 1 else rest.log()
+    rest = rest + top
+    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
+    if labelled.shape[1] > 1:
+        labelled = labelled.logsumexp(1, keepdim=True)
+    # The second gradient of logaddexp at -inf is NaN.
+    everything = torch.where(empty, labelled, torch.logaddexp(rest, labelled))
+    sums = RowSums(top, rest.masked_fill(empty, -torch.inf), everything, scaled)
+    return sums, NonTarget(others, of_scaled)
+
+
+def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSums:
+    """The log-sums of `softmax_parts` alone."""
+    return softmax_parts(logits, labels, temperature)[0]
 
 
 def non_target_weights(weights: Tensor, labels: Labels) -> NonTarget:

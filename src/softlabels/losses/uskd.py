@@ -360,8 +360,9 @@ def uskd_loss(
     sums = row_sums(inputs.logits, labels)
     values = _target_values(inputs, sums, squared, sync_batch_stats)
     if non_target_weight:
-        zipf = zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
-        others = non_target_weights(zipf, labels)
+        scores = _scores(inputs, sums, rank_from, rank_by)
+        others = non_target_weights(zipf_by_order(scores), labels)
+        del scores  # a buffer of [B, C]
     else:
         others = NonTarget(torch.zeros_like(sums.top).expand_as(logits), torch.ones_like(sums.top))
 
@@ -407,10 +408,11 @@ def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -
     if weak_logits is None:
         raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
     log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
-    log_probabilities = log_probabilities.clamp(min=-finite_limit(dtype))
-    labelled = log_probabilities.gather(1, labels.classes).masked_fill(~labels.present, 0.0)
-    of_labels = (labels.values * labelled).sum(1)
-    return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * log_probabilities.mean(1)
+    lowest = -finite_limit(dtype)
+    labelled = log_probabilities.gather(1, labels.classes).clamp(min=lowest)
+    of_labels = torch.where(labels.present, labels.values * labelled, 0.0).sum(1)
+    of_all = log_probabilities.mean(1).clamp(min=lowest)
+    return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * of_all
 
 
 class USKDLoss(nn.Module):
