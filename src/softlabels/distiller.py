@@ -289,7 +289,9 @@ class Distiller(nn.Module):
             distilled = self.method(**values)
             if self.detailed and self._gives_parts:
                 # Beside the loss itself, so that a look at its parts changes not one bit of it.
-                with torch.random.fork_rng(devices=[]):
+                device = logits.device
+                devices = [] if device.type == "cpu" else [device]
+                with torch.random.fork_rng(devices, device_type=device.type):
                     _, of_method = self.method(**values, return_parts=True)
                 for name, part in of_method.items():
                     terms[f"method/{name}"] = self.method_weight * part

@@ -331,3 +331,28 @@ def test_a_single_sample_or_equal_samples_have_their_labels_as_targets(squared):
 
         torch.testing.assert_close(soft.target[:, 1], torch.ones(count).double())
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(batch, target))
+
+
+@pytest.mark.parametrize("votes", [None, torch.tensor([[0, 0, 1, 3], [2, 2, 2, 0]])])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distribution": "unbiased_zipf", "power": 30.0},
+        {"distribution": "unbiased_zipf", "power": 30.0, "lower_bound": 1e-6},
+        {"distribution": "unbiased_zipf", "power": 0.01},
+        {"distribution": "exponential_decay", "decay": 30.0},
+        {"distribution": "zipf", "power": 30.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", [[0, 2], [4, 1]], ids=["top", "elsewhere"])
+def test_a_steep_law_leaves_a_distribution_wherever_the_target_ranks(settings, votes, target):
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 4.0, 3.0, 2.0]])
+
+    soft = zipf_ls_targets(logits, torch.tensor(target), votes, **settings)
+
+    torch.testing.assert_close(soft.sum(1), torch.ones(2))
+    best = soft.max(1).values
+    assert bool((best >= 1 / 4).all())
+    if settings.get("power", 30.0) == 30.0 and votes is None:
+        assert bool((best > 0.999).all())

@@ -190,3 +190,12 @@ def test_soft_labels_of_the_module_name_one_class_by_default():
     soft = ZipfLSLoss().soft_labels(STUDENT_LOGITS, MIXED_TARGET, VOTES)
 
     assert_six_digits(soft.target, [1, 0, 0, 0, 0], [0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize("distribution", ["zipf", "unbiased_zipf"])
+def test_a_power_of_zero_is_uniform(distribution):
+    soft = zipf_ls_targets(
+        rows([4, 3, 2, 1]), torch.tensor([0]), power=0, distribution=distribution
+    )
+
+    assert_six_digits(soft, [[0, 1 / 3, 1 / 3, 1 / 3]])

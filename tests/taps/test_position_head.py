@@ -15,7 +15,7 @@ from torch.nn import functional
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
 from small_networks import NUM_CLASSES, SmallCNN, images_of, small_cnn
 from softlabels import FeatureTap
-from softlabels.taps import Layout, PositionHead
+from softlabels.taps import Layout, PositionHead, votes_of
 
 
 class FunctionalRelu(SmallCNN):
@@ -383,3 +383,20 @@ def test_tokens_without_patches_are_an_error():
 
     with pytest.raises(ValueError, match="'norm' gives no patch tokens to vote"):
         Layout(model).head()
+
+
+@pytest.mark.parametrize(("num_classes", "largest"), [(10, 128), (300, 59), (50_000, 1)])
+def test_a_chunk_has_room_for_the_logits_too(num_classes, largest, monkeypatch):
+    monkeypatch.setattr("softlabels.taps.position_head._CHUNK_BYTES", 100_000)
+    sizes = []
+
+    def classify(positions):
+        sizes.append(len(positions))
+        return torch.nn.functional.one_hot(torch.arange(len(positions)) % 3, 3)
+
+    votes = votes_of(torch.zeros(7, 41, 8, 8), num_classes, classify)
+
+    assert votes.shape == (7, 64)
+    assert sum(sizes) == 7 * 64
+    # 4 bytes for each of 3 x 41 features and the logits of a position; whole images if two fit.
+    assert max(sizes) == largest

@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["DISTRIBUTIONS", "Distribution", "law_weights", "zipf_by_order"]
+from softlabels.losses.nontarget import Labels, NonTarget, non_target_weights, softmax_parts
+
+__all__ = ["DISTRIBUTIONS", "Distribution", "law", "zipf_by_order"]
 
 Distribution: TypeAlias = Literal[
     "zipf",
@@ -64,10 +66,13 @@ def _ranks_of_logits(logits: Tensor) -> Ranks:
     return Ranks((1 + logits.shape[1] - not_above).to(logits.dtype), ties.to(logits.dtype))
 
 
+_BY_LOGARITHM = ("exponential_decay", "unbiased_zipf")  # steep ones would over- or underflow
+
+
 def _law(
     ranks: Ranks, distribution: Distribution, num_classes: int, settings: Mapping[str, float]
 ) -> Tensor:
-    """Weight of each column by its rank, for the laws without draws; [B, N]."""
+    """Weight of each column by its rank, or its logarithm, for the laws without draws; [B, N]."""
     rank, ties = ranks
     if distribution == "constant":
         return torch.ones_like(rank)
@@ -76,16 +81,16 @@ def _law(
         gap = 2 * (1 - num_classes * smallest) / (num_classes * (num_classes - 1))
         return (num_classes - rank) * gap + smallest
     if distribution == "exponential_decay":
-        return (settings["decay"] * (1 - rank)).exp()
+        return settings["decay"] * (1 - rank)
     power = settings["power"]
     if distribution == "zipf":
         return rank.pow(-power)
     lower, upper = settings["lower_bound"], settings["upper_bound"]
     interval = (upper - lower) / num_classes
     low = lower + (rank - 1) * interval
-    if power == 1:
-        return torch.log1p(ties * interval / low) / ties
-    return (low.pow(1 - power) - (low + ties * interval).pow(1 - power)).abs() / ties
+    width = torch.log1p(ties * interval / low)  # log(high / low)
+    integral = width if power == 1 else ((1 - power) * width).expm1().abs()
+    return integral.log() + (1 - power) * low.log() - ties.log()
 
 
 def _draws(distribution: Distribution, like: Tensor) -> Tensor:
@@ -98,24 +103,35 @@ def _draws(distribution: Distribution, like: Tensor) -> Tensor:
     return (1 - torch.rand_like(like)).reciprocal() - 1
 
 
-def law_weights(
+def law(
     logits: Tensor,
     votes: Tensor | None,
+    labels: Labels,
     distribution: Distribution,
     settings: Mapping[str, float],
-) -> Tensor:
-    """Weight of each class before the target is removed, [B, C]."""
+) -> NonTarget:
+    """A distribution over the non-target classes by the ranks of all classes.
+
+    Args:
+        logits: [B, C]; rank the classes if there are no votes.
+        votes: [B, K], or None.
+        labels: Which classes are removed, after the ranking.
+        distribution: Which law.
+        settings: Its parameters.
+    """
     if distribution.startswith("random"):
-        return _draws(distribution, logits)
+        return non_target_weights(_draws(distribution, logits), labels)
     ranks = _ranks_of_logits(logits) if votes is None else _ranks_of_votes(votes.long(), logits)
     if distribution == "sorted_pareto":
         draws = _draws(distribution, logits).sort(dim=1, descending=True).values
         weights = draws.gather(1, ranks.rank.long().clamp(max=logits.shape[1]) - 1)
     else:
         weights = _law(ranks, distribution, logits.shape[1], settings)
-    if votes is None:
-        return weights
-    return weights[:, -1:].expand_as(logits).scatter(1, votes.long(), weights[:, :-1])
+    if votes is not None:
+        weights = weights[:, -1:].expand_as(logits).scatter(1, votes.long(), weights[:, :-1])
+    if distribution in _BY_LOGARITHM:
+        return softmax_parts(weights, labels)[1]
+    return non_target_weights(weights, labels)
 
 
 def _sort_keys(scores: Tensor) -> Tensor:

@@ -27,11 +27,10 @@ from softlabels.losses.nontarget import (
     SoftLabels,
     in_float32,
     label_columns,
-    non_target_weights,
     reduce_parts,
     spread,
 )
-from softlabels.losses.ranks import DISTRIBUTIONS, Distribution, law_weights
+from softlabels.losses.ranks import DISTRIBUTIONS, Distribution, law
 from softlabels.losses.reads import Exits, Logits, Signal, Target, Votes
 from softlabels.losses.soft_cross_entropy import soft_cross_entropy
 
@@ -142,8 +141,6 @@ def _check_settings(
     check_number("decay", decay, at_most=30)
     check_number("lower_bound", lower_bound, positive=True)
     check_number("upper_bound", upper_bound, positive=True)
-    if distribution == "unbiased_zipf" and power == 0:
-        raise ValueError("power must be above 0 for distribution 'unbiased_zipf', got 0")
     if upper_bound <= lower_bound:
         raise ValueError(f"upper_bound must be above lower_bound {lower_bound}, got {upper_bound}")
 
@@ -171,7 +168,7 @@ def _non_target(
         )
     if votes is not None:
         check_votes(votes, logits)
-    return non_target_weights(law_weights(logits, votes, distribution, settings), labels)
+    return law(logits, votes, labels, distribution, settings)
 
 
 @overload
