@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow check format bench bench-losses docs teacher picture clean
+.PHONY: help demo test test-slow test-survival check format bench bench-losses docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: $(STAMP) ## Run the tests (some minutes on 2 cores)
 
 test-slow: $(STAMP) ## Run the tests that train for minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
 
 check: $(STAMP) ## Check format, style, types and spelling
 	$(BIN)/ruff format --check .

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -207,36 +204,6 @@ def test_not_finite_loss_is_one_line_and_status_1(capsys, folder, tmp_path):
     arguments = small(folder, tmp_path / "run")
     arguments[arguments.index("0.05")] = "1e30"
     assert "the loss is not finite at step" in fails(capsys, *arguments, status=1)
-
-
-def test_ctrl_c_keeps_the_last_complete_epoch_and_the_same_command_goes_on(folder, tmp_path):
-    output = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "softlabels",
-        *small(folder, output, "--method.kind", "zipf_ls"),
-    ]
-    command[command.index("--epochs") + 1] = "200"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    checkpoint = output / "checkpoints" / "last.pt"
-    deadline = time.monotonic() + 90
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "is the last complete one" in errors
-    assert (output / "student.safetensors").is_file()
-    config = (output / "config.yaml").read_text()
-    (output / "config.yaml").write_text(config.replace("epochs: 200", "epochs: 1"))
-    command[command.index("--epochs") + 1] = "1"
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=90)
-    assert again.returncode == 0, again.stderr
-    assert "going on after epoch" in again.stderr
 
 
 def test_help_does_not_import_torch():

@@ -40,7 +40,8 @@ EXTRAS = {
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "taps": {"losses"},
-    "weights": set(),
+    "files": set(),
+    "weights": {"files"},
     "teacher": {"weights"},
     "signals": {"losses", "taps", "teacher"},
     "trainable": {"losses", "taps", "signals"},

@@ -82,6 +82,8 @@ class Quiet:
 
     def epoch(self, *arguments: Any) -> None: ...
 
+    def store(self) -> None: ...
+
 
 def trained(accumulation: int = 1, parts: tuple[slice, slice] = UNEVEN) -> dict[str, Tensor]:
     """The weights after an epoch of the engine, from the same start on every process."""

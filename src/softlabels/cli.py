@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 2 for anything that the user can put right, after one line that says
-        what; 1 for a run that failed; 130 for a run that the user stopped.
+        what; 1 for a run that failed; 130 or 143 for a run that SIGINT (Ctrl-C) or SIGTERM
+        stopped: 128 + the signal's number.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     name, rest = given[0], given[1:]
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         _complain(name, str(stop) or "stopped")
-        return 130
+        return int(getattr(stop, "status", 128 + signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1

@@ -347,6 +347,13 @@ class Distiller(nn.Module):
                     update(values)
         self._kept = []
 
+    def forget_step(self) -> None:
+        """Keep the batches since the last `after_step` from the method's memory.
+
+        Call it in place of `optimizer.step()` for a step that is skipped.
+        """
+        self._kept = []
+
     def after_epoch(self) -> None:
         """Let the method's memory close an epoch."""
         update = getattr(self._core.heads, "after_epoch", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import secrets
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_metadata", "save_weights"]
+from softlabels.files import replace_file
+
+__all__ = ["UNREADABLE", "load_weights", "read_metadata", "save_weights"]
 
 _SUFFIX = ".safetensors"
 _WRAPPED_UNDER = ("state_dict", "model", "student")
@@ -23,7 +24,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and to
 _SHOWN = 5
 
 # What a damaged pickle may raise: its bytes are instructions, so nearly anything goes wrong.
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -124,7 +125,8 @@ def save_weights(
             raise TypeError(f"only tensors can be saved, got {type(value).__name__} for {name!r}")
         # The format refuses shared memory, hence the copy.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    _write_atomically(path, save(tensors, metadata=dict(metadata) if metadata else None))
+    with replace_file(path) as file:
+        file.write(save(tensors, metadata=dict(metadata) if metadata else None))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -177,7 +179,7 @@ def _read_torch_file(path: Path) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged file is reported below, once
             content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         # torch's text runs on with advice to load the file unsafely: just the finding is kept.
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -231,16 +233,3 @@ def _some(items: Iterable[object]) -> str:
     texts = [str(item) for item in items]
     more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
     return ", ".join(texts[:_SHOWN]) + more
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # In the same folder, because only a rename within one file system is atomic.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

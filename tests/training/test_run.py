@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from softlabels.data.memory import InMemorySource
 from softlabels.losses import METHODS
 from softlabels.training import trainer
 from softlabels.training.config import load_recipe, resolve
-from softlabels.training.guards import Interrupted, InterruptGuard, NonFiniteLossError
+from softlabels.training.guards import Interrupted, NonFiniteLossError, RunError
 from softlabels.weights import load_weights
 
 FAST = {
@@ -97,35 +100,80 @@ def test_run_with_a_teacher_without_one_is_refused_before_training(source, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def stop_after(monkeypatch, steps: int) -> None:
-    calls = iter(range(steps))
+class Signalling(InMemorySource):
+    """A source whose n-th training batch, over all epochs, comes with a signal to the process."""
 
-    def check(self: InterruptGuard) -> None:
-        if next(calls, None) is None:
-            raise Interrupted
+    def __init__(self, source: InMemorySource, number: int, signal_number: int) -> None:
+        self.__dict__.update(source.__dict__)
+        self._left = number
+        self._number = signal_number
 
-    monkeypatch.setattr(InterruptGuard, "check", check)
+    def train_batches(self, **where):
+        for batch in super().train_batches(**where):
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), self._number)
+            yield batch
 
 
 @pytest.mark.parametrize("method", [None, "uskd"])
-def test_resumed_run_equals_a_straight_one_to_the_last_bit(source, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("stop_after", [3, 7, 12], ids=["epoch's end", "within", "last step"])
+def test_resumed_run_equals_a_straight_one_to_the_last_bit(source, tmp_path, method, stop_after):
     extra = {
         "method": method,
         "ema_decay": 0.9,
         "mix": {"mixup": 0.4, "cutmix": 1.0},
         "student": {"name": "timm:resnet8_glyphs", "settings": {"drop_rate": 0.2}},
+        "log_every": 5,  # the stops are between two lines of the log
     }
     straight = train(source, tmp_path / "straight", **extra)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)  # 3 steps an epoch: in the third
-        with pytest.raises(Interrupted, match="epoch 2 of 4 is the last complete one"):
-            train(source, tmp_path / "resumed", **extra)
+    stopping = Signalling(source, stop_after, signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"after step {stop_after}, in epoch") as stopped:
+        softlabels.train(stopping, output=str(tmp_path / "resumed"), **{**FAST, **extra})
+    assert stopped.value.status == 143
     assert not (tmp_path / "resumed" / "summary.json").exists()
+    # The source is another object of the same data: its settings say so.
+    config = tmp_path / "resumed" / "config.yaml"
+    config.write_text(config.read_text().replace("object:Signalling", "object:InMemorySource"))
     resumed = train(source, tmp_path / "resumed", **extra)
 
     for name in ("metrics.jsonl", "student.safetensors", "student_best.safetensors"):
         assert (straight.folder / name).read_bytes() == (resumed.folder / name).read_bytes(), name
     assert resumed.final == straight.final
+    environment = json.loads((resumed.folder / "environment.json").read_text())
+    assert len(environment["earlier_starts"]) == 1
+
+
+def test_checkpoints_within_an_epoch_change_no_number(source, tmp_path):
+    plain = train(source, tmp_path / "plain", method="uskd")
+    often = train(source, tmp_path / "often", method="uskd", checkpoint={"every": 1, "keep": 3})
+    for name in ("metrics.jsonl", "student.safetensors"):
+        assert (plain.folder / name).read_bytes() == (often.folder / name).read_bytes()
+    steps = sorted(int(p.name.split("-")[1]) for p in (often.folder / "checkpoints").iterdir())
+    assert steps == [10, 11, 12]
+
+
+def test_full_disk_is_told_and_keeps_the_last_good_state(source, tmp_path):
+    straight = train(source, tmp_path / "straight")
+    stopping = Signalling(source, 4, signal.SIGINT)
+    with pytest.raises(Interrupted) as stopped:
+        softlabels.train(stopping, output=str(tmp_path / "run"), **FAST)
+    assert stopped.value.status == 130
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("object:Signalling", "object:InMemorySource"))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"no room for the run's files .*File too large"):
+            train(source, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    names = sorted(path.name[:13] for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+    train(source, tmp_path / "run")
+    for name in ("metrics.jsonl", "student.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (straight.folder / name).read_bytes()
 
 
 def test_repeating_config_yaml_repeats_the_run(source, tmp_path):
@@ -176,17 +224,94 @@ def test_not_finite_loss_stops_with_step_and_part(source, tmp_path):
         train(source, tmp_path / "run", optimizer={"lr": 1e30})
 
 
+class Scaled(nn.Module):
+    """A method whose value and gradient are what a test wants them to be."""
+
+    from softlabels.signals import Logits
+
+    reads = {"logits": Logits()}  # noqa: RUF012 - a constant
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits):
+        return self.function(logits)
+
+
 def test_not_finite_method_is_named_as_the_part(source, tmp_path):
-    class Broken(nn.Module):
-        from softlabels.signals import Logits
-
-        reads = {"logits": Logits()}  # noqa: RUF012 - a constant
-
-        def forward(self, logits):
-            return logits.sum() * math.inf
-
     with pytest.raises(NonFiniteLossError, match="at step 0, from its part 'method'"):
-        train(source, tmp_path / "run", method=Broken())
+        train(source, tmp_path / "run", method=Scaled(lambda logits: logits.sum() * math.inf))
+
+
+def test_not_finite_gradient_of_a_finite_loss_stops_too(source, tmp_path):
+    method = Scaled(lambda logits: (0 * logits).abs().sqrt().sum())  # 0, and its slope infinite
+    with pytest.raises(NonFiniteLossError, match="the gradient is not finite at step 0") as found:
+        train(source, tmp_path / "run", method=method)
+    assert found.value.parts == ("gradient",)
+
+
+class WithBadImages(InMemorySource):
+    """A source some of whose training images are not finite in one epoch."""
+
+    def __init__(self, source: InMemorySource, bad: set[int], epoch: int) -> None:
+        self.__dict__.update(source.__dict__)
+        self._bad = torch.tensor(sorted(bad))
+        self._epoch = epoch
+
+    def train_batches(self, *, epoch, **where):
+        for batch in super().train_batches(epoch=epoch, **where):
+            if epoch == self._epoch:
+                batch.images[torch.isin(batch.index, self._bad)] = math.nan
+            yield batch
+
+
+NO_BATCH_STATISTICS = {"name": "timm:vit_mini_patch4_32", "settings": {"depth": 2}}
+
+
+def test_the_images_that_a_loss_is_not_finite_for_are_named(source, tmp_path):
+    bad = WithBadImages(source, {5}, epoch=1)
+    with pytest.raises(NonFiniteLossError, match=r"training images by index: 5; try") as found:
+        train(bad, tmp_path / "run", student=NO_BATCH_STATISTICS, checkpoint={"every": 1})
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["images"] == [5] == list(found.value.images)
+    assert failure["parts"] == ["task"]
+    assert 3 <= failure["step"] < 6
+    steps = [int(p.name.split("-")[1]) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(steps) == failure["step"]  # that many were done: the state before the bad one
+
+
+def test_the_whole_batch_is_named_where_statistics_mix_its_images(source, tmp_path):
+    bad = WithBadImages(source, {5}, epoch=0)
+    with pytest.raises(NonFiniteLossError, match=r"by index.* and 24 more") as found:
+        train(bad, tmp_path / "run")
+    assert 5 in found.value.images
+    assert len(found.value.images) == 32
+
+
+@pytest.mark.parametrize("student", ["timm:resnet8_glyphs", NO_BATCH_STATISTICS], ids=str)
+def test_mixed_precision_skips_and_counts_steps_that_are_not_finite(source, tmp_path, student):
+    bad = WithBadImages(source, {5, 6}, epoch=1)
+    result = train(
+        bad, tmp_path / "run", student=student, precision="bf16", ema_decay=0.5, log_every=1,
+        method="uskd",
+    )  # fmt: skip
+    counts = [
+        line["train/skipped_steps"]
+        for line in lines(result.folder / "metrics.jsonl")
+        if "train/skipped_steps" in line
+    ]
+    assert counts[:3] == [0, 0, 0]
+    assert counts[-1] in (1, 2)
+    state = result.student.state_dict()
+    assert all(bool(value.isfinite().all()) for value in state.values())
+    assert result.final["top1"] > 30
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(source, tmp_path):
+    bad = WithBadImages(source, set(range(source.num_train)), epoch=1)
+    with pytest.raises(NonFiniteLossError, match="at step 5 after 2 skipped steps"):
+        train(bad, tmp_path / "run", precision="bf16", max_skipped_steps=2)
 
 
 def test_folder_of_other_settings_is_refused(source, tmp_path):

@@ -20,12 +20,15 @@ class Batch:
     Args:
         images: [B, C, H, W] float32, normalised with the mean and std of `DataInfo`.
         target: Class indices [B] int64, or probabilities [B, classes] float32 after mixing.
-        index: [B] int64, the samples' indices in their split.
+        index: [B] int64 on the CPU, the samples' indices in their split.
+        draw: [B] int64 on the CPU, the number of the augmentation's draw that each image shows;
+            None for test images.
     """
 
     images: Tensor
     target: Tensor
     index: Tensor
+    draw: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class DataSource(Protocol):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        draw: tuple[int, int] | None = None,
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read this process's share of each training batch of an epoch.
@@ -125,6 +129,7 @@ class DataSource(Protocol):
             rank: This process, 0 <= rank < world_size.
             world_size: Number of processes.
             start_step: First step to read; those before it are skipped without reading.
+            draw: (seed, number) that the augmentation's draws belong to; None: (seed, epoch).
             device: Where the batches shall lie.
 
         Yields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -49,6 +49,7 @@ class _Sample:
     image: Tensor | None
     target: int
     index: int
+    draw: int
     bad: list[tuple[str, str]]
 
 
@@ -58,6 +59,7 @@ class _Samples(NamedTuple):
     images: Tensor | None
     targets: Tensor
     indices: Tensor
+    draws: Tensor
     bad: list[tuple[str, str]]
 
 
@@ -93,10 +95,11 @@ class _Reader(Dataset[_Sample]):
             except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
                 bad.append((images.path(index), f"{type(error).__name__}: {error}"))
                 continue
-            with seeded(key.seed, key.epoch, key.index, "augment"):
+            # The draws are the image's own, also where it stands in for another.
+            with seeded(key.seed, key.epoch, index, "augment"):
                 tensor = self._transform[key.split](image)
-            return _Sample(tensor, int(images.targets[index]), index, bad)
-        return _Sample(None, -1, key.index, bad)
+            return _Sample(tensor, int(images.targets[index]), index, key.epoch, bad)
+        return _Sample(None, -1, key.index, key.epoch, bad)
 
 
 def read_rgb(path: str) -> Image.Image:
@@ -125,6 +128,7 @@ def _collate(samples: list[_Sample]) -> _Samples:
         torch.stack(images) if images else None,
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        torch.tensor([sample.draw for sample in good], dtype=torch.int64),
         [entry for sample in samples for entry in sample.bad],
     )
 
@@ -222,7 +226,7 @@ class FolderSource:
         )
         self._workers = workers
         self._bad_images = bad_images
-        self._skipped: set[str] = set()
+        self._skipped: dict[str, str] = {}
         self._idle: list[DataLoader[_Sample]] = []
 
     @property
@@ -241,9 +245,9 @@ class FolderSource:
         return len(self._test)
 
     @property
-    def skipped(self) -> int:
-        """How many different files could not be read so far (with `bad_images="skip"`)."""
-        return len(self._skipped)
+    def skipped(self) -> Mapping[str, str]:
+        """The files that could not be read so far, with reasons (with `bad_images="skip"`)."""
+        return self._skipped
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Number of training batches in an epoch; see `DataSource`."""
@@ -258,6 +262,7 @@ class FolderSource:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        draw: tuple[int, int] | None = None,
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read training batches; see `DataSource`."""
@@ -270,7 +275,8 @@ class FolderSource:
             world_size=world_size,
             start_step=start_step,
         )
-        keys = ([_Key("train", seed, epoch, i) for i in index.tolist()] for index in steps)
+        view = (seed, epoch) if draw is None else draw
+        keys = ([_Key("train", *view, i) for i in index.tolist()] for index in steps)
         return self._read("train", keys, torch.device(device))
 
     def test_batches(
@@ -304,7 +310,8 @@ class FolderSource:
                     yield Batch(
                         samples.images.to(device, non_blocking=True),
                         samples.targets.to(device, non_blocking=True),
-                        samples.indices.to(device, non_blocking=True),
+                        samples.indices,
+                        samples.draws if split == "train" else None,
                     )
         finally:
             self._idle.append(loader)
@@ -330,7 +337,7 @@ class FolderSource:
                     ' can decode. bad_images="skip" goes on without it'
                 )
             if path not in self._skipped:
-                self._skipped.add(path)
+                self._skipped[path] = reason
                 warnings.warn(f"skipped the unreadable image {path} ({reason})", stacklevel=3)
 
 

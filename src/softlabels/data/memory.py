@@ -173,6 +173,7 @@ class InMemorySource:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        draw: tuple[int, int] | None = None,
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read training batches; see `DataSource`."""
@@ -186,7 +187,8 @@ class InMemorySource:
             start_step=start_step,
         )
         self._train = self._train.to(torch.device(device))
-        return (self._batch(self._train, index, self._augmentation, seed, epoch) for index in steps)
+        view = (seed, epoch) if draw is None else draw
+        return (self._batch(self._train, index, self._augmentation, view) for index in steps)
 
     def test_batches(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
@@ -202,14 +204,19 @@ class InMemorySource:
         """Do nothing: there are no workers to end."""
 
     def _batch(
-        self, split: Split, index: Tensor, augmentation: Augmentation | None, *key: int
+        self,
+        split: Split,
+        index: Tensor,
+        augmentation: Augmentation | None,
+        view: tuple[int, int] | None = None,
     ) -> Batch:
         """Gather, augment and normalise some samples of a split on its device."""
-        index = index.to(split.images.device)
-        images = split.images[index].float().div_(255)
-        if augmentation is not None:
-            images = augmentation(images, index, *key)
+        rows = index.to(split.images.device)
+        images = split.images[rows].float().div_(255)
+        if augmentation is not None and view is not None:
+            images = augmentation(images, rows, *view)
         shape = (1, self._info.in_channels, 1, 1)
         mean = images.new_tensor(self._info.mean).view(shape)
         std = images.new_tensor(self._info.std).view(shape)
-        return Batch((images - mean).div_(std), split.target[index], index)
+        draw = None if view is None else torch.full_like(index, view[1])
+        return Batch((images - mean).div_(std), split.target[rows], index, draw)

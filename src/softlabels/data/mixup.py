@@ -87,4 +87,4 @@ class MixupCutmix:
         with seeded(seed, epoch, step, "mixup"):
             # timm mixes in place.
             images, target = self._mixup(batch.images.clone(), batch.target)
-        return Batch(images, target, batch.index)
+        return Batch(images, target, batch.index, batch.draw)

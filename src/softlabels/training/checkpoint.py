@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
 
-__all__ = ["Stateful", "load_checkpoint", "save_checkpoint"]
+from softlabels.files import remove_leftovers, replace_file
+from softlabels.weights import UNREADABLE
+
+__all__ = ["CheckpointFolder", "Stateful", "restore", "state_of"]
+
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+_UNFINISHED = re.compile(r"step-\d{8,}\.pt")
+_DIGEST_BYTES = 8
+_BLOCK = 1 << 20
 
 
 class Stateful(Protocol):
@@ -25,59 +34,184 @@ class Stateful(Protocol):
         ...
 
 
-def save_checkpoint(
-    path: Path, progress: Mapping[str, Any], parts: Mapping[str, Stateful | None]
-) -> None:
-    """Write a checkpoint whole or not at all.
+def state_of(
+    progress: Mapping[str, Any], parts: Mapping[str, Stateful | None]
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint holds.
 
     Args:
-        path: The file; an older one is replaced at the end.
         progress: Plain values: the place in the run, the best so far.
         parts: Objects with state, by name; None is left out.
     """
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"progress": dict(progress), "parts": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    return {"progress": dict(progress), "parts": state}
 
 
-def load_checkpoint(
-    path: Path, parts: Mapping[str, Stateful | None], device: torch.device
+def restore(
+    content: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Stateful | None]
 ) -> dict[str, Any]:
-    """Read a checkpoint into the objects that it came from.
+    """Put a checkpoint's content into the objects that it came from.
 
     Args:
-        path: A file of `save_checkpoint`.
+        content: What `state_of` gave.
         parts: As they were saved.
-        device: Where tensors are read to.
 
     Returns:
         The plain values.
 
     Raises:
-        ValueError: The file is damaged, would run code, or is of a run with other parts.
+        ValueError: It is of a run with other parts.
     """
-    try:
-        # weights_only: a checkpoint from a stranger cannot run code.
-        content = torch.load(path, map_location=device, weights_only=True)
-        progress, state = content["progress"], content["parts"]
-    except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint: {error}") from error
+    state = content["parts"]
     expected = {name for name, part in parts.items() if part is not None}
     if set(state) != expected:
         raise ValueError(
-            f"{path} holds {sorted(state)}, this run needs {sorted(expected)}: it is of a run "
-            "with other settings"
+            f"the checkpoint holds {sorted(state)}, this run needs {sorted(expected)}: it is of a "
+            "run with other settings"
         )
     for name, part in parts.items():
-        if part is not None:
+        if part is None:
+            continue
+        try:
             part.load_state_dict(state[name])
-    return dict(progress)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint's {name!r} does not fit this run: {error}") from error
+    return dict(content["progress"])
+
+
+class Found(NamedTuple):
+    """What `CheckpointFolder.newest` found.
+
+    Attributes:
+        content: Of the newest valid checkpoint; None if there is no checkpoint.
+        name: Its file.
+        damaged: What is wrong with each newer one.
+    """
+
+    content: dict[str, Any] | None
+    name: str
+    damaged: Sequence[str]
+
+
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class CheckpointFolder:
+    """The newest checkpoints of a run, `step-STEP-DIGEST.pt`.
+
+    The digest of the content stands in the name, and the name appears last. So a file is whole and
+    unchanged, or it is known not to be.
+
+    Args:
+        path: The folder; made when it is needed.
+        keep: How many are kept, 1 or more.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+
+    def files(self) -> list[Path]:
+        """The checkpoints, newest first; none of them is looked into."""
+        if not self.path.is_dir():
+            return []
+        found = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint whole or not at all, then remove the oldest ones.
+
+        Args:
+            step: Optimiser steps so far.
+            content: What `state_of` gave.
+
+        Returns:
+            The new file.
+
+        Raises:
+            OSError: It cannot be written; the older ones are as they were.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path / f"step-{step:08d}.pt"
+        with replace_file(unfinished) as file:
+            hashed = _Hashed(file)
+            torch.save(dict(content), cast("IO[bytes]", hashed))
+        path = self.path / f"step-{step:08d}-{hashed.hash.hexdigest()}.pt"
+        os.replace(unfinished, path)
+        # What claims to be of this step or a later one is not of this run's past.
+        past = [other for other in self.files() if _step(other) < step]
+        kept = {path, *past[: self.keep - 1]}
+        for other in self.files():
+            if other not in kept:
+                other.unlink(missing_ok=True)
+        return path
+
+    def clean(self) -> None:
+        """Remove what killed writers left behind; no other process may be writing."""
+        if self.path.is_dir():
+            remove_leftovers(self.path)
+            for path in self.path.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def newest(self) -> Found:
+        """Read the newest checkpoint that is whole.
+
+        Tensors come back on the CPU.
+
+        Raises:
+            ValueError: There are checkpoints, and none of them is whole.
+        """
+        damaged: list[str] = []
+        for path in self.files():
+            try:
+                return Found(_read(path), path.name, damaged)
+            except ValueError as error:
+                damaged.append(f"{path.name}: {error}")
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.path} is readable ({'; '.join(damaged)}); to start anew, "
+                "choose another --output or remove that folder"
+            )
+        return Found(None, "", damaged)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    try:
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+            if digest.hexdigest() != match[2]:
+                raise ValueError("damaged, its content does not agree with the digest in its name")
+            file.seek(0)
+            # weights_only: a checkpoint from a stranger cannot run code.
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no readable checkpoint: {reason:.200}") from error
+    if not isinstance(content, dict) or set(content) != {"progress", "parts"}:
+        raise ValueError("no checkpoint of a run: it must hold progress and parts")
+    if not all(isinstance(value, dict) for value in content.values()):
+        raise ValueError("no checkpoint of a run: progress and parts must be mappings")
+    return content

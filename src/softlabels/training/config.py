@@ -206,6 +206,17 @@ class MixSettings(Section):
     switch_probability: float = Field(0.5, ge=0, le=1, description="Cutmix's share if both are on.")
 
 
+class CheckpointSettings(Section):
+    """What is kept for going on after a stop."""
+
+    every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints. None: one after each epoch alone."
+    )
+    keep: int = Field(
+        2, ge=1, description="How many are kept; older ones serve if the newest is damaged."
+    )
+
+
 class Config(Section):
     """A run."""
 
@@ -237,6 +248,18 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="Of everything random.")
     eval_batch_size: int = Field(256, ge=1, description="Images per step of an evaluation.")
     log_every: int = Field(50, ge=1, description="Steps between log lines.")
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(), description="What is kept for going on."
+    )
+    max_skipped_steps: int = Field(
+        50,
+        ge=0,
+        description="Mixed precision: steps in a row that are skipped because the loss or the "
+        "gradient is not finite; one more stops the run.",
+    )
+    process_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a process waits for the others before it gives up."
+    )
     gallery: int = Field(12, ge=0, description="Test images whose soft labels are stored.")
     device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
     threads: int | None = Field(None, ge=1, description="CPU threads; None: torch's choice.")

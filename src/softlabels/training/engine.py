@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from softlabels.data import Batch, DataSource
 from softlabels.data.mixup import MixupCutmix
@@ -20,7 +25,9 @@ from softlabels.distiller import Distiller, StepOutput
 from softlabels.training.checkpoint import Stateful
 from softlabels.training.config import Config
 from softlabels.training.evaluate import evaluate
-from softlabels.training.guards import InterruptGuard, LossLog
+from softlabels.training.guards import Interrupted, InterruptGuard
+from softlabels.training.loss_log import GRADIENT, LossLog
+from softlabels.training.processes import gathered
 
 __all__ = ["Engine", "Observer"]
 
@@ -28,14 +35,18 @@ __all__ = ["Engine", "Observer"]
 class Observer(Protocol):
     """What the engine tells of a run."""
 
-    def step(self, epoch: int, step: int, images: int, scalars: dict[str, float]) -> None:
+    def step(
+        self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
+    ) -> None:
         """A step is done; `scalars` is not empty at every `log_every`-th."""
         ...
 
-    def epoch(
-        self, epoch: int, step: int, seconds: float, images: int, scalars: dict[str, float]
-    ) -> None:
+    def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
         """An epoch is trained and evaluated; `epoch` counts the finished ones."""
+        ...
+
+    def store(self) -> None:
+        """Write down the state, so that the run can go on from here."""
         ...
 
 
@@ -54,14 +65,6 @@ def _averaged(shares: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str,
     }
 
 
-def _floats(details: Mapping[str, Tensor]) -> dict[str, float]:
-    """For the log: one wait for the device."""
-    if not details:
-        return {}
-    values: list[float] = torch.stack([value.float() for value in details.values()]).tolist()
-    return {f"train/{name}": value for name, value in zip(details, values, strict=True)}
-
-
 class Engine:
     """Trains a Distiller on a data source.
 
@@ -75,7 +78,9 @@ class Engine:
         mixer: Mixup and cutmix, or None.
 
     Attributes:
-        finished_epochs: The place in the run; set it after loading a checkpoint.
+        step: Optimiser steps so far.
+        finished_epochs: Epochs that are trained and evaluated. With `step` the place in the run:
+            set both after loading a checkpoint.
     """
 
     def __init__(
@@ -100,17 +105,28 @@ class Engine:
             distiller.trainable = torch.compile(distiller.trainable)  # type: ignore[assignment]  # a module
         distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
         self.distiller = distiller
+        self.step = 0
         self.finished_epochs = 0
         self.steps_per_epoch = source.steps_per_epoch(config.batch_size)
+        self._may_skip = config.precision != "no" and config.max_skipped_steps > 0
+        self.log = LossLog(
+            eager=self._may_skip or accelerator.device.type == "cpu",
+            most_skipped=config.max_skipped_steps if self._may_skip else 0,
+            gather=partial(gathered, accelerator),
+        )
 
     @property
     def stateful(self) -> dict[str, Stateful | None]:
-        """All that a checkpoint must hold; the place in the run is `finished_epochs`."""
+        """All that a checkpoint must hold besides the place in the run.
+
+        The learning rate and all random draws are functions of that place.
+        """
         return {
             "trained": self.distiller,
             "optimizer": self.optimizer,
             "ema": self.ema,
             "scaler": self.accelerator.scaler,
+            "log": self.log,
         }
 
     @property
@@ -126,58 +142,72 @@ class Engine:
         """Train up to the configured epoch, evaluating after each.
 
         Args:
-            observer: Told of steps and epochs.
-            interrupt: Asked before each step.
+            observer: Told of steps and epochs, and when to store the state.
+            interrupt: Asked after each step.
 
         Raises:
-            NonFiniteLossError: The loss is not finite.
-            Interrupted: The user asked to stop.
+            NonFiniteLossError: The loss or the gradient is not finite.
+            Interrupted: The user asked to stop; the state is stored.
         """
-        for epoch in range(self.finished_epochs, self.config.epochs):
-            started = time.perf_counter()
-            self.distiller.train()
-            log = LossLog(eager=self.accelerator.device.type == "cpu")
-            num_images = 0
-            for index, batch in enumerate(self._batches(epoch)):
-                interrupt.check()
-                step = epoch * self.steps_per_epoch + index
-                done = step + 1
-                due = done % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
-                loss, parts, details = self._step(batch, epoch, index, detailed=due)
-                log.add(step, loss, parts)
-                num_images += len(batch.target)
-                scalars = {**self._logged(log), **_floats(details)} if due else {}
-                observer.step(epoch, done, len(batch.target), scalars)
+        while self.finished_epochs < self.config.epochs:
+            self._train_epoch(self.finished_epochs, observer, interrupt)
+            scalars = self.evaluate()
             self.distiller.after_epoch()
-            seconds = time.perf_counter() - started
-            self.finished_epochs = epoch + 1
-            observer.epoch(
-                epoch + 1,
-                (epoch + 1) * self.steps_per_epoch,
-                seconds,
-                num_images * self.accelerator.num_processes,
-                self.evaluate(),
-            )
+            self.finished_epochs += 1
+            observer.epoch(self.finished_epochs, self.step, scalars)
+            observer.store()
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        return self.source.train_batches(
+    def _train_epoch(self, epoch: int, observer: Observer, interrupt: InterruptGuard) -> None:
+        """Train from the present step to the end of an epoch."""
+        self.distiller.train()
+        first = self.step - epoch * self.steps_per_epoch
+        since = time.perf_counter()
+        with closing(self._batches(epoch, first)) as batches:
+            for index, batch in enumerate(batches, first):
+                ends = index + 1 == self.steps_per_epoch
+                due = (self.step + 1) % self.config.log_every == 0 or ends
+                details = self._step(batch, epoch, index, detailed=due)
+                self.step += 1
+                scalars = self._logged(details) if due else {}
+                now = time.perf_counter()
+                observer.step(epoch, self.step, len(batch.target), now - since, scalars)
+                since = now
+                if self._stop_is_asked(interrupt, due):
+                    observer.store()
+                    raise Interrupted(number=interrupt.asked or signal.SIGTERM)
+                every = self.config.checkpoint.every
+                if every is not None and self.step % every == 0 and not ends:
+                    observer.store()
+
+    def _batches(self, epoch: int, first: int) -> Generator[Batch]:
+        draw = getattr(self.distiller.teacher, "draw", None)
+        yield from self.source.train_batches(
             seed=self.config.seed,
             epoch=epoch,
             batch_size=self.config.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            start_step=first,
             device=self.accelerator.device,
+            # Answers that are stored belong to views that are shown again.
+            draw=None if draw is None else draw(epoch),
         )
 
-    def _step(
-        self, batch: Batch, epoch: int, index: int, *, detailed: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """One update of the weights.
+    def _stop_is_asked(self, interrupt: InterruptGuard, due: bool) -> bool:
+        """Whether a signal came to any process, which must all stop at the same step.
 
-        Returns:
-            The loss and its parts, averaged over the micro-batches of this process; and, if
-            `detailed`, what is logged of its terms.
+        On accelerators several processes look only at log lines: it is a wait for the device.
         """
+        if self.accelerator.num_processes == 1:
+            return bool(interrupt.asked)
+        if not due and self.accelerator.device.type != "cpu":
+            return False
+        asked = torch.tensor(float(bool(interrupt.asked)), device=self.accelerator.device)
+        total: Tensor = cast("Tensor", self.accelerator.reduce(asked, "sum"))
+        return bool(total.item())
+
+    def _step(self, batch: Batch, epoch: int, index: int, *, detailed: bool) -> dict[str, Tensor]:
+        """One update of the weights; gives what is logged of the loss's terms, if `detailed`."""
         seed, rank = self.config.seed, self.accelerator.process_index
         # Dropout and the like are a function of the place in the run: a resume needs no state.
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
@@ -185,16 +215,53 @@ class Engine:
             batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
         if self.config.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        # A forward changes buffers too; a step that is skipped puts them back.
+        before = [b.clone() for b in self.core.buffers()] if self._may_skip else []
+        parts, details, finite, share = self._backward(batch, detailed=detailed)
+        if self.config.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
+        else:
+            self.accelerator.unscale_gradients()
+        logged = self._over_processes(parts, share)
+        logged[GRADIENT] = _largest_gradient(self.distiller)
+        healthy = self.log.add(self.step, logged, index=batch.index, finite=finite)
+        if not healthy:
+            # Without gradients a step does nothing, but a scaler lowers its scale.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.distiller.forget_step()
+            for buffer, value in zip(self.core.buffers(), before, strict=True):
+                buffer.copy_(value)
+        if healthy or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step_update(self.step + 1)
+        self.distiller.after_step()
+        if self.ema is not None and healthy:
+            self.ema.update(self.core)
+        return self._over_processes(details, share)
+
+    def _backward(
+        self, batch: Batch, *, detailed: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float | Tensor]:
+        """Forward and backward of the micro-batches.
+
+        Returns:
+            The loss and its parts, and details of its terms, averaged over the micro-batches;
+            for each image whether its logits are finite, [B]; and how much this process' samples
+            count, 1 where all processes have as many.
+        """
         self.distiller.detailed = detailed
         num_samples = len(batch.target)
         num_parts = min(self.config.accumulation, num_samples)
         mean_samples = self._samples_a_process(num_samples)
+        extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
         shares: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]] = []
-        for number, (images, target, sample) in enumerate(
+        finite: list[Tensor] = []
+        for number, (images, target, *values) in enumerate(
             zip(
                 batch.images.tensor_split(num_parts),
                 batch.target.tensor_split(num_parts),
-                batch.index.tensor_split(num_parts),
+                *(extra.tensor_split(num_parts) for extra in extras.values()),
                 strict=True,
             )
         ):
@@ -204,22 +271,20 @@ class Engine:
             )
             with waits:
                 with self.accelerator.autocast():
-                    output = self.distiller(images, target, index=sample)
-                details = _details(output) if detailed else {}
+                    output = self.distiller(
+                        images, target, **dict(zip(extras, values, strict=True))
+                    )
+                of_terms = _details(output) if detailed else {}
                 self.accelerator.backward(len(target) / mean_samples * output.loss)
             parts = {"loss": output.loss.detach(), **output.parts}
-            shares.append((len(target) / num_samples, parts, details))
-        if self.config.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step_update(epoch * self.steps_per_epoch + index + 1)
-        self.distiller.after_step()
-        if self.ema is not None:
-            self.ema.update(self.core)
-        parts = _averaged([(share, of_part) for share, of_part, _ in shares])
-        details = _averaged([(share, of_part) for share, _, of_part in shares])
-        return parts.pop("loss"), parts, details
+            shares.append((len(target) / num_samples, parts, of_terms))
+            finite.append(output.logits.detach().isfinite().all(1))
+        return (
+            _averaged([(share, of_part) for share, of_part, _ in shares]),
+            _averaged([(share, of_part) for share, _, of_part in shares]),
+            torch.cat(finite),
+            num_samples / mean_samples,
+        )
 
     def _samples_a_process(self, num_samples: int) -> float | Tensor:
         """The mean number of samples that a process has in this step.
@@ -234,14 +299,35 @@ class Engine:
         mean: Tensor = cast("Tensor", self.accelerator.reduce(count, "sum")) / world_size
         return mean
 
-    def _logged(self, log: LossLog) -> dict[str, float]:
-        means = {f"train/{name}": value for name, value in log.means().items()}
+    def _over_processes(
+        self, scalars: Mapping[str, Tensor], share: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Scalars averaged over the samples of all processes, in one message."""
+        if self.accelerator.num_processes == 1 or not scalars:
+            return dict(scalars)
+        own = torch.stack([value.detach().float() for value in scalars.values()]) * share
+        # Gathered, then summed in the order of ranks: the same bits on every process.
+        rows: Tensor = cast("Tensor", self.accelerator.gather(own.unsqueeze(0)))
+        return dict(zip(scalars, rows.mean(0).unbind(), strict=True))
+
+    def _logged(self, details: Mapping[str, Tensor]) -> dict[str, float]:
+        means = {f"train/{name}": value for name, value in self.log.means().items()}
         if means:
             means["train/lr"] = self.optimizer.param_groups[0]["lr"]
+        if self._may_skip:
+            means["train/skipped_steps"] = float(self.log.skipped)
+        if details:
+            # One wait for the device.
+            values = torch.stack([value.float() for value in details.values()]).tolist()
+            means.update(zip((f"train/{name}" for name in details), values, strict=True))
         return means
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of `network` on the test set, the same on every process."""
+        if self.accelerator.num_processes > 1:
+            # Each process has gathered batch statistics of its own; the first one's are stored.
+            for buffer in self.network.buffers():
+                broadcast(buffer, from_process=0)
         batches = self.source.test_batches(
             batch_size=self.config.eval_batch_size,
             rank=self.accelerator.process_index,
@@ -256,3 +342,9 @@ class Engine:
             self.accelerator.autocast,
         )
         return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _largest_gradient(module: nn.Module) -> Tensor:
+    """The largest absolute value among all gradients; not finite if any of them is not."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return get_total_norm(gradients, norm_type=math.inf)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from softlabels.files import remove_leftovers, replace_file
+from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, resolve
 
 __all__ = ["RunFolder", "environment"]
 
 _PACKAGES = ("softlabels", "torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy")
 # What may differ between a run and its continuation: it changes no number.
-_FREE = {"output", "threads", "log_every"}
+_FREE = {"output", "threads", "log_every", "checkpoint", "process_timeout", "max_skipped_steps"}
+_FREE_OF_DATA = {"workers", "max_worker_restarts", "max_bad_images", "index"}
 
 
 class RunFolder:
@@ -36,7 +43,9 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.gallery = path / "gallery.json"
         self.report = path / "report.html"
-        self.last = path / "checkpoints" / "last.pt"
+        self.failure = path / "failure.json"
+        self.skipped_images = path / "skipped_images.json"
+        self.lock = path / "run.lock"
         self.student = path / "student.safetensors"
         self.best_student = path / "student_best.safetensors"
 
@@ -47,6 +56,10 @@ class RunFolder:
         content: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         return bool(content.get("complete"))
 
+    def checkpoints(self, keep: int) -> CheckpointFolder:
+        """The run's checkpoints, of which so many are kept."""
+        return CheckpointFolder(self.path / "checkpoints", keep)
+
     def check(self, config: Config) -> None:
         """Check that the folder is new, or holds a run of the same settings.
 
@@ -55,30 +68,81 @@ class RunFolder:
         """
         if self.config.is_file():
             before = resolve(load_recipe(str(self.config)))
-            old, new = before.model_dump(), config.model_dump()
-            differing = [k for k in new if k not in _FREE and old.get(k) != new[k]]
+            old, new = _fixed(before), _fixed(config)
+            differing = [k for k in new if old.get(k) != new[k]]
             if differing:
                 key = differing[0]
                 raise ValueError(
                     f"{self.path} holds a run with another {key}: it has {old[key]!r:.120}, this "
                     f"run {new[key]!r:.120}; choose another --output, or remove the folder"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
             raise ValueError(f"{self.path} exists and is no run folder: choose another --output")
 
-    def claim(self, config: Config) -> None:
-        """`check`, then make the folder and write the configuration."""
+    def _others(self) -> Iterator[Path]:
+        """What lies in the folder, without what a start that was killed at once leaves."""
+        leftovers = {self.lock, *self.path.glob(".*.part")}
+        return (path for path in self.path.iterdir() if path not in leftovers)
+
+    @contextlib.contextmanager
+    def held(self, config: Config) -> Iterator[None]:
+        """`check`, then make the folder, write the configuration, and keep other runs out.
+
+        The lock is the system's: it ends with the process, however that ends.
+
+        Raises:
+            ValueError: As `check`, or another run is at work in the folder.
+        """
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(dump(config), encoding="utf-8")
+        lock = FileLock(self.lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} is in use by another run{self._owner()}: wait for its end, or "
+                "choose another --output"
+            ) from error
+        try:
+            self.check(config)  # what another run wrote before it let go
+            remove_leftovers(self.path)
+            self.checkpoints(config.checkpoint.keep).clean()
+            with replace_file(self.config) as file:
+                file.write(dump(config).encode())
+            self.failure.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def _owner(self) -> str:
+        try:
+            content = json.loads(self.environment.read_text(encoding="utf-8"))
+            return f", process {content['process']} on {content['host']}"
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
+
+    def write_environment(self, content: dict[str, Any]) -> None:
+        """Write what a start runs on; what earlier starts of the run ran on stays beside it."""
+        try:
+            before: dict[str, Any] = json.loads(self.environment.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier_starts", []), before]
+        except (OSError, ValueError, AttributeError, TypeError):
+            earlier = []
+        own = {"host": socket.gethostname(), "process": os.getpid(), "earlier_starts": earlier}
+        self.write_json(self.environment, {**content, **own})
 
     def write_json(self, path: Path, content: Any) -> None:
         """Write a JSON file whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        with replace_file(path) as file:
+            file.write(text.encode())
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    """The settings that a run and its continuation share."""
+    values = config.model_dump(exclude=_FREE)
+    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_OF_DATA}
+    return values
 
 
 def environment(config: Config, device: torch.device, num_processes: int) -> dict[str, Any]:

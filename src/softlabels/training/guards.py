@@ -1,16 +1,22 @@
-"""What ends a run early: a loss that is not finite, and a signal of the user."""
+"""What ends a run early: a loss that is not finite, a signal, a process that was lost."""
 
 from __future__ import annotations
 
-import math
+import errno
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
-import torch
-from torch import Tensor
-
-__all__ = ["InterruptGuard", "Interrupted", "LossLog", "NonFiniteLossError"]
+__all__ = [
+    "InterruptGuard",
+    "Interrupted",
+    "LostProcessError",
+    "NonFiniteLossError",
+    "RunError",
+    "told_of_full_disks",
+]
 
 
 class RunError(RuntimeError):
@@ -18,76 +24,56 @@ class RunError(RuntimeError):
 
 
 class NonFiniteLossError(RunError):
-    """A part of the loss is NaN or infinite; the message names step and part."""
+    """A part of the loss, or the gradient, is NaN or infinite.
+
+    Args:
+        message: Names step, parts and images.
+        step: The step, from 0.
+        parts: What was not finite: parts of the loss, or `"gradient"`.
+        images: Indices of the images that it came from.
+    """
+
+    def __init__(
+        self, message: str, step: int, parts: Sequence[str] = (), images: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.parts = tuple(parts)
+        self.images = tuple(images)
+
+
+class LostProcessError(RunError):
+    """Another process of the run died, or did not answer in time."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user asked the run to stop."""
-
-
-class LossLog:
-    """Collects the parts of the loss, and reads them together: one wait for the device.
+    """A signal asked the run to stop.
 
     Args:
-        eager: Look at every step at once: free on a CPU.
+        message: Where the run stands.
+        number: The signal's number.
+
+    Attributes:
+        status: The exit status that says so: 128 + the signal's number.
     """
 
-    def __init__(self, *, eager: bool) -> None:
-        self._eager = eager
-        self._steps: list[int] = []
-        self._names: list[str] = []
-        self._values: list[Tensor] = []
-
-    def add(self, step: int, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Take in a step.
-
-        Raises:
-            NonFiniteLossError: The loss is not finite (looked at once if eager).
-        """
-        self._names = ["loss", *parts]
-        self._steps.append(step)
-        self._values.append(
-            torch.stack([loss.detach().float(), *(p.float() for p in parts.values())])
-        )
-        if self._eager:
-            self._check([self._values[-1].tolist()], [step])
-
-    def means(self) -> dict[str, float]:
-        """Mean of each part since the last call, which it forgets.
-
-        Raises:
-            NonFiniteLossError: One of them was not finite.
-        """
-        if not self._values:
-            return {}
-        rows: list[list[float]] = torch.stack(self._values).tolist()
-        steps, self._steps, self._values = self._steps, [], []
-        self._check(rows, steps)
-        return {
-            name: math.fsum(row[column] for row in rows) / len(rows)
-            for column, name in enumerate(self._names)
-        }
-
-    def _check(self, rows: list[list[float]], steps: list[int]) -> None:
-        for row, step in zip(rows, steps, strict=True):
-            bad = [n for n, value in zip(self._names, row, strict=True) if not math.isfinite(value)]
-            if bad:
-                named = [name for name in bad if name != "loss"] or bad
-                values = ", ".join(
-                    f"{name} {value:g}" for name, value in zip(self._names, row, strict=True)
-                )
-                raise NonFiniteLossError(
-                    f"the loss is not finite at step {step}, from its part "
-                    f"{' and '.join(map(repr, named))} ({values}); try a smaller learning rate "
-                    "or a clip_norm. The last checkpoint is from before this step"
-                )
+    def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = int(number)
+        self.status = 128 + self.number
 
 
 class InterruptGuard:
-    """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished first."""
+    """Turns the first SIGINT (Ctrl-C) or SIGTERM into a flag, so that a step is finished first.
+
+    A second one does what it did before the guard: it ends the process at once.
+
+    Attributes:
+        asked: Number of the signal that came, 0 before.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -104,15 +90,31 @@ class InterruptGuard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+        self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
+        self._restore()
 
-    def check(self) -> None:
-        """Raise `Interrupted` if the user asked to stop."""
-        if self.asked:
-            raise Interrupted
+
+@contextmanager
+def told_of_full_disks(folder: Path) -> Iterator[None]:
+    """Tell in words that a run could not write into its folder.
+
+    Raises:
+        RunError: In place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(
+            f"there is no room for the run's files in {folder} ({error.strerror}); the last "
+            "checkpoint is whole: make room, and the same command goes on from it"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,14 @@ class _JsonLines:
 
     def __init__(self, path: Path, length: int) -> None:
         path.touch()
-        if path.stat().st_size > length:
+        size = path.stat().st_size
+        if size < length:
+            warnings.warn(
+                f"{path} has {size} bytes, the checkpoint was written after {length}: what is "
+                "missing stays missing",
+                stacklevel=2,
+            )
+        if size > length:
             os.truncate(path, length)
         self._file = path.open("a", encoding="utf-8")
 
@@ -39,8 +47,9 @@ class _JsonLines:
         self._file.flush()
 
     def length(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+        """Bytes written so far, all of them on the disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from rich.console import Console
 from torch import nn
 
@@ -28,12 +31,18 @@ from softlabels.training.assemble import (
     build_source,
     with_defaults,
 )
-from softlabels.training.checkpoint import load_checkpoint, save_checkpoint
+from softlabels.training.checkpoint import restore, state_of
 from softlabels.training.config import Config, resolve, with_method
 from softlabels.training.engine import Engine
 from softlabels.training.folder import RunFolder, environment
 from softlabels.training.gallery import make_gallery
-from softlabels.training.guards import Interrupted, InterruptGuard
+from softlabels.training.guards import (
+    Interrupted,
+    InterruptGuard,
+    NonFiniteLossError,
+    told_of_full_disks,
+)
+from softlabels.training.processes import from_main, gathered, lost_processes
 from softlabels.training.tracking import Tracker
 from softlabels.weights import save_weights
 
@@ -58,7 +67,7 @@ class TrainResult:
 
 
 class _Recorder:
-    """Writes down what the engine tells, and stores weights and checkpoint after each epoch."""
+    """Writes down what the engine tells, and stores weights and checkpoints."""
 
     def __init__(
         self,
@@ -72,14 +81,20 @@ class _Recorder:
         self.tracker = tracker
         self.folder = folder
         self.metadata = metadata
+        self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
         self.final: dict[str, float] = progress.get("final", {})
         self.best: dict[str, float] = progress.get("best", {})
         self.seconds: float = progress.get("seconds", 0.0)
+        self._of_epoch: list[float] = progress.get("of_epoch", [0.0, 0])  # seconds, images
         self._since = time.perf_counter()
         self._images = 0
 
-    def step(self, epoch: int, step: int, images: int, scalars: dict[str, float]) -> None:
-        self._images += images * self.engine.accelerator.num_processes
+    def step(
+        self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
+    ) -> None:
+        images *= self.engine.accelerator.num_processes
+        self._of_epoch = [self._of_epoch[0] + seconds, self._of_epoch[1] + images]
+        self._images += images
         now, speed = time.perf_counter(), None
         if now - self._since > 1:
             speed = f"{self._images / (now - self._since):,.0f} images/s"
@@ -88,34 +103,47 @@ class _Recorder:
         if scalars:
             self.tracker.metrics(epoch, step, scalars)
 
-    def epoch(
-        self, epoch: int, step: int, seconds: float, images: int, scalars: dict[str, float]
-    ) -> None:
+    def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
+        seconds, images = self._of_epoch
         self.tracker.metrics(epoch, step, scalars)
         self.tracker.timing(epoch, step, seconds, images / seconds)
         self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
         self.seconds += seconds
+        self._of_epoch = [0.0, 0]
         improved = self.final["top1"] > self.best.get("top1", -math.inf)
         if improved:
             self.best = {**self.final, "epoch": epoch}
         self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
-        self._store(improved)
-        self._since, self._images = time.perf_counter(), 0
-
-    def _store(self, improved: bool) -> None:
-        accelerator = self.engine.accelerator
-        if accelerator.is_main_process:
+        skipped = self._skipped_images()
+        if self.engine.accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
             if improved:
                 save_weights(self.engine.network, self.folder.best_student, metadata=self.metadata)
-            progress = {
-                "finished_epochs": self.engine.finished_epochs,
-                "final": self.final,
-                "best": self.best,
-                "seconds": self.seconds,
-                "lengths": self.tracker.lengths(),
-            }
-            save_checkpoint(self.folder.last, progress, self.engine.stateful)
+            if skipped:
+                self.folder.write_json(self.folder.skipped_images, skipped)
+        self._since, self._images = time.perf_counter(), 0
+
+    def _skipped_images(self) -> dict[str, str]:
+        """Images that some process could not read, with the reasons."""
+        own = dict(getattr(self.engine.source, "skipped", {}))
+        by_process = gathered(self.engine.accelerator, own)
+        return {path: reason for found in by_process for path, reason in sorted(found.items())}
+
+    def store(self) -> None:
+        accelerator = self.engine.accelerator
+        # On every process: the losses since the last line are looked at before anything is kept.
+        progress = {
+            "step": self.engine.step,
+            "finished_epochs": self.engine.finished_epochs,
+            "final": self.final,
+            "best": self.best,
+            "seconds": self.seconds,
+            "of_epoch": self._of_epoch,
+        }
+        state = state_of(progress, self.engine.stateful)
+        if accelerator.is_main_process:
+            state["progress"]["lengths"] = self.tracker.lengths()
+            self.checkpoints.save(self.engine.step, state)
         accelerator.wait_for_everyone()
 
 
@@ -140,8 +168,8 @@ def run(
 
     Raises:
         ValueError: Anything that does not fit, before the first step.
-        NonFiniteLossError: A part of the loss is not finite.
-        Interrupted: The user asked to stop; the last complete epoch is stored.
+        RunError: The run failed on its way: `NonFiniteLossError`, a full disk, a lost process.
+        Interrupted: The user asked to stop; the state is stored.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -150,8 +178,10 @@ def run(
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))],
     )
     _check_batch_size(config, accelerator.num_processes)
+    _check_kind_of_processes(accelerator)
     console = console if accelerator.is_main_process else None
     opened = source is None
     source = build_source(config) if source is None else source
@@ -165,10 +195,12 @@ def run(
         label = config.label if method is None else type(method).__name__
         config = _with_output(config, source.info, label)
         folder = RunFolder(Path(config.output or ""))
-        if accelerator.is_main_process:
-            folder.claim(config)
-        accelerator.wait_for_everyone()
-        return _fit(config, label, distiller, source, accelerator, folder, console)
+        with ExitStack() as stack:
+            stack.enter_context(lost_processes(accelerator, config.process_timeout))
+            stack.enter_context(told_of_full_disks(folder.path))
+            # The folder is the main process' alone: others may be on machines without it.
+            from_main(accelerator, lambda: stack.enter_context(folder.held(config)))
+            return _fit(config, label, distiller, source, accelerator, folder, console)
     finally:
         if opened:
             source.close()
@@ -180,6 +212,15 @@ def _check_batch_size(config: Config, num_processes: int) -> None:
         raise ValueError(
             f"batch_size {config.batch_size} must be a multiple of processes * accumulation = "
             f"{num_processes} * {config.accumulation}"
+        )
+
+
+def _check_kind_of_processes(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"the trainer holds the whole student in each process (DDP), got {kind.value}: start "
+            "it with torchrun; docs/scaling.md shows a loop of your own for sharded students"
         )
 
 
@@ -231,28 +272,19 @@ def _fit(
         config,
         build_mixer(config, info),
     )
-    progress: dict[str, Any] = {}
-    if folder.last.is_file():
-        progress = load_checkpoint(folder.last, engine.stateful, accelerator.device)
-        engine.finished_epochs = progress["finished_epochs"]
-        schedule.step_update(engine.finished_epochs * engine.steps_per_epoch)
-        if console is not None:
-            console.print(f"going on after epoch {engine.finished_epochs} of {config.epochs}")
-    if accelerator.is_main_process and not progress:
-        folder.write_json(
-            folder.environment, environment(config, accelerator.device, accelerator.num_processes)
-        )
+    progress = _resumed(engine, folder, console)
+    if accelerator.is_main_process:
+        folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
     _announce(config, label, console, folder)
-    total = config.epochs * engine.steps_per_epoch
     with (
         InterruptGuard() as interrupt,
         Tracker(
             folder.path if accelerator.is_main_process else None,
             progress.get("lengths", {}),
-            total_steps=total,
+            total_steps=config.epochs * engine.steps_per_epoch,
             console=console,
             label=label,
-            first_step=engine.finished_epochs * engine.steps_per_epoch,
+            first_step=engine.step,
         ) as tracker,
     ):
         recorder = _Recorder(engine, tracker, folder, metadata, progress)
@@ -260,29 +292,67 @@ def _fit(
             engine.fit(recorder, interrupt)
         except Interrupted as error:
             raise Interrupted(
-                f"stopped by a signal; epoch {engine.finished_epochs} of {config.epochs} is the "
-                f"last complete one in {folder.path}: the same command goes on from there"
+                f"stopped by a signal after step {engine.step}, in epoch "
+                f"{engine.finished_epochs + 1} of {config.epochs}; all is stored in {folder.path}: "
+                "the same command goes on from there",
+                error.number,
             ) from error
+        except NonFiniteLossError as error:
+            if accelerator.is_main_process:
+                folder.write_json(
+                    folder.failure,
+                    {
+                        "error": str(error),
+                        "step": error.step,
+                        "parts": error.parts,
+                        "images": error.images,
+                    },
+                )
+            raise
     if accelerator.is_main_process:
         _finish(config, label, engine, recorder, folder, num_parameters)
-    skipped = getattr(source, "skipped", 0)
-    if console is not None and skipped:
-        console.print(f"{skipped} unreadable images were left out; the warnings name them")
+    skipped = len(getattr(source, "skipped", {}))
+    if skipped:
+        name = folder.skipped_images.name
+        _say(console, f"{skipped} unreadable images were left out: {name} names them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
 
 
+def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> dict[str, Any]:
+    """Bring the engine to where the newest checkpoint was written; {} if there is none."""
+    checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
+    found = from_main(engine.accelerator, checkpoints.newest)
+    for problem in found.damaged:
+        _say(console, f"a checkpoint is left out: {problem}")
+    if found.content is None:
+        return {}
+    progress = restore(found.content, engine.stateful)
+    engine.step, engine.finished_epochs = progress["step"], progress["finished_epochs"]
+    engine.schedule.step_update(engine.step)
+    _say(
+        console,
+        f"going on after step {engine.step}, with {engine.finished_epochs} of "
+        f"{engine.config.epochs} epochs done, from {found.name}",
+    )
+    return progress
+
+
 def _announce(config: Config, label: str, console: Console | None, folder: RunFolder) -> None:
-    if console is None:
-        return
-    console.print(
+    _say(
+        console,
         f"{label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
         f"-> {folder.path}",
-        highlight=False,
     )
     for key, reason in config.assumed.items():
-        console.print(f"assumed {key}: {reason}", highlight=False)
+        _say(console, f"assumed {key}: {reason}")
+
+
+def _say(console: Console | None, text: str) -> None:
+    """Print a line as it is, whatever it holds."""
+    if console is not None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(
@@ -304,7 +374,7 @@ def _finish(
             device=engine.accelerator.device,
         )
         folder.write_json(folder.gallery, gallery)
-    skipped: int = getattr(engine.source, "skipped", 0)
+    skipped = len(getattr(engine.source, "skipped", {}))
     summary = {
         "label": label,
         "method": None if config.method.kind == "none" else config.method.kind,

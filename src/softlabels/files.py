@@ -1,0 +1,61 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["remove_leftovers", "replace_file"]
+
+
+@contextlib.contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name when it is complete, and only then.
+
+    The content goes to a hidden file in the same folder (only a rename within one file system is
+    atomic), is forced to the disk, and renamed. After a failure the older file is as it was and
+    nothing else is left; after a kill or a power cut a hidden file may be (`remove_leftovers`).
+
+    Args:
+        path: The file, in an existing folder; an older one is replaced.
+
+    Yields:
+        The hidden file, open for writing bytes.
+
+    Raises:
+        OSError: It cannot be written; on a full disk for example.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the hidden files that killed writers left in a folder; none may be writing there."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the folder's entries to the disk: until then a rename can be lost in a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not every system opens folders
+        return
+    try:
+        with contextlib.suppress(OSError):  # nor syncs them
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""What the processes of a run do together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from softlabels.training.guards import LostProcessError, RunError
+
+__all__ = ["from_main", "gathered", "lost_processes"]
+
+Result = TypeVar("Result")
+
+
+def from_main(accelerator: Accelerator, make: Callable[[], Result]) -> Result:
+    """Run something on the main process, and give every process its result or its error.
+
+    So a mistake that only the main process can see ends all of them alike, and none waits.
+    """
+    if accelerator.num_processes == 1:
+        return make()
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = make()
+        except (ValueError, TypeError, OSError, RunError) as error:
+            found[1] = error
+    broadcast_object_list(found, from_process=0)
+    if found[1] is not None:
+        raise found[1]
+    return cast("Result", found[0])
+
+
+def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
+    """One object of each process, by rank."""
+    if accelerator.num_processes == 1:
+        return [value]
+    return cast("list[Any]", gather_object([value]))
+
+
+@contextmanager
+def lost_processes(accelerator: Accelerator, timeout: float) -> Iterator[None]:
+    """Tell in one line if a collective failed because another process is gone.
+
+    Raises:
+        LostProcessError: In place of the error of the communication library.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_of_communication(error):
+            raise
+        raise LostProcessError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another "
+            f"process of this run: it died, or did not answer for {timeout:g} s "
+            "(process_timeout). Its own message tells more; the same command goes on from the "
+            f"last checkpoint ({' '.join(str(error).split()):.200})"
+        ) from error
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors: only their text tells them apart.
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "process group", "timed out")
+    )
