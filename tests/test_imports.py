@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signals": {"losses", "taps", "teacher"},
     "trainable": {"losses", "taps", "signals"},
     "distiller": {"losses", "taps", "signals", "trainable", "teacher", "weights"},
-    "data": set(),
+    "data": {"files"},
     "models": {"weights"},
     "report": set(),
     "recipes": set(),

@@ -3,11 +3,13 @@ import torch
 
 from softlabels.data import DataInfo
 from softlabels.data.batch import rank_positions, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.randomness import permutation
 
 
 def indices(num_train, **changes):
-    settings = {"seed": 0, "epoch": 0, "batch_size": 8, "rank": 0, "world_size": 1, "start_step": 0}
-    return list(train_indices(num_train, **{**settings, **changes}))
+    order = permutation(changes.pop("seed", 0), changes.pop("epoch", 0), num_train)
+    settings = {"batch_size": 8, "rank": 0, "world_size": 1, "start_step": 0}
+    return list(train_indices(order, **{**settings, **changes}))
 
 
 def test_rank_positions_on_one_process_are_in_order():

@@ -8,7 +8,7 @@ from softlabels.data.listing import list_images
 
 
 def paths(images, root: Path) -> list[str]:
-    return [Path(images.path(i)).relative_to(root).as_posix() for i in range(len(images))]
+    return [Path(images.name(i)).relative_to(root).as_posix() for i in range(len(images))]
 
 
 def test_the_folders_of_imagenet(image_folder):
@@ -67,7 +67,7 @@ def test_file_names_beyond_ascii(tmp_path):
     for label in ("\u00e4", "b"):
         write_images(tmp_path / label, 3)
     _, train, _ = list_images(tmp_path, 0.3)
-    assert all(Path(train.path(i)).is_file() for i in range(len(train)))
+    assert all(Path(train.name(i)).is_file() for i in range(len(train)))
 
 
 def make(root: Path, *files: str) -> Path:

@@ -33,9 +33,10 @@ def test_a_source_can_be_named(image_folder):
         (
             ("folders",),
             {},
-            "unknown data source 'folders', expected glyphs100, folder, idx; did you mean 'folder'",
+            "unknown data source 'folders', expected glyphs100, folder, idx, webdataset; "
+            "did you mean 'folder'",
         ),
-        (("xyz",), {}, "unknown data source 'xyz', expected glyphs100, folder, idx$"),
+        (("xyz",), {}, "unknown data source 'xyz', expected glyphs100, folder, idx, webdataset$"),
         (("folder",), {}, "the data source 'folder' needs a path, got none"),
         (("glyphs100", "some"), {}, "'glyphs100' takes no path, got 'some'"),
         (

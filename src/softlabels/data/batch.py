@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softlabels.data.randomness import permutation
-
 
 @dataclass
 class Batch:
@@ -140,6 +138,38 @@ class DataSource(Protocol):
         """
         ...
 
+    def train_views(
+        self,
+        *,
+        draw: tuple[int, int],
+        batch_size: int,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | str,
+    ) -> Iterator[Batch]:
+        """Read training images as one draw of the augmentation shows them, in their own order.
+
+        Args:
+            draw: (seed, number) of the draw, as in `train_batches`.
+            batch_size: Samples in a batch.
+            start: The first image.
+            stop: The image after the last one; None: all.
+            device: Where the batches shall lie.
+
+        Yields:
+            Batches without the images that cannot be read.
+        """
+        ...
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the training views depend on.
+
+        Returns:
+            Hexadecimal digests: `"data"` of the training images and labels, `"augmentation"` of
+            all that is done to them.
+        """
+        ...
+
     def test_batches(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
     ) -> Iterator[Batch]:
@@ -219,10 +249,8 @@ def steps_per_epoch(num_train: int, batch_size: int) -> int:
 
 
 def train_indices(
-    num_train: int,
+    order: Tensor,
     *,
-    seed: int,
-    epoch: int,
     batch_size: int,
     rank: int,
     world_size: int,
@@ -234,9 +262,7 @@ def train_indices(
     the shares unequal or odd.
 
     Args:
-        num_train: Number of training samples.
-        seed: The run's seed.
-        epoch: The epoch, from 0.
+        order: The training samples as the epoch visits them, [N] int64.
         batch_size: Size of the global batch; a multiple of `world_size`.
         rank: This process, 0 <= rank < world_size.
         world_size: Number of processes.
@@ -248,6 +274,7 @@ def train_indices(
     Raises:
         ValueError: If a size, the rank or the step makes no sense.
     """
+    num_train = len(order)
     steps = steps_per_epoch(num_train, batch_size)
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step must be in 0..{steps}, got {start_step}")
@@ -256,7 +283,6 @@ def train_indices(
         even = num_train - num_train % math.lcm(2, world_size)
         batch_size = even or num_train - num_train % world_size
     positions = rank_positions(batch_size, rank, world_size)
-    order = permutation(seed, epoch, num_train)
     return (order[step * batch_size + positions] for step in range(start_step, steps))
 
 

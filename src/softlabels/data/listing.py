@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.datasets.folder import is_image_file, make_dataset
 
+from softlabels.data.decoding import read_rgb
 from softlabels.data.randomness import derive_seed
 
 _TEST_FOLDERS = ("val", "valid", "validation", "test")
@@ -49,16 +51,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def path(self, index: int) -> str:
-        """The name of an image's file.
-
-        Args:
-            index: The image, 0 <= index < N.
-
-        Returns:
-            The path.
-        """
+    def name(self, index: int) -> str:
+        """The path of an image's file; see `Images`."""
         return os.fsdecode(bytes(self.paths[index]))
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image; see `Images`."""
+        return read_rgb(self.name(index))
 
 
 def list_images(

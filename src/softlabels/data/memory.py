@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from softlabels.data.augment import Augmentation
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.randomness import permutation
 
 _CHUNK = 256
 
@@ -178,9 +180,7 @@ class InMemorySource:
     ) -> Iterator[Batch]:
         """Read training batches; see `DataSource`."""
         steps = train_indices(
-            self.num_train,
-            seed=seed,
-            epoch=epoch,
+            permutation(seed, epoch, self.num_train),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -189,6 +189,29 @@ class InMemorySource:
         self._train = self._train.to(torch.device(device))
         view = (seed, epoch) if draw is None else draw
         return (self._batch(self._train, index, self._augmentation, view) for index in steps)
+
+    def train_views(
+        self,
+        *,
+        draw: tuple[int, int],
+        batch_size: int,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | str,
+    ) -> Iterator[Batch]:
+        """Read training images in the order of their indices; see `DataSource`."""
+        self._train = self._train.to(torch.device(device))
+        parts = torch.arange(self.num_train)[start:stop].split(batch_size)
+        return (self._batch(self._train, part, self._augmentation, draw) for part in parts)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the training views depend on; see `DataSource`."""
+        data = blake2b(digest_size=16)
+        for tensor in (self._train.images, self._train.target):
+            data.update(tensor.cpu().numpy().data)
+        settings = repr((self._augmentation, self._info.mean, self._info.std))
+        augmentation = blake2b(settings.encode(), digest_size=16)
+        return {"data": data.hexdigest(), "augmentation": augmentation.hexdigest()}
 
     def test_batches(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str

@@ -11,10 +11,11 @@ from softlabels.data.batch import DataSource
 from softlabels.data.folder import FolderSource
 from softlabels.data.glyphs import glyphs100
 from softlabels.data.idx import holds_idx, idx
+from softlabels.data.shards import ShardSource, holds_shards
 
 # The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
 SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
-    {"glyphs100": glyphs100, "folder": FolderSource, "idx": idx}
+    {"glyphs100": glyphs100, "folder": FolderSource, "idx": idx, "webdataset": ShardSource}
 )
 
 
@@ -29,7 +30,12 @@ def kind_of(source: str | None, path: str | None) -> str:
         ValueError: If the source is unknown.
     """
     if source is None:
-        source = "glyphs100" if path is None else "idx" if holds_idx(path) else "folder"
+        if path is None:
+            source = "glyphs100"
+        elif holds_idx(path):
+            source = "idx"
+        else:
+            source = "webdataset" if holds_shards(path) else "folder"
     if source not in SOURCES:
         near = get_close_matches(source, SOURCES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -49,8 +55,9 @@ def open_source(
     """Open a data source.
 
     Args:
-        source: `"glyphs100"`, `"folder"` or `"idx"`. None finds out: without a path it is the
-            embedded glyphs, with one it is `"idx"` if such files are there and else `"folder"`.
+        source: `"glyphs100"`, `"folder"`, `"idx"` or `"webdataset"`. None finds out: without a path
+            it is the embedded glyphs, with one it is `"idx"` or `"webdataset"` if such files are
+            there and else `"folder"`.
         path: Where the data are, for a source that reads files.
         **settings: What the source takes besides.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image, ImageOps
 from timm.data import auto_augment as policies
@@ -36,28 +37,48 @@ def evaluation_transform(
     return transform
 
 
-def image_transforms(
-    image_size: int,
-    *,
-    augmentation: AugmentationName,
-    interpolation: Interpolation,
-    auto_augment: str | None,
-    random_erasing: float,
-    crop_fraction: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> tuple[ImageTransform, ImageTransform]:
-    """Make the transforms for training and testing; `FolderSource` describes the arguments.
+@dataclass(frozen=True)
+class ImageSettings:
+    """What is done to the images of a data set; the data sources describe the settings.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    image_size: int
+    augmentation: AugmentationName
+    interpolation: Interpolation
+    auto_augment: str | None
+    random_erasing: float
+    crop_fraction: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("augmentation", self.augmentation, get_args(AugmentationName)),
+            ("interpolation", self.interpolation, get_args(Interpolation)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be above 0, got {self.image_size}")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing must be in 0..1, got {self.random_erasing}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be above 0, at most 1, got {self.crop_fraction}")
+
+
+def default_crop_fraction(augmentation: AugmentationName) -> float:
+    """The central part of a test image that is kept if nobody says."""
+    return 0.875 if augmentation == "random_resized_crop" else 1.0
+
+
+def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTransform]:
+    """Make the transforms for training and testing.
 
     Args:
-        image_size: Height and width of the result, pixels.
-        augmentation: What is done in training.
-        interpolation: How images are resized.
-        auto_augment: timm's description of a policy that follows the crop, or None.
-        random_erasing: Probability of erasing a rectangle, 0..1.
-        crop_fraction: The central part of a test image that is kept, above 0, at most 1.
-        mean: Mean of each channel, for images in 0..1.
-        std: Standard deviation of each channel, for images in 0..1.
+        settings: What is done.
 
     Returns:
         Two transforms of an RGB image to [3, image_size, image_size] float32. The first draws from
@@ -66,31 +87,36 @@ def image_transforms(
     Raises:
         ValueError: If timm does not know the policy.
     """
+    image_size, interpolation = settings.image_size, settings.interpolation
     test = evaluation_transform(
-        image_size, interpolation=interpolation, crop_fraction=crop_fraction, mean=mean, std=std
+        image_size,
+        interpolation=interpolation,
+        crop_fraction=settings.crop_fraction,
+        mean=settings.mean,
+        std=settings.std,
     )
-    if augmentation == "none":
+    if settings.augmentation == "none":
         return test, test
     try:
         crop, policy, finish = create_transform(
             image_size,
             is_training=True,
             color_jitter=0.0,
-            auto_augment=auto_augment,
+            auto_augment=settings.auto_augment,
             interpolation=interpolation,
-            mean=mean,
-            std=std,
-            re_prob=random_erasing,
+            mean=settings.mean,
+            std=settings.std,
+            re_prob=settings.random_erasing,
             re_mode="pixel",
             separate=True,
         )
     except AssertionError as error:  # how timm refuses a policy
         raise ValueError(
             "auto_augment must be a policy that timm knows, such as rand-m9-mstd0.5-inc1,"
-            f" got {auto_augment!r}"
+            f" got {settings.auto_augment!r}"
         ) from error
     _allow_full_posterization(policy)
-    if augmentation == "crop_flip":
+    if settings.augmentation == "crop_flip":
         crop = transforms.Compose(
             [
                 transforms.Resize(image_size, transforms.InterpolationMode(interpolation)),

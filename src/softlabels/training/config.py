@@ -10,9 +10,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import reduce
-from importlib.resources import files
 from operator import or_
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args
 
 import docstring_parser
@@ -24,6 +22,7 @@ from softlabels.data.source import SOURCES
 from softlabels.losses import METHODS
 from softlabels.losses.label_smoothing import SmoothOver
 from softlabels.signals import Signal, reads_teacher
+from softlabels.training.recipe import ConfigError, load_recipe, recipe_names
 
 __all__ = [
     "METHOD_SETTINGS",
@@ -45,10 +44,6 @@ __all__ = [
 ]
 
 Setting: TypeAlias = bool | int | float | str
-
-
-class ConfigError(ValueError):
-    """A setting that does not fit the schema; the message is one line."""
 
 
 class Section(BaseModel):
@@ -309,50 +304,6 @@ def describe_method(kind: str) -> str:
         if name != "kind":
             lines.append(f"  {name} = {field.default!r}: {field.description}")
     return "\n".join(lines)
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package, without their ending."""
-    root = files("softlabels.recipes")
-    names = []
-    for folder in root.iterdir():
-        if folder.is_dir():
-            names += [
-                f"{folder.name}/{file.name.removesuffix('.yaml')}"
-                for file in folder.iterdir()
-                if file.name.endswith(".yaml")
-            ]
-    return sorted(names)
-
-
-def load_recipe(name: str) -> dict[str, Any]:
-    """Read a recipe: a YAML file by its path, or one of the package by its name.
-
-    Raises:
-        ConfigError: No such recipe, or no YAML mapping.
-    """
-    path = Path(name)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name.removesuffix(".yaml") in recipe_names():
-        text = (files("softlabels.recipes") / f"{name.removesuffix('.yaml')}.yaml").read_text(
-            encoding="utf-8"
-        )
-    else:
-        near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.3)
-        raise ConfigError(
-            f"no recipe {name!r}: neither a file nor one of the package's; "
-            f"near: {', '.join(near or recipe_names()) or 'none'}"
-        )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name} must hold a mapping of settings, got {type(values).__name__}")
-    return values
 
 
 def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from softlabels.data import open_source
-from softlabels.data.folder import DECODING_ERRORS, read_rgb
+from softlabels.data.decoding import DECODING_ERRORS, read_rgb
 from softlabels.data.source import kind_of, settings_of
 from softlabels.data.transforms import ImageTransform, evaluation_transform
 from softlabels.models import build_model
@@ -99,7 +99,7 @@ def _transform(record: FileRecord) -> ImageTransform:
 def _read(path: Path, in_channels: int) -> Image.Image:
     try:
         image = read_rgb(str(path))
-    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
     return image.convert("L") if in_channels == 1 else image
 

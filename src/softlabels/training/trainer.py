@@ -40,6 +40,7 @@ from softlabels.training.guards import (
     Interrupted,
     InterruptGuard,
     NonFiniteLossError,
+    RunError,
     told_of_full_disks,
 )
 from softlabels.training.processes import from_main, gathered, lost_processes
@@ -201,6 +202,8 @@ def run(
             # The folder is the main process' alone: others may be on machines without it.
             from_main(accelerator, lambda: stack.enter_context(folder.held(config)))
             return _fit(config, label, distiller, source, accelerator, folder, console)
+    except ChildProcessError as error:  # of the data's workers
+        raise RunError(str(error)) from error
     finally:
         if opened:
             source.close()

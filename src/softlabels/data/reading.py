@@ -1,0 +1,308 @@
+"""Worker processes that read, decode and transform single images, and what may go wrong there."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from softlabels.data.decoding import DECODING_ERRORS
+from softlabels.data.randomness import seeded
+from softlabels.data.transforms import ImageTransform
+
+__all__ = ["BadImages", "ImageReader", "Images", "Samples", "Split", "View"]
+
+BadImages = Literal["error", "skip"]
+Split = Literal["train", "test"]
+
+
+class Images(Protocol):
+    """Images that can be read one by one, in any process."""
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """[N] class indices."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What an error calls an image."""
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image as 8-bit RGB.
+
+        Raises:
+            Exception: One of `DECODING_ERRORS`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What a worker needs to know to make one sample.
+
+    Attributes:
+        split: Where the image is.
+        seed: Of the augmentation's draw.
+        draw: Number of the draw.
+        index: The image.
+        replaced: Whether the next good image stands in for one that cannot be read, so that
+            batches keep their size; else it is left out.
+    """
+
+    split: Split
+    seed: int
+    draw: int
+    index: int
+    replaced: bool = False
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image, or None, and what could not be read on the way to it: (name, reason) of each."""
+
+    image: Tensor | None
+    target: int
+    index: int
+    bad: list[tuple[str, str]]
+
+
+class Samples(NamedTuple):
+    """The readable samples of a batch; `images` is None if there are none."""
+
+    images: Tensor | None
+    targets: Tensor
+    indices: Tensor
+    bad: list[tuple[str, str]]
+
+
+def _collate(samples: list[_Sample]) -> Samples:
+    images = [sample.image for sample in samples if sample.image is not None]
+    good = [sample for sample in samples if sample.image is not None]
+    return Samples(
+        torch.stack(images) if images else None,
+        torch.tensor([sample.target for sample in good], dtype=torch.int64),
+        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        [entry for sample in samples for entry in sample.bad],
+    )
+
+
+class _ViewBatches:
+    """A batch sampler that hands out the batches it was given last."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[View]] = iter(())
+
+    def __iter__(self) -> Iterator[list[View]]:
+        return self.batches
+
+
+class _Views(Dataset[_Sample]):
+    """Reads and transforms single images; all it needs travels with the view."""
+
+    def __init__(
+        self,
+        images: Mapping[Split, Images],
+        transforms: Mapping[Split, ImageTransform],
+        replacements: int,
+    ) -> None:
+        self._images = images
+        self._transforms = transforms
+        self._replacements = replacements
+
+    def __getitem__(self, view: View) -> _Sample:
+        images, bad = self._images[view.split], list[tuple[str, str]]()
+        tries = min(len(images), 1 + self._replacements) if view.replaced else 1
+        for offset in range(tries):
+            index = (view.index + offset) % len(images)
+            try:
+                image = images.read(index)
+            except DECODING_ERRORS as error:
+                bad.append((images.name(index), f"{type(error).__name__}: {error}"))
+                continue
+            # The draws are the image's own, also where it stands in for another.
+            with seeded(view.seed, view.draw, index, "augment"):
+                tensor = self._transforms[view.split](image)
+            return _Sample(tensor, int(images.targets[index]), index, bad)
+        return _Sample(None, -1, view.index, bad)
+
+
+class ImageReader:
+    """Reads batches of views with worker processes, which stay alive between epochs.
+
+    Args:
+        images: Of both splits.
+        transforms: What is done to an image of each.
+        num_workers: Number of processes; 0 reads in this one.
+        bad_images: What to do about an image that cannot be read. `"error"`: stop. `"skip"`: warn
+            once; in training read the next good image instead, in testing leave it out.
+        max_bad_images: How many different ones may be skipped.
+        max_worker_restarts: How many times workers that died are replaced by new ones.
+
+    Attributes:
+        skipped: Names of the images that were skipped so far, with reasons.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[Split, Images],
+        transforms: Mapping[Split, ImageTransform],
+        *,
+        num_workers: int,
+        bad_images: BadImages,
+        max_bad_images: int,
+        max_worker_restarts: int,
+    ) -> None:
+        skips = bad_images == "skip"
+        self._views = _Views(images, transforms, max_bad_images if skips else 0)
+        self._num_workers = num_workers
+        self._most_bad = max_bad_images if skips else 0
+        self._advises_to_skip = not skips
+        self._restarts_left = max_worker_restarts
+        self._max_worker_restarts = max_worker_restarts
+        self._idle: list[DataLoader[_Sample]] = []
+        self.skipped: dict[str, str] = {}
+
+    def read(self, batches: Iterator[list[View]], *, pin: bool) -> Iterator[Samples]:
+        """Read batches in their order.
+
+        Args:
+            batches: The views of each.
+            pin: Whether to read into page-locked memory.
+
+        Yields:
+            The samples of each.
+
+        Raises:
+            ValueError: An image that cannot be read, if that is an error, or one too many.
+            ChildProcessError: Workers died once too often.
+        """
+        waiting: deque[list[View]] = deque()
+
+        def handed_out(batches: Iterator[list[View]]) -> Iterator[list[View]]:
+            for batch in batches:
+                waiting.append(batch)
+                yield batch
+
+        while True:
+            # What was handed out to workers that died comes first again.
+            again, waiting = [*waiting], deque()
+            try:
+                for samples in self._with_workers(handed_out(chain(again, batches)), pin):
+                    waiting.popleft()
+                    self._report(samples.bad)
+                    yield samples
+                return
+            except _OF_DEAD_WORKERS as error:
+                if self._num_workers == 0 or not _tells_of_a_death(error):
+                    raise
+                self._count_restart(error)
+
+    def _with_workers(self, batches: Iterator[list[View]], pin: bool) -> Iterator[Samples]:
+        # A loader serves one reader at a time; a second reader gets a loader of its own.
+        loader = self._idle.pop() if self._idle else self._new_loader(pin)
+        assert isinstance(loader.batch_sampler, _ViewBatches)
+        loader.batch_sampler.batches = batches
+        with _without_signals_of_children():
+            samples = iter(loader)
+        try:
+            yield from samples
+        except _OF_DEAD_WORKERS:
+            raise  # this loader is of no more use
+        except BaseException:  # the reader has seen enough
+            self._idle.append(loader)
+            raise
+        else:
+            self._idle.append(loader)
+
+    def _new_loader(self, pin: bool) -> DataLoader[_Sample]:
+        return DataLoader(
+            self._views,
+            batch_sampler=_ViewBatches(),
+            num_workers=self._num_workers,
+            collate_fn=_collate,
+            pin_memory=pin,
+            persistent_workers=self._num_workers > 0,
+            # Without its own generator a loader would draw from torch's, on which models depend.
+            generator=torch.Generator(),
+        )
+
+    def _count_restart(self, error: Exception) -> None:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        limit = self._max_worker_restarts
+        if self._restarts_left == 0:
+            raise ChildProcessError(
+                f"workers that read images died {limit + 1} times, max_worker_restarts is "
+                f"{limit}; often the memory is too small: try fewer workers ({reason:.200})"
+            ) from error
+        self._restarts_left -= 1
+        warnings.warn(
+            f"a worker that reads images died; new ones go on, time {limit - self._restarts_left} "
+            f"of at most {limit} ({reason:.200})",
+            stacklevel=4,
+        )
+
+    def _report(self, bad: list[tuple[str, str]]) -> None:
+        """Warn once about each image that could not be read, or raise."""
+        for name, reason in bad:
+            if self._advises_to_skip:
+                raise ValueError(
+                    f"cannot read the image {name} ({reason}); expected an image file that Pillow"
+                    ' can decode. bad_images="skip" goes on without it'
+                )
+            if name in self.skipped:
+                continue
+            self.skipped[name] = reason
+            if len(self.skipped) > self._most_bad:
+                raise ValueError(
+                    f"{len(self.skipped)} images cannot be read, max_bad_images is "
+                    f"{self._most_bad}; the last one is {name} ({reason})"
+                )
+            warnings.warn(f"skipped the unreadable image {name} ({reason})", stacklevel=4)
+
+    def close(self) -> None:
+        """End the worker processes; the next read starts new ones."""
+        self._idle.clear()
+
+
+# torch says it in words, or what a dead worker had sent cannot be received any more.
+_OF_DEAD_WORKERS = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether an error of a loader is that of a worker that died; not one that it reported."""
+    text = str(error)
+    if text.startswith("Caught "):
+        return False
+    return not isinstance(error, RuntimeError) or "DataLoader worker" in text
+
+
+@contextmanager
+def _without_signals_of_children() -> Iterator[None]:
+    """Keep torch from raising at any place of the program when a worker dies.
+
+    Who waits for the worker's batch is told soon enough.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)

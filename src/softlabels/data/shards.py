@@ -1,0 +1,354 @@
+"""WebDataset shards: images and labels in tar files, read by their places in them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from softlabels.data.batch import DataInfo
+from softlabels.data.decoding import read_rgb
+from softlabels.data.image_source import ImageSource
+from softlabels.data.randomness import permutation
+from softlabels.data.reading import BadImages
+from softlabels.data.transforms import (
+    AugmentationName,
+    ImageSettings,
+    Interpolation,
+    default_crop_fraction,
+)
+from softlabels.files import replace_file
+
+__all__ = ["ShardImages", "ShardSource", "holds_shards"]
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
+_LABEL = "cls"
+_LARGEST_LABEL = 32  # bytes: a class index as text
+_LONGEST_LABEL = 6  # digits: nobody has a million classes, and each gets a name
+_TEST = ("val", "valid", "validation", "test")
+_COLUMNS = ("shard", "offset", "size", "target")
+_EXPECTED = "expected WebDataset shards (.tar), with `train` or `val` in their names or folders"
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """Images in tar files, by their places.
+
+    Args:
+        shards: The tar files.
+        shard: [N] int64, the tar file of each image.
+        offset: [N] int64, where its bytes start there.
+        size: [N] int64, how many they are.
+        targets: [N] int64, class indices.
+    """
+
+    shards: tuple[str, ...]
+    shard: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """The shard and the place of an image; see `Images`."""
+        return f"{self.shards[self.shard[index]]} at byte {self.offset[index]}"
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image; see `Images`."""
+        size = int(self.size[index])
+        with open(self.shards[self.shard[index]], "rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, int(self.offset[index]))
+        if len(content) != size:
+            raise OSError(f"the shard ends after {len(content)} of the image's {size} bytes")
+        return read_rgb(io.BytesIO(content))
+
+
+def holds_shards(path: str | Path) -> bool:
+    """Whether a folder, or one of its folders for training and testing, holds tar files."""
+    root = Path(path).expanduser()
+    return root.is_dir() and any(_tar_files(root))
+
+
+def _tar_files(root: Path) -> Iterator[Path]:
+    folders = [root, *(f for f in sorted(root.iterdir()) if f.is_dir() and _split_of(f.name))]
+    for folder in folders:
+        yield from sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+
+
+def _split_of(name: str) -> str | None:
+    words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
+    if "train" in words or "training" in words:
+        return "train"
+    return "test" if any(word in _TEST for word in words) else None
+
+
+def _find_shards(root: Path) -> dict[str, list[Path]]:
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {problem}; {_EXPECTED}")
+    found: dict[str, list[Path]] = {"train": [], "test": []}
+    for path in _tar_files(root):
+        # The folder decides where it says something: train/shard-val-000.tar is for training.
+        split = (_split_of(path.parent.name) if path.parent != root else None) or _split_of(
+            path.stem
+        )
+        if split is None:
+            raise ValueError(f"{path} is neither for training nor for testing; {_EXPECTED}")
+        found[split].append(path)
+    for split, shards in found.items():
+        if not shards:
+            raise ValueError(f"{root} has no shards for {split}ing; {_EXPECTED}")
+    return found
+
+
+def _index_shard(path: Path) -> list[tuple[int, int, int]]:
+    """(offset, size, target) of the images of a shard, in their order.
+
+    Raises:
+        ValueError: It is no tar file, or a sample in it is not an image with a class.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    targets: dict[str, int] = {}
+    try:
+        # Without a stream: the contents of the members are stepped over, not read.
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                key, _, ending = os.path.basename(member.name).partition(".")
+                key = f"{os.path.dirname(member.name)}/{key}"
+                ending = ending.lower()
+                if ending in _IMAGES:
+                    if key in places:
+                        raise ValueError(f"the sample {key!r} has two images")
+                    places[key] = (member.offset_data, member.size)
+                elif ending == _LABEL:
+                    targets[key] = _label(tar, member)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no readable shard: {error}") from error
+    without = [key for key in places if key not in targets]
+    if without:
+        raise ValueError(
+            f"{path}: the sample {without[0]!r} has no .{_LABEL}; expected KEY.jpg (or png, webp, "
+            f"...) and KEY.{_LABEL} with its class index as text"
+        )
+    if not places:
+        raise ValueError(f"{path} holds no images ({', '.join(_IMAGES)})")
+    size = path.stat().st_size
+    for key, (offset, length) in places.items():
+        if offset + length > size:
+            raise ValueError(f"{path} is cut off: it ends within the sample {key!r}")
+    return [(*place, targets[key]) for key, place in places.items()]
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    file = tar.extractfile(member)
+    content = b"" if file is None else file.read(_LARGEST_LABEL + 1)
+    text = content.decode("ascii", "replace").strip()
+    if len(content) > _LARGEST_LABEL or not text.isdecimal() or len(text) > _LONGEST_LABEL:
+        raise ValueError(f"{member.name!r} must hold a class index as text, got {text!r:.50}")
+    return int(text)
+
+
+def _fingerprint(shards: Sequence[Path]) -> str:
+    """What tells shards from changed ones without reading them."""
+    parts = blake2b(digest_size=16)
+    for path in shards:
+        status = path.stat()
+        parts.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return parts.hexdigest()
+
+
+def _images(shards: Sequence[Path], index_file: Path) -> ShardImages:
+    """The images of shards, from the index file if it is of these shards, else from themselves."""
+    names = tuple(map(str, shards))
+    fingerprint = _fingerprint(shards)
+    columns = _read_index(index_file, fingerprint, len(shards))
+    if columns is None:
+        rows = [(number, *row) for number, path in enumerate(shards) for row in _index_shard(path)]
+        table = np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS))
+        columns = {n: np.ascontiguousarray(table[:, i]) for i, n in enumerate(_COLUMNS)}
+        content = save(columns, metadata={"fingerprint": fingerprint})
+        try:
+            index_file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(index_file) as file:
+                file.write(content)
+        except OSError:
+            pass  # a folder that cannot be written to: the next start reads the shards again
+    return ShardImages(
+        names, columns["shard"], columns["offset"], columns["size"], columns["target"]
+    )
+
+
+def _read_index(
+    path: Path, fingerprint: str, num_shards: int
+) -> dict[str, NDArray[np.int64]] | None:
+    """The columns of an index file; None if it is of other shards, or damaged."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), "numpy") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+        columns: dict[str, NDArray[np.int64]] = load_file(path)
+        table = np.stack([columns[name] for name in _COLUMNS])
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    fits = (
+        table.dtype == np.int64
+        and table.ndim == 2
+        and table.size > 0
+        and table.min() >= 0
+        and table[0].max() < num_shards
+        and table[3].max() < 10**_LONGEST_LABEL
+    )
+    return columns if fits else None
+
+
+def _class_names(root: Path, num_found: int) -> tuple[str, ...]:
+    file = root / "classnames.txt"
+    if not file.is_file():
+        return tuple(str(number) for number in range(num_found))
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    names = tuple(line for line in lines if line)
+    if len(names) < num_found:
+        raise ValueError(
+            f"{file} names {len(names)} classes, the shards have class index {num_found - 1}"
+        )
+    return names
+
+
+class ShardSource(ImageSource):
+    """A data source over WebDataset shards, for data larger than the memory or a node's disk.
+
+    A sample is `KEY.jpg` (or png, webp, ...) beside `KEY.cls`, its class index as text. The tar
+    files are not unpacked and not streamed: an index of all images is made once, by reading the
+    headers, and an image is one read at its place. So a step of any epoch can be read alone, on any
+    number of processes and workers, and each image is read once in an epoch, by one process.
+
+    Order: the shards are permuted, and the images are permuted within each `shuffle_shards`
+    consecutive ones. Reading stays within few shards at a time, which file systems and their
+    caches like; with shards that hold sorted classes, take more, up to all for a full shuffle.
+
+    See `ImageSource` for how the images are read.
+
+    Args:
+        path: The folder of the shards: `*train*.tar` and `*val*.tar`, or `train/*.tar` and
+            `val/*.tar`; and `classnames.txt` if the classes have names, one a line.
+        shuffle_shards: Shards whose images are mixed.
+        index: Folder of the index; None: beside the shards, if that can be written to.
+        image_size: Height and width of the images that are read, pixels.
+        workers: Number of processes that read images; 0 reads in this one.
+        augmentation: As for a folder.
+        interpolation: How images are resized.
+        auto_augment: timm's description of a policy that follows the crop, or None.
+        random_erasing: Probability with which a rectangle is replaced by noise, 0..1.
+        crop_fraction: The central part of a test image that is kept; None as for a folder.
+        mean: Mean of the red, green and blue channel, for images in 0..1.
+        std: Standard deviation of the three channels, for images in 0..1.
+        bad_images: What to do about an image that cannot be read: `"error"` or `"skip"`.
+        max_bad_images: How many different ones may be skipped before the run stops after all.
+        max_worker_restarts: How many times worker processes that died are replaced by new ones.
+
+    Raises:
+        ValueError: If the folder is not as described, a shard is damaged, or a setting is out of
+            its range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        shuffle_shards: int = 16,
+        index: str | None = None,
+        image_size: int = 224,
+        workers: int = 2,
+        augmentation: AugmentationName = "random_resized_crop",
+        interpolation: Interpolation = "bilinear",
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        crop_fraction: float | None = None,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        bad_images: BadImages = "error",
+        max_bad_images: int = 100,
+        max_worker_restarts: int = 3,
+    ) -> None:
+        if shuffle_shards < 1:
+            raise ValueError(f"shuffle_shards must be above 0, got {shuffle_shards}")
+        if crop_fraction is None:
+            crop_fraction = default_crop_fraction(augmentation)
+        settings = ImageSettings(
+            image_size,
+            augmentation,
+            interpolation,
+            auto_augment,
+            random_erasing,
+            crop_fraction,
+            tuple(mean),
+            tuple(std),
+        )
+        root = Path(path).expanduser()
+        index_folder = root if index is None else Path(index).expanduser()
+        images: Mapping[str, ShardImages] = {
+            split: _images(shards, index_folder / f"softlabels-{split}.safetensors")
+            for split, shards in _find_shards(root).items()
+        }
+        num_found = max(int(part.targets.max()) for part in images.values()) + 1
+        class_names = _class_names(root, num_found)
+        if len(class_names) < 2:
+            raise ValueError(f"{root} has one class only; expected two or more")
+        self._train = images["train"]
+        self._shuffle_shards = shuffle_shards
+        super().__init__(
+            path,
+            self._train,
+            images["test"],
+            DataInfo(
+                root.resolve().name,
+                class_names,
+                3,
+                (image_size, image_size),
+                settings.mean,
+                settings.std,
+                crop_fraction=crop_fraction,
+                interpolation=interpolation,
+            ),
+            settings,
+            workers=workers,
+            bad_images=bad_images,
+            max_bad_images=max_bad_images,
+            max_worker_restarts=max_worker_restarts,
+        )
+
+    def _identity(self, index: int) -> str:
+        images = self._train
+        name = os.path.basename(images.shards[images.shard[index]])
+        return f"{name}\0{images.offset[index]}\0{images.size[index]}\n"
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        """Shards permuted, then the images within blocks of them."""
+        num_shards = len(self._train.shards)
+        place = np.empty(num_shards, dtype=np.int64)
+        place[permutation(seed, epoch, num_shards).numpy()] = np.arange(num_shards)
+        block = place[self._train.shard] // self._shuffle_shards
+        shuffled = permutation(seed, epoch, self.num_train).numpy()
+        by_block = np.argsort(block[shuffled], kind="stable")
+        return torch.from_numpy(shuffled[by_block])
