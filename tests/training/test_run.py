@@ -36,7 +36,7 @@ WITH_TEACHER = ("kd", "nkd")
 
 
 def train(source: InMemorySource, output: Path, **settings) -> softlabels.training.TrainResult:
-    return softlabels.train(source, output=str(output), **{**FAST, **settings})
+    return softlabels.train(source, output=output, **{**FAST, **settings})
 
 
 def lines(path: Path) -> list[dict]:

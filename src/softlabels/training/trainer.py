@@ -433,7 +433,7 @@ def train(
     Example:
         softlabels.train(data="flowers/", student="timm:resnet18", method="uskd", epochs=30)
     """
-    values: dict[str, Any] = dict(settings)
+    values = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
     modules: dict[str, nn.Module] = {}
     for part, given in (("student", student), ("teacher", teacher)):
         if isinstance(given, nn.Module):
