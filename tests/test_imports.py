@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distiller": {"losses", "taps", "signals", "trainable", "teacher", "weights"},
     "data": {"files"},
     "models": {"weights"},
-    "report": set(),
+    "report": {"files"},
     "recipes": set(),
 }
 MAY_IMPORT["training"] = set(MAY_IMPORT)

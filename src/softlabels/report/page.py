@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from softlabels.files import replace_file
 from softlabels.report.figures import RUN_COLOURS, Line, draw_curves, thin_out
 from softlabels.report.read import GalleryImage, RunRecord, read_run
 
@@ -165,7 +166,8 @@ def write_report(
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    with replace_file(output) as file:
+        file.write(page.encode())
     return output
 
 
