@@ -110,3 +110,9 @@ def test_damaged_gallery_is_an_error_that_names_it(make_run, make_gallery, chang
     run = make_run(gallery=make_gallery(**changes))
     with pytest.raises(ValueError, match=rf"gallery\.json: {message}"):
         read_run(run)
+
+
+def test_the_environment_names_no_host_and_counts_earlier_starts(make_run):
+    environment = {"torch": "2.14.1", "host": "secret", "process": 1, "earlier_starts": [{}, {}]}
+    record = read_run(make_run(environment=environment))
+    assert record.environment == {"torch": "2.14.1", "earlier_starts": "2"}

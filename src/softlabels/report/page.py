@@ -173,19 +173,22 @@ def write_report(
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
     """A name for each run: its label, with the seed or folder where labels are not unique."""
+    folders = [_printable(record.folder.name) for record in records]
     names = [
-        "".join(c if c.isprintable() else " " for c in record.label).strip() or record.folder.name
-        for record in records
+        _printable(record.label).strip() or folder
+        for record, folder in zip(records, folders, strict=True)
     ]
-    for details in (
-        [f"seed {record.seed}" for record in records],
-        [r.folder.name for r in records],
-    ):
+    for details in ([f"seed {record.seed}" for record in records], folders):
         names = [
             f"{name}, {detail}" if names.count(name) > 1 else name
             for name, detail in zip(names, details, strict=True)
         ]
     return names
+
+
+def _printable(text: str) -> str:
+    """Without what a chart's XML cannot hold."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _join(values: Iterable[object]) -> str:
@@ -309,7 +312,7 @@ def _facts(records: Sequence[RunRecord]) -> list[_Fact]:
             "" if r.images_per_second is None else f"{r.images_per_second:,.0f}" for r in records
         ],
         "state": ["complete" if r.is_complete else "incomplete" for r in records],
-        "folder": [r.folder.name for r in records],
+        "folder": [_printable(r.folder.name) for r in records],
     }
     return [_Fact(name, tuple(values)) for name, values in rows.items() if any(values)]
 
@@ -322,7 +325,7 @@ def _best(record: RunRecord) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 100:
+    if not 100 <= seconds < math.inf:
         return f"{seconds:.1f} s"
     minutes, hours = round(seconds / 60), int(seconds // 3600)
     return f"{minutes} min" if hours < 2 else f"{hours} h {round(seconds / 60) - 60 * hours} min"

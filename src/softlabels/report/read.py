@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import statistics
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,13 @@ from numpy.typing import NDArray
 SCORES = ("top1", "top5", "group_top1", "nll", "ece")
 """The scores of an evaluation that the report knows; others are ignored."""
 
+MOST_BYTES = 256 << 20
+"""Size of the largest file of a run that is read."""
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_SIZE = slice(16, 24)  # width and height in the header, which comes first
+_MOST_PIXELS = 16_384
+_LARGEST_INT = 2**63
 _T = TypeVar("_T")
 
 
@@ -135,6 +143,8 @@ class _Fields:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             got = f"{value!r:.80}" if key in self.values else "nothing"
             raise ValueError(f"{self.path}: {key!r} is {got}, expected {kind.__name__}")
+        if isinstance(value, int) and not -_LARGEST_INT <= value < _LARGEST_INT:
+            raise ValueError(f"{self.path}: {key!r} has {value.bit_length()} bits, expected 64")
         return value
 
     def optional(self, key: str, kind: type[_T]) -> _T | None:
@@ -198,7 +208,7 @@ def read_run(folder: Path) -> RunRecord:
         best_epoch=_Fields(summary.path, best).optional("epoch", int),
         images_per_second=statistics.median(speeds) if speeds else None,
         curves=_read_curves(folder / "metrics.jsonl"),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=_read_text(config) if config.is_file() else "",
         environment=_read_environment(environment) if environment.is_file() else {},
         gallery=_read_gallery(gallery) if gallery.is_file() else None,
     )
@@ -207,13 +217,38 @@ def read_run(folder: Path) -> RunRecord:
 def _number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{what} is {value!r:.80}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{what} has hundreds of digits, expected a number") from error
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; what is no UTF-8, and what UTF-8 cannot hold, becomes U+FFFD."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no run writes")
+    return content.decode("utf-8", errors="replace")
+
+
+def _writable(value: object) -> object:
+    """JSON without halves of surrogate pairs, which no file can hold: `"\\ud800"` is valid JSON."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [_writable(item) for item in value]
+    if isinstance(value, dict):
+        return {_writable(key): _writable(item) for key, item in value.items()}
+    return value
 
 
 def _read_object(path: Path) -> _Fields:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
+        values = _writable(json.loads(_read_text(path)))
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -225,13 +260,12 @@ def _read_lines(path: Path) -> list[dict[str, object]]:
     lines: list[dict[str, object]] = []
     if not path.is_file():
         return lines
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if isinstance(values, dict):
             lines.append(values)
@@ -249,21 +283,30 @@ def _read_curves(path: Path) -> dict[str, Curve]:
                 continue
             if isinstance(value, (int, float)) and isinstance(position, (int, float)):
                 # A resumed run may log a step again: the later line counts.
-                points.setdefault(key, {})[float(position)] = float(value)
+                with contextlib.suppress(OverflowError):  # a number of hundreds of digits
+                    points.setdefault(key, {})[float(position)] = float(value)
     curves = {}
     for key, values in points.items():
-        x, y = np.array(sorted(values.items()), dtype=np.float64).T
-        finite = np.isfinite(y)
+        x, y = np.array(sorted(values.items()), dtype=np.float64).reshape(-1, 2).T
+        finite = np.isfinite(x) & np.isfinite(y)
         if finite.any():
             curves[key] = Curve(x[finite], y[finite])
     return curves
 
 
+# Of use to who looks for a living run, and to nobody who reads its report.
+_OF_THE_PROCESS = ("host", "process")
+
+
 def _read_environment(path: Path) -> dict[str, str]:
-    return {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in _read_object(path).values.items()
+    values = _read_object(path).values
+    # A page may be published; of the earlier starts their number is enough.
+    shown = {
+        key: len(value) if key == "earlier_starts" and isinstance(value, list) else value
+        for key, value in values.items()
+        if key not in _OF_THE_PROCESS
     }
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in shown.items()}
 
 
 def _read_gallery(path: Path) -> Gallery:
@@ -281,33 +324,37 @@ def _read_image(fields: _Fields, names: list[object]) -> GalleryImage:
     path = fields.path
 
     def class_name(index: int) -> str:
-        return str(names[index]) if 0 <= index < len(names) else f"class {index}"
+        name = names[index] if 0 <= index < len(names) else None
+        return name if isinstance(name, str) else f"class {index}"
 
     def pairs(key: str) -> list[tuple[int, float]]:
         found = []
         for pair in fields.get(key, list):
-            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], int):
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
                 raise ValueError(f"{path}: {key!r} holds {pair!r:.80}, expected [class, number]")
             found.append((pair[0], _number(pair[1], f"{path}: {key!r}")))
         return found
 
     shape = fields.get("shape", list)
-    if len(shape) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in shape):
+    if len(shape) not in (2, 3) or not all(type(n) is int and 0 < n <= _MOST_PIXELS for n in shape):
         raise ValueError(f"{path}: 'shape' is {shape!r:.80}, expected [height, width, ...]")
     png = fields.get("png", str)
     try:
-        is_png = base64.b64decode(png, validate=True).startswith(_PNG_SIGNATURE)
+        content = base64.b64decode(png, validate=True)
     except (binascii.Error, ValueError):
-        is_png = False
-    if not is_png:
+        content = b""
+    if not content.startswith(_PNG_SIGNATURE):
         raise ValueError(f"{path}: 'png' is {png!r:.40}, expected a PNG file in base64")
+    height, width = shape[:2]
+    if content[_PNG_SIZE] != struct.pack(">II", width, height):
+        raise ValueError(f"{path}: 'png' is a picture of another size than 'shape', {shape}")
     target = fields.get("target", int)
     prediction = pairs("prediction")
     return GalleryImage(
         index=fields.get("index", int),
-        height=shape[0],
-        width=shape[1],
-        png=png,
+        height=height,
+        width=width,
+        png=base64.b64encode(content).decode(),
         true_class=class_name(target),
         target_value=fields.number("target_value"),
         non_target=tuple((class_name(index), share) for index, share in pairs("non_target")),
