@@ -31,6 +31,8 @@ from softlabels.training.processes import gathered
 
 __all__ = ["Engine", "Observer"]
 
+_STOP = "stop"
+
 
 class Observer(Protocol):
     """What the engine tells of a run."""
@@ -108,6 +110,7 @@ class Engine:
         self.step = 0
         self.finished_epochs = 0
         self.steps_per_epoch = source.steps_per_epoch(config.batch_size)
+        self._is_shared = accelerator.num_processes > 1
         self._may_skip = config.precision != "no" and config.max_skipped_steps > 0
         self.log = LossLog(
             eager=self._may_skip or accelerator.device.type == "cpu",
@@ -166,18 +169,27 @@ class Engine:
             for index, batch in enumerate(batches, first):
                 ends = index + 1 == self.steps_per_epoch
                 due = (self.step + 1) % self.config.log_every == 0 or ends
-                details = self._step(batch, epoch, index, detailed=due)
+                details, any_asked = self._step(
+                    batch, epoch, index, detailed=due, asked=bool(interrupt.asked)
+                )
                 self.step += 1
                 scalars = self._logged(details) if due else {}
                 now = time.perf_counter()
                 observer.step(epoch, self.step, len(batch.target), now - since, scalars)
                 since = now
-                if self._stop_is_asked(interrupt, due):
+                if self._stops(interrupt, any_asked, due):
                     observer.store()
                     raise Interrupted(number=interrupt.asked or signal.SIGTERM)
                 every = self.config.checkpoint.every
                 if every is not None and self.step % every == 0 and not ends:
                     observer.store()
+
+    def _stops(self, interrupt: InterruptGuard, any_asked: Tensor, due: bool) -> bool:
+        """Whether a signal came; on several processes all must stop at the same step."""
+        if not self._is_shared:
+            return bool(interrupt.asked)
+        # On an accelerator a wait for the device: only where there is one anyway.
+        return (due or any_asked.device.type == "cpu") and bool(any_asked)
 
     def _batches(self, epoch: int, first: int) -> Generator[Batch]:
         draw = getattr(self.distiller.teacher, "draw", None)
@@ -193,21 +205,15 @@ class Engine:
             draw=None if draw is None else draw(epoch),
         )
 
-    def _stop_is_asked(self, interrupt: InterruptGuard, due: bool) -> bool:
-        """Whether a signal came to any process, which must all stop at the same step.
+    def _step(
+        self, batch: Batch, epoch: int, index: int, *, detailed: bool, asked: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One update of the weights.
 
-        On accelerators several processes look only at log lines: it is a wait for the device.
+        Returns:
+            What is logged of the loss's terms, if `detailed`; and whether any process was `asked`
+            to stop.
         """
-        if self.accelerator.num_processes == 1:
-            return bool(interrupt.asked)
-        if not due and self.accelerator.device.type != "cpu":
-            return False
-        asked = torch.tensor(float(bool(interrupt.asked)), device=self.accelerator.device)
-        total: Tensor = cast("Tensor", self.accelerator.reduce(asked, "sum"))
-        return bool(total.item())
-
-    def _step(self, batch: Batch, epoch: int, index: int, *, detailed: bool) -> dict[str, Tensor]:
-        """One update of the weights; gives what is logged of the loss's terms, if `detailed`."""
         seed, rank = self.config.seed, self.accelerator.process_index
         # Dropout and the like are a function of the place in the run: a resume needs no state.
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
@@ -222,7 +228,9 @@ class Engine:
             self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
         else:
             self.accelerator.unscale_gradients()
+        parts[_STOP] = torch.tensor(float(asked), device=self.accelerator.device)
         logged = self._over_processes(parts, share)
+        any_asked = logged.pop(_STOP) > 0
         logged[GRADIENT] = _largest_gradient(self.distiller)
         healthy = self.log.add(self.step, logged, index=batch.index, finite=finite)
         if not healthy:
@@ -238,7 +246,7 @@ class Engine:
         self.distiller.after_step()
         if self.ema is not None and healthy:
             self.ema.update(self.core)
-        return self._over_processes(details, share)
+        return self._over_processes(details, share), any_asked
 
     def _backward(
         self, batch: Batch, *, detailed: bool
@@ -303,7 +311,7 @@ class Engine:
         self, scalars: Mapping[str, Tensor], share: float | Tensor
     ) -> dict[str, Tensor]:
         """Scalars averaged over the samples of all processes, in one message."""
-        if self.accelerator.num_processes == 1 or not scalars:
+        if not self._is_shared or not scalars:
             return dict(scalars)
         own = torch.stack([value.detach().float() for value in scalars.values()]) * share
         # Gathered, then summed in the order of ranks: the same bits on every process.
@@ -324,7 +332,7 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of `network` on the test set, the same on every process."""
-        if self.accelerator.num_processes > 1:
+        if self._is_shared:
             # Each process has gathered batch statistics of its own; the first one's are stored.
             for buffer in self.network.buffers():
                 broadcast(buffer, from_process=0)
