@@ -38,8 +38,8 @@ def assert_equal(ours: list, theirs: list) -> None:
         assert torch.equal(a.images, b.images)
 
 
-def read_with_deaths(source: FolderSource, deaths: set[int]) -> list:
-    """Read an epoch, killing all workers before some of its batches."""
+def read_with_deaths(source: FolderSource, deaths: set[int], number: int = signal.SIGKILL) -> list:
+    """Read an epoch, sending a signal to all workers after some of its batches."""
     others = children()
     batches = []
     steps = source.train_batches(seed=0, epoch=0, batch_size=4, device="cpu")
@@ -47,7 +47,7 @@ def read_with_deaths(source: FolderSource, deaths: set[int]) -> list:
         batches.append(batch)
         if step in deaths:
             for process in children() - others:
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
     return batches
 
 
@@ -59,6 +59,14 @@ def test_workers_that_die_are_replaced_and_no_batch_changes(image_folder, worker
         ours = read_with_deaths(source, {0})
     assert_equal(ours, expected)
     assert_equal(batches_of(source), expected)  # the next epoch has workers again
+    source.close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_ctrl_c_is_left_to_the_reader(image_folder):
+    expected = batches_of(FolderSource(image_folder, workers=0, **RANDOM))
+    source = FolderSource(image_folder, workers=2, **RANDOM)
+    assert_equal(read_with_deaths(source, {0, 1, 2}, signal.SIGINT), expected)
     source.close()
 
 

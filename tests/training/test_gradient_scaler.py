@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 import softlabels
 from softlabels.data.memory import InMemorySource
-from softlabels.training import trainer
+from softlabels.training import processes
 from softlabels.training.guards import NonFiniteLossError
 
 
@@ -27,7 +27,7 @@ def scaled(monkeypatch):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
         return accelerator
 
-    monkeypatch.setattr(trainer, "Accelerator", build)
+    monkeypatch.setattr(processes, "Accelerator", build)
 
 
 def train(source: InMemorySource, output, **settings) -> softlabels.training.TrainResult:

@@ -240,6 +240,7 @@ class ImageReader:
             persistent_workers=self._num_workers > 0,
             # Without its own generator a loader would draw from torch's, on which models depend.
             generator=torch.Generator(),
+            worker_init_fn=_leave_interrupts_to_the_reader,
         )
 
     def _count_restart(self, error: Exception) -> None:
@@ -290,6 +291,11 @@ def _tells_of_a_death(error: Exception) -> bool:
     if text.startswith("Caught "):
         return False
     return not isinstance(error, RuntimeError) or "DataLoader worker" in text
+
+
+def _leave_interrupts_to_the_reader(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal, and whoever reads may want to finish a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
