@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival check format bench bench-losses docs teacher picture clean
+.PHONY: help demo test test-slow test-survival fuzz check format bench bench-losses bench-cache bench-scaling docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test-slow: $(STAMP) ## Run the tests that train for minutes
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
 
+fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input (10 minutes)
+	HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz
+
 check: $(STAMP) ## Check format, style, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,6 +50,12 @@ bench: $(STAMP) ## Measure overheads and write results/benchmarks.json
 
 bench-losses: $(STAMP) ## Measure the losses, and write results/losses.json (6 minutes, two threads)
 	$(BIN)/python -m benchmarks.losses
+
+bench-cache: $(STAMP) ## Measure what a teacher cache loses, and write results/teacher_cache.json (a minute)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.teacher_cache
+
+bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, two processes (10 minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.scaling
 
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render

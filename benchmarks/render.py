@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/speed.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/speed.md",
+    "docs/teacher_cache.md",
+    "docs/imagenet_plan.md",
+)
 NAMES = {
     "cross_entropy": "cross-entropy",
     "zipf_ls": "Zipf's LS",
@@ -220,12 +227,99 @@ def losses() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {
+def teacher_cache() -> str:
+    """What a teacher cache takes and loses, by the number of stored classes."""
+    results = _read("teacher_cache.json")
+    temperature = f"{results['temperature']:g}"
+    lines = [
+        f"| k | MB per million images and draw | mean KL | largest KL | mean KL, T = {temperature} "
+        "| same first class % | NKD loss, error % |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for size in results["sizes"]:
+        cells = (
+            f"{size['bytes_per_view']}",
+            f"{size['mean_kl']:.2g}",
+            f"{size['max_kl']:.2g}",
+            f"{size['mean_kl_at_temperature']:.2g}",
+            f"{100 * size['top1_agreement']:.2f}",
+            f"{100 * size['nkd_relative_error']:.2g}",
+        )
+        lines.append(f"| {size['top']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{results['images']:,} images, {results['classes']} classes. The first class differs "
+        "where two logits are equal in half precision. "
+        f"`{results['command']}` on {_where(results['environment'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """What running for long and on several processes costs, beside the bounds."""
+    results = _read("scaling.json")
+    lines = [
+        "| figure | measured | middle half | bound | held | rounds |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for bound in results["bounds"]:
+        sign = "at least" if bound["at_least"] else "at most"
+        lines.append(
+            f"| {bound['figure']} | {_three(bound['median'])} "
+            f"| {_three(bound['low'])} to {_three(bound['high'])} | {sign} {bound['bound']:g} "
+            f"| {'yes' if bound['held'] else '**no**'} | {bound['rounds']} |"
+        )
+    lines += [
+        "",
+        "| memory of a run: source | epochs | MB after a quarter of them | MB at the end "
+        "| growth kB an epoch |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {run['source']} | {run['epochs']} | {run['megabytes_first']:.1f} "
+        f"| {run['megabytes_last']:.1f} | {run['kilobytes_an_epoch']:.1f} |"
+        for run in results["memory"]
+    ]
+    return "\n".join([*lines, "", f"`{results['command']}` on {_where(results['environment'])}."])
+
+
+def plan_decoding() -> str:
+    """How fast one core of this machine reads training images."""
+    results = _read("scaling.json")
+    part = results["decoding"]
+    speed = part["images_per_second"]
+    return (
+        f"{1e3 / speed['median']:.1f} ms: {speed['median']:.0f} images/s (middle half "
+        f"{speed['low']:.0f} to {speed['high']:.0f}; synthetic files of {part['kilobytes']:.0f} "
+        f"kB; {_where(results['environment'], 'one thread')})."
+    )
+
+
+def _plan(name: str) -> str:
+    from benchmarks.plan import sections
+
+    return sections(_read("scaling.json")["decoding"]["images_per_second"]["median"])[name]
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "scaling": scaling,
+    "plan-decoding": plan_decoding,
+    **{
+        name: partial(_plan, name)
+        for name in (
+            "plan-images",
+            "plan-network",
+            "plan-memory",
+            "plan-teachers",
+            "plan-caches",
+        )
+    },
     "demo-table": demo_table,
     "demo-details": demo_details,
     "teacher": teacher,
     "benchmarks": benchmarks,
     "losses": losses,
+    "teacher-cache": teacher_cache,
 }
 
 

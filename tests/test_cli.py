@@ -13,7 +13,7 @@ from PIL import Image
 
 from softlabels.cli import main
 
-COMMANDS = ("train", "eval", "predict", "demo", "methods", "config")
+COMMANDS = ("train", "cache-teacher", "eval", "predict", "demo", "methods", "config")
 
 
 @pytest.fixture(scope="module")

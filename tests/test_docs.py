@@ -18,7 +18,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 sys.path.insert(0, str(ROOT))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/speed.md", "docs/teacher_cache.md"]
+)
 def test_generated_figures_equal_the_results_files(page):
     from benchmarks.render import rendered
 
@@ -35,11 +37,16 @@ def _broken_bound(content):
     content["bounds"][0]["held"] = not content["bounds"][0]["held"]
 
 
+def _larger_answers(content):
+    content["sizes"][0]["bytes_per_view"] += 1
+
+
 @pytest.mark.parametrize(
     ("page", "file", "change"),
     [
         ("README.md", "demo.json", _better_uskd),
         ("docs/speed.md", "losses.json", _broken_bound),
+        ("docs/teacher_cache.md", "teacher_cache.json", _larger_answers),
     ],
 )
 def test_a_changed_result_changes_the_page(page, file, change, monkeypatch):
@@ -94,8 +101,8 @@ def test_example_runs(script, capsys):
 
 def test_commands_in_the_readme_exist(capsys):
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = set(re.findall(r"^softlabels (\w+)", "\n".join(blocks), re.MULTILINE))
-    assert {"demo", "train", "eval", "predict", "methods"} <= commands
+    commands = set(re.findall(r"^softlabels ([\w-]+)", "\n".join(blocks), re.MULTILINE))
+    assert {"demo", "train", "cache-teacher", "eval", "predict", "methods"} <= commands
     for command in commands:
         assert main([command, "--help"]) == 0
         capsys.readouterr()

@@ -310,13 +310,100 @@ def test_metadata_of_another_file(tmp_path):
         ([torch.zeros(1)], "holds a list"),
         ({"epoch": 3}, "holds no state dict.*epoch"),
         ({"model": {}}, "an empty dict"),
-        ({1: torch.zeros(1)}, "holds no state dict.*1"),
+        ({1: torch.zeros(1)}, "holds no state dict.*a name of type int"),
+        ({"a": torch.eye(2).to_sparse()}, "holds no state dict.*a$"),
+        ({"a": torch.zeros(2, device="meta")}, "holds no state dict.*a$"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "holds no state dict.*a$"),
+        ({("x" * 10**6,): torch.zeros(1)}, "a name of type tuple$"),
     ],
 )
 def test_no_state_dict(tmp_path, content, finding):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=finding):
         load_weights(network(), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("0.weight", float("nan")), ("3.bias", float("inf")), ("1.running_var", float("nan"))],
+)
+def test_numbers_that_are_not_finite(tmp_path, suffix, name, value):
+    state = {key: tensor.clone() for key, tensor in network(1).state_dict().items()}
+    state[name].view(-1)[-1] = value
+    path = tmp_path / f"a{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    model, before = network(2), network(2)
+    with pytest.raises(
+        ValueError, match=rf"a{suffix} holds numbers that are not finite, in {name}"
+    ):
+        load_weights(model, path)
+    assert same(model, before)
+
+
+def test_numbers_that_the_models_dtype_cannot_hold(tmp_path):
+    save_file(
+        {"weight": torch.full((1, 1), 1e30), "bias": torch.zeros(1)}, tmp_path / "a.safetensors"
+    )
+    load_weights(nn.Linear(1, 1), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="not finite, in weight"):
+        load_weights(nn.Linear(1, 1).half(), tmp_path / "a.safetensors")
+
+
+def test_a_buffer_may_be_infinite(tmp_path):
+    source, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    source.register_buffer("mask", torch.tensor(-float("inf")))
+    model.register_buffer("mask", torch.zeros(()))
+    save_weights(source, tmp_path / "a.safetensors")
+    load_weights(model, tmp_path / "a.safetensors")
+    assert model.mask == -float("inf")
+
+
+def repacked(path, compression):
+    """The same archive with its parts packed."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def test_packed_archives_are_refused(tmp_path):
+    """A few kB of them could fill the memory."""
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.zeros(100_000)}, path)
+    repacked(path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 5000
+    assert torch.load(path, weights_only=True)["weight"].numel() == 100_000  # torch unpacks it
+    with pytest.raises(ValueError, match=r"a\.pth is not a readable.*its parts are packed"):
+        load_weights(network(), path)
+
+
+def test_archives_whose_parts_overlap_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.zeros(10_000)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(3):
+            twin = zipfile.ZipInfo(f"archive/data/{number + 7}")
+            original = archive.getinfo("a/data/0")
+            for name in ("header_offset", "compress_size", "file_size", "CRC"):
+                setattr(twin, name, getattr(original, name))
+            archive.filelist.append(twin)
+        archive.comment = b" "  # makes it write the list anew
+    with pytest.raises(ValueError, match=r"a\.pth is not a readable.*larger than the whole file"):
+        load_weights(network(), path)
+
+
+@pytest.mark.parametrize("numel", [2**40, 2**62])
+def test_legacy_file_with_a_gigantic_storage(tmp_path, numel):
+    """The pickle says how much is to be reserved."""
+    path = tmp_path / "a.pt"
+    torch.save({"weight": torch.zeros(7)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert content.count(b"K\x07N") == 1  # the storage's size
+    path.write_bytes(content.replace(b"K\x07N", b"\x8a\x08" + numel.to_bytes(8, "little") + b"N"))
+    with pytest.raises(ValueError, match=r"a\.pt is not a readable"):
+        load_weights(network(), path)
 
 
 # --- writing

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from softlabels.teacher import (
         Teacher as Teacher,
     )
+    from softlabels.teacher_cache import (
+        TeacherCache as TeacherCache,
+    )
     from softlabels.training import (
         train as train,
     )
@@ -81,6 +84,7 @@ _ROOMS = {
     "zipf_ls_targets": "losses",
     "FeatureTap": "taps",
     "Teacher": "teacher",
+    "TeacherCache": "teacher_cache",
     "train": "training",
 }
 
@@ -93,6 +97,7 @@ __all__ = [
     "SoftLabels",
     "StepOutput",
     "Teacher",
+    "TeacherCache",
     "USKDLoss",
     "ZipfLSLoss",
     "__version__",

@@ -18,8 +18,13 @@ __all__ = ["main"]
 
 Result = TypeVar("Result")
 
+_TRACEBACK = "SOFTLABELS_TRACEBACK"
+_LONGEST_MESSAGE = 2000
+_MOST_IMAGES = 1_000_000  # in a batch
+
 _COMMANDS = {
     "train": "train a classifier, from a recipe or from settings",
+    "cache-teacher": "store a teacher's answers, so that training needs no teacher",
     "eval": "measure a trained student on a test set",
     "predict": "classify images with a trained student",
     "demo": "train one small student four ways on the embedded data, and compare",
@@ -40,7 +45,7 @@ def _overview() -> str:
         "network itself (USKD), or from Zipf's law (Zipf's LS).",
         "",
         "commands:",
-        *(f"  {name:9} {text}" for name, text in _COMMANDS.items()),
+        *(f"  {name:14} {text}" for name, text in _COMMANDS.items()),
         "",
         "softlabels COMMAND --help tells the options of a command; softlabels --version the",
         "version. For a start: softlabels demo",
@@ -60,8 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped: 128 + the signal's number.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    name, rest = given[0], given[1:]
-    sys.path.append(str(Path.cwd()))  # for models named as module:function
+    status = _status(given[0], given[1:])
+    if arguments is None and _is_one_of_several():
+        # gloo's threads may still let go of tensors. If Python is being torn down by then, they
+        # abort the process, and a finished run looks like a failed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_one_of_several() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _status(name: str, rest: list[str]) -> int:
     try:
         return _run(name, rest)
     except SystemExit as stop:  # help of a command
@@ -75,13 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         _complain(name, _in_words(error))
         return 2
-    except RuntimeError as error:
-        from softlabels.training.guards import RunError
-
-        if not isinstance(error, RunError):
+    except Exception as error:  # no user of the command sees a traceback
+        if os.environ.get(_TRACEBACK):
             raise
-        _complain(name, str(error))
+        _complain(name, _of_failed_run(error))
         return 1
+
+
+def _of_failed_run(error: Exception) -> str:
+    """What to tell of an error that is no mistake of the user's."""
+    from softlabels.training.guards import RunError
+
+    if isinstance(error, RunError):
+        return str(error)
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate", str(error)):
+        return f"not enough memory ({error or kind}): try a smaller batch_size or network"
+    return f"stopped by {kind}: {error} ({_TRACEBACK}=1 in the environment shows where)"
 
 
 def _in_words(error: Exception) -> str:
@@ -91,7 +120,20 @@ def _in_words(error: Exception) -> str:
 
 
 def _complain(command: str, message: str) -> None:
-    print(f"softlabels {command}: {' '.join(message.split())}", file=sys.stderr)
+    line = _printable(" ".join(message.split()))
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[:_LONGEST_MESSAGE]} ... ({len(line)} characters)"
+    print(f"softlabels {_printable(command):.80}: {line}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Text of a file as a terminal may show it: without orders to it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _put(line: str) -> None:
+    """Print a line whose file names may be no Unicode; in JSON too, the escape stays valid."""
+    print(line.encode("utf-8", "backslashreplace").decode())
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -105,6 +147,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "cache-teacher": _cache_teacher,
         "eval": _eval,
         "predict": _predict,
         "demo": _demo,
@@ -157,13 +200,20 @@ def _unboxed(text: str, prog: str) -> str:
     return f"{words} (softlabels {prog} --help lists the options)"
 
 
-def _configured(arguments: list[str], prog: str) -> Any:
-    """A configuration: defaults, over them a recipe, over that the options."""
+def _configured(
+    arguments: list[str], prog: str, extended: Callable[[Any], Any] = lambda config: config
+) -> Any:
+    """A configuration: defaults, over them a recipe, over that the options.
+
+    Args:
+        arguments: The recipe and the options.
+        prog: Name of the command.
+        extended: Gives a configuration the further settings of the command.
+    """
     import tyro
 
     from softlabels.training.config import (
         METHOD_SETTINGS,
-        Config,
         checked,
         load_recipe,
         parse,
@@ -181,15 +231,16 @@ def _configured(arguments: list[str], prog: str) -> Any:
             if not equals:
                 kind = arguments[position + 1] if position + 1 < len(arguments) else ""
             values = with_method(values, kind)
+    default = extended(parse(values))
     config = _tyro(
-        Config,
+        type(default),
         arguments,
         f"{prog} [RECIPE]",
-        default=parse(values),
+        default=default,
         description=(
-            "Settings of a run. RECIPE is a YAML file or the name of a recipe in the package "
-            "(`softlabels config` lists them); options override it. --method.kind is one of "
-            f"{', '.join(METHOD_SETTINGS)}; the help then shows that method's options."
+            f"{inspect.getdoc(type(default))} RECIPE is a YAML file or the name of a recipe in "
+            "the package (`softlabels config` lists them); options override it. --method.kind is "
+            f"one of {', '.join(METHOD_SETTINGS)}; the help then shows that method's options."
         ),
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -202,12 +253,54 @@ def _console() -> Any:
     return Console(stderr=True)
 
 
+def _speaks() -> bool:
+    """Whether this is the one process of a run that prints its results."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def _train(arguments: list[str]) -> int:
     from softlabels.training.trainer import run
 
     result = run(_configured(arguments, "train"), console=_console())
+    if not _speaks():
+        return 0
     print(_metrics_line(result.final))
     print(f"everything is in {result.folder} (report.html, student.safetensors)")
+    return 0
+
+
+def _cache_teacher(arguments: list[str]) -> int:
+    from softlabels.training.cache import CacheConfig, build_cache
+
+    config = _configured(arguments, "cache-teacher", CacheConfig.of)
+    path = config.output or config.teacher.cache
+    if path is None:
+        raise _UsageError("say where the cache shall be: --output FOLDER")
+    cache = build_cache(
+        config,
+        path,
+        draws=config.draws,
+        top=config.top,
+        images_per_file=config.images_per_file,
+        console=_console(),
+    )
+    if not _speaks():
+        return 0
+    error, views = cache.error, cache.num_images * cache.num_draws
+    print(
+        f"{cache.num_images:,} images x {cache.num_draws} draws, {cache.top} of "
+        f"{cache.num_classes} classes: {cache.num_bytes / 1e6:,.2f} MB, "
+        f"{cache.num_bytes / views:g} MB per million images and draw"
+    )
+    print(
+        f"against the full answers: KL mean {error['mean_kl']:.2g}, largest {error['max_kl']:.2g} "
+        f"nats; the first class agrees in {error['top1_agreement']:.2%}"
+    )
+    if error["unreadable"]:
+        print(f"{error['unreadable']} views have no answer: their images could not be read")
+    print(f"train with --teacher.cache {path}")
     return 0
 
 
@@ -237,6 +330,11 @@ def _config(arguments: list[str]) -> int:
     return 0
 
 
+def _check_batch_size(batch_size: int) -> None:
+    if not 1 <= batch_size <= _MOST_IMAGES:
+        raise _UsageError(f"batch_size must be in 1..{_MOST_IMAGES}, got {batch_size}")
+
+
 def _eval(arguments: list[str]) -> int:
     import tyro
 
@@ -258,6 +356,7 @@ def _eval(arguments: list[str]) -> int:
         """
         from softlabels.training.predict import evaluate_file
 
+        _check_batch_size(batch_size)
         metrics = evaluate_file(student, path=path, source=source, batch_size=batch_size)
         print(json.dumps(metrics) if format == "json" else _metrics_line(metrics))
         return 0
@@ -288,29 +387,33 @@ def _predict(arguments: list[str]) -> int:
 
         if not images:
             raise _UsageError("expected one or more images after the student")
-        if top < 1 or batch_size < 1:
-            raise _UsageError(f"top and batch_size must be 1 or more, got {top}, {batch_size}")
+        if top < 1:
+            raise _UsageError(f"top must be 1 or more, got {top}")
+        _check_batch_size(batch_size)
         found = find_images(images)
         network, record = load_student(student)
         predictions = predict(network, record, found, top=top, batch_size=batch_size)
         if format == "csv":
             import csv
 
-            writer = csv.writer(sys.stdout)
+            table = io.StringIO()
+            writer = csv.writer(table)
             writer.writerow(["image", "rank", "class", "probability"])
             for item in predictions:
                 for rank, (name, value) in enumerate(
                     zip(item.classes, item.probabilities, strict=True), 1
                 ):
                     writer.writerow([item.path, rank, name, f"{value:.6f}"])
+            _put(table.getvalue().rstrip("\r\n"))
             return 0
         for item in predictions:
             pairs = zip(item.classes, item.probabilities, strict=True)
             if format == "json":
                 classes = [{"class": name, "probability": value} for name, value in pairs]
-                print(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
+                _put(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
             else:
-                print(f"{item.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in pairs))
+                shares = ", ".join(f"{name} {value:.1%}" for name, value in pairs)
+                _put(_printable(f"{item.path}: {shares}"))
         return 0
 
     return _call(classify, arguments, "predict")

@@ -16,16 +16,19 @@ from torch.nn import functional
 from softlabels.losses.checks import check_logits, check_target
 from softlabels.losses.nontarget import SoftLabels, in_float32, label_probabilities
 from softlabels.signals import (
+    CacheReader,
     Signal,
     TeacherLogits,
     TeacherReader,
     Value,
+    checked_reads,
     given_values,
     provider_for,
     reads_teacher,
 )
 from softlabels.taps import Layout, undisturbed
 from softlabels.teacher import Teacher
+from softlabels.teacher_cache import TeacherCache
 from softlabels.trainable import Trainable
 
 __all__ = ["Distiller", "StepOutput"]
@@ -93,7 +96,8 @@ class Distiller(nn.Module):
         method: A module of `softlabels.losses`, or any module that declares `reads`. None
             trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
-            It is moved to the student's device.
+            It is moved to the student's device. Or a `TeacherCache`, whose answers are looked up:
+            `distiller(images, target, index=batch.index, draw=batch.draw)`.
         task_loss: (logits, target) -> scalar; cross-entropy if None, which leaves out the samples
             of the method's `ignore_index`.
         task_weight: Weight of the task's loss.
@@ -106,15 +110,15 @@ class Distiller(nn.Module):
     Attributes:
         trainable: The module to compile, wrap and optimise.
         method: The method's module.
-        teacher: The `Teacher`, or None.
+        teacher: The `Teacher` or `TeacherCache`, or None.
         detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
             its forward has that). It costs a second run of the method, and changes nothing of the
             loss; False at first.
 
     Raises:
         TypeError: The student or the method is no module.
-        ValueError: A teacher is missing, the class counts differ, a layer is not found, or the
-            method's `reads` does not fit its forward.
+        ValueError: A teacher is missing or does not give what the method reads, the class counts
+            differ, a layer is not found, or the method's `reads` does not fit its forward.
 
     Example:
         >>> from softlabels import Distiller, ZipfLSLoss
@@ -127,7 +131,7 @@ class Distiller(nn.Module):
     """
 
     trainable: nn.Module
-    teacher: Teacher | None
+    teacher: Teacher | TeacherCache | None
     method: nn.Module | None
     task_loss: Loss
 
@@ -136,7 +140,7 @@ class Distiller(nn.Module):
         student: nn.Module,
         method: nn.Module | None = None,
         *,
-        teacher: Teacher | nn.Module | None = None,
+        teacher: Teacher | TeacherCache | nn.Module | None = None,
         task_loss: Loss | None = None,
         task_weight: float = 1.0,
         method_weight: float = 1.0,
@@ -146,22 +150,23 @@ class Distiller(nn.Module):
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
-        reads = _checked_reads(method)
-        if teacher is not None and not isinstance(teacher, Teacher):
+        reads = checked_reads(method)
+        if teacher is not None and not isinstance(teacher, Teacher | TeacherCache):
             teacher = Teacher(teacher)
         reads_a_teacher = any(reads_teacher(signal) for signal in reads.values())
         if reads_a_teacher and teacher is None:
             raise ValueError(
                 f"{type(method).__name__} reads from a teacher: pass teacher=Teacher(model)"
             )
-        if teacher is not None and {*map(id, teacher.parameters())} & {
+        network = teacher if isinstance(teacher, Teacher) else None
+        if network is not None and {*map(id, network.parameters())} & {
             *map(id, student.parameters())
         }:
             raise ValueError("teacher and student share parameters: pass a copy as teacher")
         parameter = next(student.parameters(), None)
-        if teacher is not None and parameter is not None:
-            teacher.to(parameter.device)
-        student_taps, teacher_taps = _split_taps(taps or {}, teacher)
+        if network is not None and parameter is not None:
+            network.to(parameter.device)
+        student_taps, teacher_taps = _split_taps(taps or {}, network)
         layouts: dict[str, Layout] = {}
 
         def student_layout() -> Layout:
@@ -170,10 +175,10 @@ class Distiller(nn.Module):
             return layouts["student"]
 
         def teacher_layout() -> Layout:
-            assert teacher is not None
+            assert network is not None
             if "teacher" not in layouts:
-                example = teacher.prepared(student_layout().example())
-                layouts["teacher"] = Layout(teacher.model, example.shape[1:], teacher_taps)
+                example = network.prepared(student_layout().example())
+                layouts["teacher"] = Layout(network.model, example.shape[1:], teacher_taps)
             return layouts["teacher"]
 
         # Paths that the user names are checked, whether or not the method reads there.
@@ -201,11 +206,11 @@ class Distiller(nn.Module):
                 inspect.signature(method.forward).parameters
             )
             self._reads = reads
-            self._reader = (
-                TeacherReader(teacher, list(reads.values()), teacher_layout)
-                if teacher is not None and reads_a_teacher
-                else None
-            )
+            self._reader: TeacherReader | CacheReader | None = None
+            if reads_a_teacher and isinstance(teacher, TeacherCache):
+                self._reader = CacheReader(teacher, list(reads.values()))
+            elif reads_a_teacher and network is not None:
+                self._reader = TeacherReader(network, list(reads.values()), teacher_layout)
             self._kept: list[dict[str, Value]] = []
             self._add_heads(student_layout, needed=example_shape is not None)
         # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
@@ -220,9 +225,9 @@ class Distiller(nn.Module):
         build_heads = getattr(self.method, "build_heads", None)
         if build_heads is not None or (self._reader is not None and needed):
             example = layout().example()
-            models = [core] if self.teacher is None else [core, self.teacher]
+            models = [core, *([self.teacher] if isinstance(self.teacher, Teacher) else [])]
             with undisturbed(*models):
-                from_teacher = self._reader.read(example) if self._reader is not None else {}
+                from_teacher = self._reader.example(example) if self._reader is not None else {}
                 given = given_values(self._from_teacher_alone(), example, {}, from_teacher)
                 outputs = core(example, given)
             self._check_classes(outputs["logits"], given)
@@ -264,7 +269,8 @@ class Distiller(nn.Module):
         Args:
             images: [B, C, H, W], normalised for the student.
             target: [B] class indices or [B, C] probabilities, never smoothed.
-            **extras: Further tensors of the batch that the method reads, as `index=...`.
+            **extras: Further tensors of the batch that the method reads, as `index=...`, on any
+                device; with a `TeacherCache` `index` and `draw`, [B] on the CPU.
 
         Returns:
             The loss, the student's logits, and the parts of the loss.
@@ -273,8 +279,7 @@ class Distiller(nn.Module):
             ValueError: A missing extra, labels that do not fit the logits, or a teacher with
                 another number of classes and no class map.
         """
-        from_teacher = self._reader.read(images) if self._reader is not None else {}
-        given = given_values(self._reads, target, extras, from_teacher)
+        given = self._given(images, target, extras)
         outputs = self.trainable(images, given if self._core.heads is not None else None)
         logits: Tensor = outputs["logits"]
         self._check_classes(logits, given)
@@ -312,6 +317,12 @@ class Distiller(nn.Module):
                 parts[name.removeprefix("monitored/")] = value
         return StepOutput(loss, logits, parts, terms, tuple(heads))
 
+    def _given(
+        self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
+    ) -> dict[str, Value]:
+        from_teacher = self._reader.read(images, extras) if self._reader is not None else {}
+        return given_values(self._reads, target, extras, from_teacher)
+
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
         for argument, signal in self._reads.items():
             value = given.get(argument)
@@ -321,7 +332,7 @@ class Distiller(nn.Module):
                 raise ValueError(
                     f"the teacher has {value.shape[1]} classes, the student {logits.shape[1]}: "
                     "pass Teacher(model, class_map=[...]) with the teacher's index of each of the "
-                    "student's classes"
+                    "student's classes, or a cache of such a teacher"
                 )
 
     def _keep(self, values: Mapping[str, Value]) -> None:
@@ -373,8 +384,7 @@ class Distiller(nn.Module):
             **extras: As in `forward`.
         """
         with torch.no_grad():
-            from_teacher = self._reader.read(images) if self._reader is not None else {}
-            given = given_values(self._reads, target, extras, from_teacher)
+            given = self._given(images, target, extras)
             outputs = self._core(images, given)
             logits = outputs["logits"]
             assert isinstance(logits, Tensor)
@@ -450,40 +460,13 @@ def _logits_among(read: Mapping[str, Value]) -> list[Tensor]:
     ]
 
 
-def _checked_reads(method: nn.Module | None) -> dict[str, Signal]:
-    """What the method reads, checked against the arguments of its forward."""
-    if method is None:
-        return {}
-    if not isinstance(method, nn.Module):
-        raise TypeError(f"method must be an nn.Module or None, got {type(method).__name__}")
-    name = type(method).__name__
-    reads = getattr(method, "reads", None)
-    if not isinstance(reads, Mapping) or not all(isinstance(s, Signal) for s in reads.values()):
-        raise ValueError(f"{name} must declare `reads`, a mapping from argument to signal")
-    parameters = inspect.signature(method.forward).parameters
-    missing = [
-        argument
-        for argument, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and argument not in reads
-    ]
-    unknown = [argument for argument in reads if argument not in parameters]
-    if missing or unknown:
-        raise ValueError(
-            f"{name}.reads must name the arguments of its forward ({', '.join(parameters)}): "
-            f"missing {missing}, unknown {unknown}"
-        )
-    return dict(reads)
-
-
 def _split_taps(
-    taps: Mapping[str, str], teacher: Teacher | None
+    taps: Mapping[str, str], network: Teacher | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     of_student = {k: v for k, v in taps.items() if not k.startswith("teacher.")}
     of_teacher = {k.removeprefix("teacher."): v for k, v in taps.items() if k not in of_student}
-    if of_teacher and teacher is None:
-        raise ValueError(f"taps names {sorted(taps)}, but there is no teacher")
+    if of_teacher and network is None:
+        raise ValueError(f"taps names {sorted(taps)}, but there is no teacher's network")
     return of_student, of_teacher
 
 

@@ -1,11 +1,13 @@
 """The signals that methods read, and how each is provided.
 
 Signals of the student are provided inside the trained module, by a `Provider` each, which may
-have learned parts. The others are given to it: labels, extras of the batch, the teacher.
+have learned parts. The others are given to it: labels, extras of the batch, the teacher or
+its stored answers.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -25,8 +27,10 @@ from softlabels.losses.reads import (
 )
 from softlabels.taps import FeatureTap, Layout, PositionHead, TapPoint, votes_of
 from softlabels.teacher import Teacher
+from softlabels.teacher_cache import TeacherCache
 
 __all__ = [
+    "CacheReader",
     "Exits",
     "Features",
     "FromBatch",
@@ -39,6 +43,7 @@ __all__ = [
     "Value",
     "Votes",
     "WeakLogits",
+    "checked_reads",
     "given_values",
     "provider_for",
     "reads_teacher",
@@ -180,7 +185,11 @@ class TeacherReader:
         self._tap = FeatureTap(teacher.model, paths)
         self._tap.enabled = False
 
-    def read(self, images: Tensor) -> dict[Signal, Value]:
+    def example(self, images: Tensor) -> dict[Signal, Value]:
+        """Values as those of `read`, for images that are in no data set."""
+        return self.read(images, {})
+
+    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Signal, Value]:
         """Logits and features of the teacher for a batch, without gradient."""
         self._tap.enabled = True
         try:
@@ -195,6 +204,82 @@ class TeacherReader:
         return values
 
 
+class CacheReader:
+    """Looks the teacher's logits up, by `index` and `draw` of the batch.
+
+    Args:
+        cache: The stored answers.
+        signals: What a method reads.
+
+    Raises:
+        ValueError: A signal of the teacher that is not stored.
+    """
+
+    def __init__(self, cache: TeacherCache, signals: Sequence[Signal]) -> None:
+        self.cache = cache
+        for signal in signals:
+            if reads_teacher(signal) and not isinstance(signal, TeacherLogits):
+                raise ValueError(
+                    f"the method reads {signal}, but a teacher cache holds logits alone: pass the "
+                    "teacher itself"
+                )
+
+    def example(self, images: Tensor) -> dict[Signal, Value]:
+        """Values as those of `read`, for images that are in no data set."""
+        return {TeacherLogits(): images.new_zeros(len(images), self.cache.num_classes)}
+
+    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Signal, Value]:
+        """The stored logits for a batch, on the device of its images.
+
+        Raises:
+            ValueError: The extras do not say which views the images are.
+        """
+        missing = [name for name in ("index", "draw") if name not in extras]
+        if missing:
+            raise ValueError(
+                f"the teacher's answers are looked up by index and draw, got no {missing[0]}: call "
+                "distiller(images, target, index=..., draw=...) with the training batch's own, "
+                "both [B] on the CPU; other images have no stored answers"
+            )
+        index, draw = extras["index"], extras["draw"]
+        logits = self.cache.logits(index, draw, images.device)
+        if len(logits) != len(images):
+            raise ValueError(f"index must be [{len(images)}] as the images, got {len(index)}")
+        return {TeacherLogits(): logits}
+
+
+def checked_reads(method: nn.Module | None) -> dict[str, Signal]:
+    """What a method reads, by argument, checked against the arguments of its forward.
+
+    Raises:
+        TypeError: The method is no module.
+        ValueError: Its `reads` does not fit its forward.
+    """
+    if method is None:
+        return {}
+    if not isinstance(method, nn.Module):
+        raise TypeError(f"method must be an nn.Module or None, got {type(method).__name__}")
+    name = type(method).__name__
+    reads = getattr(method, "reads", None)
+    if not isinstance(reads, Mapping) or not all(isinstance(s, Signal) for s in reads.values()):
+        raise ValueError(f"{name} must declare `reads`, a mapping from argument to signal")
+    parameters = inspect.signature(method.forward).parameters
+    missing = [
+        argument
+        for argument, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and argument not in reads
+    ]
+    unknown = [argument for argument in reads if argument not in parameters]
+    if missing or unknown:
+        raise ValueError(
+            f"{name}.reads must name the arguments of its forward ({', '.join(parameters)}): "
+            f"missing {missing}, unknown {unknown}"
+        )
+    return dict(reads)
+
+
 def given_values(
     reads: Mapping[str, Signal],
     target: Tensor,
@@ -202,6 +287,8 @@ def given_values(
     from_teacher: Mapping[Signal, Value],
 ) -> dict[str, Value]:
     """Values of the signals that do not come from the student, by argument name.
+
+    Extras are moved to the target's device.
 
     Raises:
         ValueError: An extra that the method reads is missing from the batch.
@@ -217,7 +304,7 @@ def given_values(
                     f"{', '.join(sorted(extras)) or 'no extras'}: call "
                     f"distiller(images, target, {signal.name}=...)"
                 )
-            values[argument] = extras[signal.name]
+            values[argument] = extras[signal.name].to(target.device, non_blocking=True)
         elif signal in from_teacher:
             values[argument] = from_teacher[signal]
     return values

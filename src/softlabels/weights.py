@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from softlabels.files import replace_file
 
-__all__ = ["UNREADABLE", "load_weights", "read_metadata", "save_weights"]
+__all__ = [
+    "UNREADABLE",
+    "count_stored",
+    "load_weights",
+    "read_metadata",
+    "read_plain",
+    "save_weights",
+]
 
 _SUFFIX = ".safetensors"
 _WRAPPED_UNDER = ("state_dict", "model", "student")
 _PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 _SHOWN = 5
+_LONGEST_NAME = 120
 
 # What a damaged pickle may raise: its bytes are instructions, so nearly anything goes wrong.
 UNREADABLE = (
@@ -56,7 +66,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, holds code or other objects, or does not fit.
+        ValueError: If the file cannot be read, holds code or other objects or numbers that are
+            not finite, or does not fit.
     """
     path = _existing_file(path)
     expected = model.state_dict(keep_vars=True)
@@ -87,6 +98,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
         raise ValueError(described)
     if differences:
         warnings.warn(f"{described} (left out)", stacklevel=2)
+    _check_numbers(given, expected, path)
     model.load_state_dict(given, strict=False)
 
 
@@ -152,12 +164,88 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def count_stored(path: str | os.PathLike[str]) -> int:
+    """Count the numbers that the tensors of a `.safetensors` file hold, without reading them.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _existing_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_plain(file: BinaryIO) -> object:
+    """Read a torch file that holds nothing but tensors and plain values.
+
+    Args:
+        file: The open file.
+
+    Returns:
+        Its content, with tensors on the CPU.
+
+    Raises:
+        ValueError: It holds code or other objects, of which nothing is run, or it is damaged; the
+            message goes on after the file's name.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file is reported below, once
+            _check_archive(file)
+            content: object = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        # torch's text runs on with advice to load the file unsafely: just the finding is kept.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"holds more than tensors and plain values: {refused[1]:.120}. Loading that could "
+                "run code, so nothing was loaded or run. If you trust its origin, write its state "
+                "dict alone to a new file"
+            ) from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error)
+        first_line = (reason.splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"is not a readable torch file: {first_line.partition(' In PyTorch')[0]:.300}"
+        ) from error
+    return content
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Check that a torch file, if it is a zip archive, holds no more than its own size.
+
+    A few kB of packed zeros can fill the memory. `torch.save` packs nothing.
+    """
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError, struct.error):
+        entries = []  # no archive, or none that can be read: torch says so
+    finally:
+        file.seek(start)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its parts are packed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its parts are larger than the whole file")
+
+
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such weights file: {path}")
     if not path.is_file():
-        raise ValueError(f"expected a weights file, got a folder: {path}")
+        what = "a folder" if path.is_dir() else "something else"
+        raise ValueError(f"expected a weights file, got {what}: {path}")
     return path
 
 
@@ -176,24 +264,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch_file(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged file is reported below, once
-            content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        # torch's text runs on with advice to load the file unsafely: just the finding is kept.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} holds more than tensors and plain values: {refused[1]}. Loading that "
-                "could run code, so nothing was loaded or run. If you trust its origin, write its "
-                "state dict alone to a new file"
-            ) from error
-        reason = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error)
-        first_line = (reason.splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is not a readable weights file: {first_line.partition(' In PyTorch')[0]}"
-        ) from error
-    return content
+        with path.open("rb") as file:
+            return read_plain(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
@@ -204,7 +278,11 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    others = [key for key, value in content.items() if not _is_entry(key, value)]
+    others = [
+        key if isinstance(key, str) else f"a name of type {type(key).__name__}"
+        for key, value in content.items()
+        if not _is_entry(key, value)
+    ]
     if others or not content:
         raise ValueError(
             f"{path} holds no state dict, neither alone nor under {', '.join(_WRAPPED_UNDER)}; "
@@ -214,7 +292,32 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _is_entry(key: object, value: object) -> bool:
-    return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+    return isinstance(key, str) and (_is_plain(value) or key.endswith("_extra_state"))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is a tensor of numbers, one after another: not sparse, quantised, or empty."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+def _check_numbers(given: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
+    """Refuse what would make the model answer NaN. A buffer may be infinite (a mask)."""
+    bad = []
+    for name, value in given.items():
+        own = expected.get(name)
+        if isinstance(value, Tensor) and isinstance(own, Tensor) and own.is_floating_point():
+            numbers = value.detach().to(own.dtype)
+            fine = numbers.isfinite() if isinstance(own, nn.Parameter) else ~numbers.isnan()
+            if not bool(fine.all()):
+                bad.append(name)
+    if bad:
+        raise ValueError(f"{path} holds numbers that are not finite, in {_some(bad)}")
 
 
 def _without_prefixes(given: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -230,6 +333,6 @@ def _without_prefixes(given: dict[str, Tensor], expected: Mapping[str, Any]) -> 
 
 
 def _some(items: Iterable[object]) -> str:
-    texts = [str(item) for item in items]
+    texts = [f"{item!s:.{_LONGEST_NAME}}" for item in items]
     more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
     return ", ".join(texts[:_SHOWN]) + more

@@ -193,6 +193,60 @@ def test_text_of_all_files_is_escaped(make_run, write, make_gallery):
     assert page.all("img")[0]["alt"] == f"Test image 17, class {bad}"
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "]]><script>alert(1)</script>",
+        "</style></svg></title><img src=x onerror=alert(1)>",
+        "javascript:alert(1)",
+        "\"'`onload=alert(1) x=",
+        "&lt;script&gt;{{ 7 * 7 }}{% endfor %}",
+        "\x00\x1b[31m\u202e\ud800\uffff",
+        "x" * 100_000,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Glyph.*missing from")
+def test_page_stays_inert_and_complete(make_run, write, make_gallery, bad):
+    def page_of(name: str, text: str):
+        run = make_run(
+            name,
+            label=text,
+            model=text,
+            data=text,
+            config=text.encode("utf-8", "replace").decode(),
+            environment={text: text},
+            gallery={**make_gallery([text, text, text]), "what": text},
+        )
+        return write(run, title="t", notes=[run.name])
+
+    page, plain = page_of("bad", bad), page_of("plain", "plain")
+    assert [tag for tag, _ in page.texts] == [tag for tag, _ in plain.texts]
+    elements = {tag for tag in ("script", "iframe", "object", "a", "link") if page.all(tag)}
+    assert not elements
+    for tag in ("img", "svg", "h3", "li", "td", "text"):
+        assert len(page.all(tag)) == len(plain.all(tag)), tag
+        for attributes in page.all(tag):
+            assert not any(name.startswith("on") for name in attributes)
+            assert "javascript" not in attributes.get("src", "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e308])
+def test_numbers_that_are_not_finite_still_have_a_page(make_run, write, make_gallery, value):
+    metrics = "".join(
+        json.dumps({"epoch": n, "step": n, "eval/top1": v, "train/task": v}) + "\n"
+        for n, v in enumerate((1.0, value, -value))
+    )
+    run = make_run(
+        final={"top1": value, "nll": value},
+        seconds=value,
+        metrics=metrics,
+        gallery=make_gallery(target_value=value, non_target=[[1, value], [2, value]]),
+    )
+    page = write(run)
+    assert page.all("table")
+    assert page.all("img")
+
+
 def test_label_with_dollar_signs_is_no_formula(make_run, write):
     page = write(make_run(label=r"$\alpha$ & b"))
     assert any(r"$\alpha$ & b 61.24" in text for tag, text in page.texts if tag == "text")

@@ -98,6 +98,14 @@ def test_class_without_a_name_gets_its_number(make_run, make_gallery):
     ("changes", "message"),
     [
         ({"png": "javascript:alert(1)"}, "'png' is 'javascript:alert.*', expected a PNG file"),
+        ({"png": "iVBORw0KGgo="}, "'png' is a picture of another size"),
+        ({"shape": [8, 9]}, r"'png' is a picture of another size than 'shape', \[8, 9\]"),
+        ({"shape": [8, 10**12]}, r"'shape' is \[8, 1000000000000\]"),
+        ({"shape": [True, 8]}, r"'shape' is \[True, 8\]"),
+        ({"non_target": [[True, 1.0]]}, r"'non_target' holds \[True, 1.0\]"),
+        ({"target_value": 10**400}, "'target_value' has hundreds of digits"),
+        ({"index": 2**70}, "'index' has 71 bits, expected 64"),
+        ({"png": 'x" onerror="alert(1)'}, "'png' is 'x"),
         ({"png": "aGVsbG8="}, "'png' is 'aGVsbG8=', expected a PNG file in base64"),
         ({"shape": [8]}, r"'shape' is \[8\], expected \[height, width, ...\]"),
         ({"non_target": [["a", 1.0]]}, r"'non_target' holds \['a', 1.0\], expected \[class, numb"),
@@ -116,3 +124,53 @@ def test_the_environment_names_no_host_and_counts_earlier_starts(make_run):
     environment = {"torch": "2.14.1", "host": "secret", "process": 1, "earlier_starts": [{}, {}]}
     record = read_run(make_run(environment=environment))
     assert record.environment == {"torch": "2.14.1", "earlier_starts": "2"}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "environment.json", "gallery.json"])
+def test_file_nested_too_deeply_is_an_error_that_names_it(make_run, make_gallery, name):
+    run = make_run(gallery=make_gallery(), environment={"torch": "2"})
+    (run / name).write_text('{"label": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match=f"{name} is damaged: it is nested too deeply"):
+        read_run(run)
+
+
+def test_huge_file_is_an_error_that_names_it(make_run, monkeypatch):
+    run = make_run()
+    monkeypatch.setattr("softlabels.report.read.MOST_BYTES", 1 << 20)
+    (run / "metrics.jsonl").write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is larger than 1 MiB"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a/b": 1' + "0" * 400 + "}", '{"epoch": 1e999}'])
+@pytest.mark.filterwarnings("ignore:.*unreadable and left out")
+def test_absurd_lines_of_the_metrics_leave_the_others(make_run, line):
+    run = make_run()
+    expected = read_run(run).curves
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    curves = read_run(run).curves
+    assert curves.keys() == expected.keys()
+    assert all((curves[key].y == expected[key].y).all() for key in curves)
+
+
+def test_numbers_too_large_for_the_report_are_errors(make_run):
+    run = make_run()
+    change_summary(run, parameters=10**300)
+    with pytest.raises(ValueError, match="'parameters' has 997 bits, expected 64"):
+        read_run(run)
+    change_summary(run, parameters=1, final={"top1": 10**400})
+    with pytest.raises(ValueError, match="'top1' has hundreds of digits"):
+        read_run(run)
+
+
+def test_halves_of_surrogate_pairs_are_replaced(make_run):
+    record = read_run(make_run(label="a\ud800b", environment={"\udcff": "\udcff"}))
+    assert record.label.isascii() is False
+    record.label.encode()
+    assert all(text.encode() for pair in record.environment.items() for text in pair)
+
+
+def test_class_names_that_are_no_texts_get_their_number(make_run, make_gallery):
+    gallery = {**make_gallery(), "class_names": [3, None, ["deep"]]}
+    assert read_run(make_run(gallery=gallery)).gallery.images[0].true_class == "class 0"

@@ -170,6 +170,15 @@ def test_what_only_the_first_process_sees_ends_all_of_them(image_folder, tmp_pat
 
 
 @pytest.mark.distributed
+def test_processes_find_each_other_whatever_the_device(image_folder, tmp_path):
+    folder = tmp_path / "run"
+    run = LivingRun(folder, arguments(image_folder, "--device", "auto", "--epochs", "1"), 2)
+    assert run.wait() == [0, 0], run.text()
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+    assert run.text().count("everything is in") == 1  # one of them tells
+
+
+@pytest.mark.distributed
 def test_a_loss_that_is_not_finite_ends_all_processes_at_the_same_step(image_folder, tmp_path):
     folder = tmp_path / "run"
     run = LivingRun(folder, arguments(image_folder, "--optimizer.lr", "1e30"), 2)

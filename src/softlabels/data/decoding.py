@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 from typing import IO
 
@@ -28,6 +30,8 @@ def read_rgb(file: str | IO[bytes]) -> Image.Image:
     Raises:
         Exception: One of `DECODING_ERRORS`.
     """
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(f"{file} is no file")  # a named pipe would wait for its writer, for ever
     with Image.open(file) as image:
         return _to_rgb(image)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,12 +12,13 @@ from typing import Any
 
 import timm
 import torchvision
-from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 from timm.models import adapt_input_conv
 from torch import nn
 
-from softlabels.weights import load_weights, read_metadata
+from softlabels.models.file_record import METADATA_KEY, FileRecord, SizeLimit, read_record
+from softlabels.models.named_code import MODEL_NAMES, import_builder
+from softlabels.weights import count_stored, load_weights
 
 __all__ = [
     "FileRecord",
@@ -29,8 +29,19 @@ __all__ = [
     "read_record",
 ]
 
-_METADATA_KEY = "softlabels"
-_KINDS = "timm:NAME, torchvision:NAME, file:PATH or package.module:function"
+# Settings of timm's factory that name files to read, or say what to fetch.
+_NOT_OF_A_NETWORK = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+# What networks raise for settings that make no sense, such as a width of 0.
+_UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -46,34 +57,6 @@ class InputSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: tuple[int, int] | None = None
-
-
-class FileRecord(BaseModel, frozen=True):
-    """How the model of a weights file is built and fed, as kept in the file's header.
-
-    Attributes:
-        model: Name, as for `build_model`.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
-        image_size: Height and width in pixels.
-        settings: Further arguments of the model.
-        mean: Mean of each channel of the images, in 0 to 1.
-        std: Standard deviation of each channel, likewise.
-        class_names: One for each class.
-        crop_fraction: The central part of a test image that is kept.
-        interpolation: How images are resized.
-    """
-
-    model: str
-    num_classes: int
-    in_channels: int
-    image_size: tuple[int, int] | None = None
-    settings: dict[str, Any] = {}
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    class_names: tuple[str, ...] | None = None
-    crop_fraction: float = 1.0
-    interpolation: str = "bilinear"
 
 
 def build_model(
@@ -95,9 +78,9 @@ def build_model(
             * `torchvision:NAME`: a classifier of torchvision;
             * `file:PATH`: a `.safetensors` file with `model_metadata` in its header; the model is
               built and the weights are loaded;
-            * `package.module:function`: any importable function that returns a module. It gets
-              `num_classes`, `in_channels`, `image_size` and `pretrained` where it has arguments
-              of these names.
+            * `package.module:function`: a function of your own that returns a module, or a class
+              that is one (`import_builder` says which are taken). It gets `num_classes`,
+              `in_channels`, `image_size` and `pretrained` where it has arguments of these names.
         num_classes: Number of classes. None: as many as the model has by itself.
         in_channels: Channels of the images. A torchvision model for other than 3 gets its first
             convolution adapted: for 1 channel it sees what it saw of a gray RGB image.
@@ -126,7 +109,7 @@ def build_model(
     if kind == "torchvision":
         return _build_torchvision(target, num_classes, in_channels, size, settings, pretrained)
     return _build_by_function(
-        name, _import_function(kind, target), num_classes, in_channels, size, settings, pretrained
+        name, import_builder(kind, target), num_classes, in_channels, size, settings, pretrained
     )
 
 
@@ -216,7 +199,7 @@ def model_metadata(
         interpolation=interpolation,
     )
     try:
-        return {_METADATA_KEY: record.model_dump_json(exclude_defaults=True)}
+        return {METADATA_KEY: record.model_dump_json(exclude_defaults=True)}
     except PydanticSerializationError as error:
         raise ValueError(f"settings must be of types that JSON has, got {settings}") from error
 
@@ -227,7 +210,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     if not colon:
         kind, target = "timm", name
     if not kind or not target:
-        raise ValueError(f"expected a model name like {_KINDS}, got {name!r}")
+        raise ValueError(f"expected a model name like {MODEL_NAMES}, got {name!r}")
     return kind, target
 
 
@@ -261,6 +244,28 @@ def _call(
                 f"model {name!r} does not take the setting {refused[1]!r} ({error})"
             ) from error
         raise
+
+
+def _call_library(
+    name: str,
+    build: Callable[..., nn.Module],
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+) -> nn.Module:
+    """As `_call`, for code that is known to be right: what it raises is due to the settings."""
+
+    def built(**given: Any) -> nn.Module:
+        try:
+            return build(**given)
+        except TypeError:
+            raise  # `_call` looks into it
+        except _UNBUILDABLE as error:
+            raise ValueError(
+                f"model {name!r} cannot be built with {given!r:.200}: "
+                f"{type(error).__name__}: {error!s:.300}"
+            ) from error
+
+    return _call(name, built, arguments, settings)
 
 
 def _timm_cfg(name: str) -> dict[str, Any] | None:
@@ -302,7 +307,13 @@ def _build_timm(
         arguments["num_classes"] = num_classes
     if image_size is not None and cfg.get("fixed_input_size"):
         arguments["img_size"] = image_size
-    return _call(f"timm:{name}", partial(timm.create_model, name), arguments, settings)
+    named = sorted(_NOT_OF_A_NETWORK & settings.keys())
+    if named:
+        raise ValueError(
+            f"the setting {named[0]!r} of {name!r} is not taken: weights come from a file of "
+            "their own, given as weights, or with pretrained"
+        )
+    return _call_library(f"timm:{name}", partial(timm.create_model, name), arguments, settings)
 
 
 def _check_torchvision_name(name: str) -> None:
@@ -331,7 +342,7 @@ def _build_torchvision(
     elif image_size is not None and family == "maxvit":
         arguments["input_size"] = image_size
     build = partial(torchvision.models.get_model, name)
-    model = _call(f"torchvision:{name}", build, arguments, settings)
+    model = _call_library(f"torchvision:{name}", build, arguments, settings)
     if in_channels != 3:
         _adapt_first_convolution(model, name, in_channels)
     return model
@@ -349,25 +360,6 @@ def _adapt_first_convolution(model: nn.Module, name: str, in_channels: int) -> N
         f"torchvision:{name} has no first convolution over 3 channels to adapt, "
         f"so in_channels must be 3, got {in_channels}"
     )
-
-
-def read_record(path: str) -> FileRecord:
-    """Read how the model of a weights file is built and fed.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If its header does not say.
-    """
-    metadata = read_metadata(path)
-    if _METADATA_KEY not in metadata:
-        raise ValueError(
-            f"the header of {path} does not say which model its weights are for; expected a file "
-            "written with model_metadata. Otherwise build the model and use load_weights"
-        )
-    try:
-        return FileRecord.model_validate_json(metadata[_METADATA_KEY])
-    except ValidationError as error:
-        raise ValueError(f"the header of {path} has a damaged model record: {error}") from error
 
 
 def _build_from_file(
@@ -393,33 +385,16 @@ def _build_from_file(
             f"{path} is for {record.model!r}, which is code of its own; expected a model of timm "
             "or torchvision. Build it by that name and use load_weights"
         )
-    model = build_model(
-        record.model,
-        num_classes=record.num_classes,
-        in_channels=record.in_channels,
-        image_size=image_size or record.image_size,
-        settings=record.settings | settings,
-    )
+    with SizeLimit(count_stored(path)):
+        model = build_model(
+            record.model,
+            num_classes=record.num_classes,
+            in_channels=record.in_channels,
+            image_size=image_size or record.image_size,
+            settings=record.settings | settings,
+        )
     load_weights(model, path)
     return model
-
-
-def _import_function(module_name: str, function_name: str) -> Callable[..., nn.Module]:
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that exists but lacks one of its own imports is not a wrong name.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"expected a model name like {_KINDS}; there is no kind and no importable module "
-            f"{module_name!r}"
-        ) from error
-    function: Callable[..., nn.Module] | None = getattr(module, function_name, None)
-    if not callable(function):
-        callables = [name for name, value in vars(module).items() if callable(value)]
-        raise _unknown(f"function of module {module_name!r}:", function_name, callables)
-    return function
 
 
 def _build_by_function(

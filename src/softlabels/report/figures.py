@@ -44,6 +44,7 @@ _FONT_SIZE, _CHARACTER_WIDTH, _LINE_GAP = 11.0, 6.0, 14.0
 _LEADER = 16.0
 _LONGEST_NAME = 18
 _MOST_POINTS = 60
+_LARGEST_WRITTEN_OUT = 1e6
 _TEXT = "#808080"
 
 
@@ -77,7 +78,7 @@ def draw_curves(lines: Sequence[Line], *, x_label: str, y_label: str, digits: in
         the number of `RUN_COLOURS`).
     """
     height = max(_LEAST_HEIGHT, _TOP + _BOTTOM + _LINE_GAP * len(lines))
-    ends = [f"{_shorten(line.name)} {line.curve.y[-1]:.{digits}f}" for line in lines]
+    ends = [f"{_shorten(line.name)} {decimals(line.curve.y[-1], digits)}" for line in lines]
     right = _LEADER + 10 + _CHARACTER_WIDTH * max(map(len, ends))
     plot_width, plot_height = _WIDTH - _LEFT - right, height - _TOP - _BOTTOM
     with mpl.rc_context():
@@ -146,11 +147,21 @@ def draw_curves(lines: Sequence[Line], *, x_label: str, y_label: str, digits: in
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     first, last = min(line.curve.x[0] for line in lines), max(line.curve.x[-1] for line in lines)
-    values = "; ".join(f"{line.name} {line.curve.y[-1]:.{digits}f}" for line in lines)
+    values = "; ".join(f"{line.name} {decimals(line.curve.y[-1], digits)}" for line in lines)
     return _for_page(
         buffer.getvalue(),
         f"Line chart of {y_label} over {x_label}, {first:g} to {last:g}. Last values: {values}.",
     )
+
+
+def decimals(value: float, digits: int) -> str:
+    """A number with so many decimal places; one of a run that went wrong in short.
+
+    Args:
+        value: The number; NaN and infinity have their names.
+        digits: Decimal places.
+    """
+    return f"{value:.{digits}f}" if abs(value) < _LARGEST_WRITTEN_OUT else f"{value:.3g}"
 
 
 def thin_out(curve: Curve) -> Curve:

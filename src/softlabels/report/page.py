@@ -11,8 +11,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from softlabels.files import replace_file
-from softlabels.report.figures import RUN_COLOURS, Line, draw_curves, thin_out
-from softlabels.report.read import GalleryImage, RunRecord, read_run
+from softlabels.report.figures import RUN_COLOURS, Line, decimals, draw_curves, thin_out
+from softlabels.report.read import Gallery, GalleryImage, RunRecord, read_run
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class _Fact:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A test image and what each run says about it."""
+    """An image and what each run says about it."""
 
+    split: str
     image: GalleryImage
     answers: tuple[tuple[_Run, GalleryImage], ...]
 
@@ -226,7 +227,7 @@ def _caveats(records: Sequence[RunRecord], scores: Sequence[_Score]) -> list[str
 
 def _score_cell(record: RunRecord, score: _Score) -> _Cell:
     value = record.final.get(score.key)
-    return _Cell("") if value is None else _Cell(f"{value:.{score.digits}f}", value)
+    return _Cell("") if value is None else _Cell(decimals(value, score.digits), value)
 
 
 def _extra_column(values: Sequence[str | float]) -> list[_Cell]:
@@ -288,14 +289,15 @@ def _lines(runs: Sequence[_Run], key: str) -> tuple[list[Line], str]:
 
 def _samples(runs: Sequence[_Run]) -> list[_Sample]:
     """The saved images of all runs: one entry an image, even if several runs saved it."""
-    images: dict[tuple[str, int], GalleryImage] = {}
-    answers: dict[tuple[str, int], list[tuple[_Run, GalleryImage]]] = {}
+    images: dict[tuple[str, str, int], GalleryImage] = {}
+    answers: dict[tuple[str, str, int], list[tuple[_Run, GalleryImage]]] = {}
     for run in runs:
-        for image in run.record.gallery.images if run.record.gallery else ():
-            key = (run.record.data, image.index)
+        gallery = run.record.gallery or Gallery("", ())
+        for image in gallery.images:
+            key = (run.record.data, gallery.split, image.index)
             images.setdefault(key, image)
             answers.setdefault(key, []).append((run, image))
-    return [_Sample(image, tuple(answers[key])) for key, image in images.items()]
+    return [_Sample(key[1], image, tuple(answers[key])) for key, image in images.items()]
 
 
 def _facts(records: Sequence[RunRecord]) -> list[_Fact]:
@@ -321,12 +323,12 @@ def _best(record: RunRecord) -> str:
     if "top1" not in record.best:
         return ""
     epoch = "" if record.best_epoch is None else f" (epoch {record.best_epoch})"
-    return f"{record.best['top1']:.2f} %{epoch}"
+    return f"{decimals(record.best['top1'], 2)} %{epoch}"
 
 
 def _duration(seconds: float) -> str:
     if not 100 <= seconds < math.inf:
-        return f"{seconds:.1f} s"
+        return f"{decimals(seconds, 1)} s"
     minutes, hours = round(seconds / 60), int(seconds // 3600)
     return f"{minutes} min" if hours < 2 else f"{hours} h {round(seconds / 60) - 60 * hours} min"
 

@@ -27,6 +27,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_SIZE = slice(16, 24)  # width and height in the header, which comes first
 _MOST_PIXELS = 16_384
 _LARGEST_INT = 2**63
+_BEYOND = 1e100  # of a run that went wrong; a chart's scale would overflow
 _T = TypeVar("_T")
 
 
@@ -36,7 +37,7 @@ class Curve:
 
     Attributes:
         x: Finished epochs or steps, rising, shape [N].
-        y: The values, all finite, shape [N].
+        y: The values, all finite (and below 1e100), shape [N].
     """
 
     x: NDArray[np.float64]
@@ -45,10 +46,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A test image with its soft label and the network's answer.
+    """An image with its soft label and the network's answer.
 
     Attributes:
-        index: The image's index in the test set.
+        index: The image's index in its split.
         height: Height in pixels.
         width: Width in pixels.
         png: The picture, a base64 PNG.
@@ -72,15 +73,17 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The saved test images of a run.
+    """The saved images of a run.
 
     Attributes:
         what: A sentence that says what the method's soft label is.
         images: The images.
+        split: What they are of: `"test"`, or `"training"` where nothing else has soft labels.
     """
 
     what: str
     images: tuple[GalleryImage, ...]
+    split: str = "test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,17 +226,16 @@ def _number(value: object, what: str) -> float:
         raise ValueError(f"{what} has hundreds of digits, expected a number") from error
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file; what is no UTF-8, and what UTF-8 cannot hold, becomes U+FFFD."""
+def _read_text(path: Path, errors: str = "replace") -> str:
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no run writes")
-    return content.decode("utf-8", errors="replace")
+    return content.decode("utf-8", errors)
 
 
 def _writable(value: object) -> object:
-    """JSON without halves of surrogate pairs, which no file can hold: `"\\ud800"` is valid JSON."""
+    """The same without halves of surrogate pairs, which JSON can name and no file can hold."""
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     if isinstance(value, list):
@@ -245,7 +247,7 @@ def _writable(value: object) -> object:
 
 def _read_object(path: Path) -> _Fields:
     try:
-        values = _writable(json.loads(_read_text(path)))
+        values = _writable(json.loads(_read_text(path, "strict")))
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from error
     except ValueError as error:
@@ -288,7 +290,7 @@ def _read_curves(path: Path) -> dict[str, Curve]:
     curves = {}
     for key, values in points.items():
         x, y = np.array(sorted(values.items()), dtype=np.float64).reshape(-1, 2).T
-        finite = np.isfinite(x) & np.isfinite(y)
+        finite = (np.abs(x) < _BEYOND) & (np.abs(y) < _BEYOND)  # False for NaN
         if finite.any():
             curves[key] = Curve(x[finite], y[finite])
     return curves
@@ -317,7 +319,10 @@ def _read_gallery(path: Path) -> Gallery:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: 'images' holds {values!r:.80}, expected JSON objects")
         images.append(_read_image(_Fields(path, values), names))
-    return Gallery(what=fields.optional("what", str) or "", images=tuple(images))
+    split = fields.optional("split", str) or "test"
+    if split not in ("test", "training"):
+        raise ValueError(f"{path}: 'split' must be test or training, got {split!r:.80}")
+    return Gallery(fields.optional("what", str) or "", tuple(images), split)
 
 
 def _read_image(fields: _Fields, names: list[object]) -> GalleryImage:

@@ -20,6 +20,7 @@ from softlabels.losses import LabelSmoothingLoss
 from softlabels.losses.table import METHODS
 from softlabels.models import build_model, model_input
 from softlabels.teacher import Teacher
+from softlabels.teacher_cache import TeacherCache
 from softlabels.training.config import (
     Config,
     OptimizerSettings,
@@ -35,6 +36,7 @@ __all__ = [
     "build_optimizer",
     "build_schedule",
     "build_source",
+    "build_teacher",
     "with_defaults",
 ]
 
@@ -69,10 +71,12 @@ def build_distiller(
     info: DataInfo,
     *,
     student: nn.Module | None = None,
-    teacher: nn.Module | None = None,
+    teacher: TeacherCache | nn.Module | None = None,
     method: nn.Module | None = None,
 ) -> Distiller:
     """Build student, teacher and method, each from random numbers of its own.
+
+    A teacher cache is opened, and not yet compared with the data: `check_cache` does that.
 
     Args:
         config: With its defaults filled in.
@@ -96,8 +100,10 @@ def build_distiller(
             )
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
-    if teacher is None and config.teacher.name is not None:
-        teacher = _build_teacher(config.teacher, info)
+    if teacher is None and config.teacher.cache is not None:
+        teacher = TeacherCache(config.teacher.cache)
+    elif teacher is None and config.teacher.name is not None:
+        teacher = build_teacher(config.teacher, info)
     task = config.task
     task_loss = (
         LabelSmoothingLoss(smoothing=task.label_smoothing, smooth_over=task.smooth_over)
@@ -118,12 +124,32 @@ def build_distiller(
 
 
 def _file(name: str) -> str:
-    """A path, or that of a file in this package for `package:PATH`."""
+    """A path, or that of a file in this package for `package:PATH`.
+
+    Raises:
+        ValueError: PATH leads out of the package.
+    """
     scheme, colon, path = name.partition(":")
-    return str(files("softlabels") / path) if colon and scheme == "package" else name
+    if not colon or scheme != "package":
+        return name
+    inside = all(part.strip(".") for part in path.split("/")) and not {"\\", ":"} & {*path}
+    if not inside:
+        raise ValueError(
+            f"expected package:PATH with a path inside of softlabels, got {name!r:.200}"
+        )
+    return str(files("softlabels") / path)
 
 
-def _build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
+def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
+    """Build the network that teaches.
+
+    Args:
+        settings: With a name.
+        info: Classes, channels, size and normalisation of the images.
+
+    Raises:
+        ValueError: A name, a setting or weights that do not fit.
+    """
     name = settings.name or ""
     model = build_model(
         name,

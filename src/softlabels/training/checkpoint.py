@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
 import torch
 
 from softlabels.files import remove_leftovers, replace_file
-from softlabels.weights import UNREADABLE
+from softlabels.weights import UNREADABLE, read_plain
 
 __all__ = ["CheckpointFolder", "Stateful", "restore", "state_of"]
 
@@ -205,11 +205,10 @@ def _read(path: Path) -> dict[str, Any]:
             if digest.hexdigest() != match[2]:
                 raise ValueError("damaged, its content does not agree with the digest in its name")
             file.seek(0)
-            # weights_only: a checkpoint from a stranger cannot run code.
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = read_plain(file)  # a checkpoint from a stranger cannot run code
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"no readable checkpoint: {reason:.200}") from error
+        raise ValueError(f"no readable checkpoint: {reason:.300}") from error
     if not isinstance(content, dict) or set(content) != {"progress", "parts"}:
         raise ValueError("no checkpoint of a run: it must hold progress and parts")
     if not all(isinstance(value, dict) for value in content.values()):

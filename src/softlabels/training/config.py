@@ -45,6 +45,11 @@ __all__ = [
 
 Setting: TypeAlias = bool | int | float | str
 
+# More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
+_MOST = 1_000_000
+_MOST_PIXELS = 16_384
+_LONGEST_MESSAGE = 600
+
 
 class Section(BaseModel):
     """Base of all parts of the schema: unknown keys are errors, nothing changes afterwards."""
@@ -140,17 +145,26 @@ class TeacherSettings(Section):
     """The frozen network that a method may read from."""
 
     name: str | None = Field(None, description="As the student's name; needed by some methods.")
+    cache: str | None = Field(
+        None,
+        description="Folder that `softlabels cache-teacher` filled: its answers are used in place "
+        "of the network's, and its draws of the augmentation are shown again.",
+    )
     settings: dict[str, Setting] = Field({}, description="Further arguments of the model.")
     weights: str | None = Field(
         None,
         description="File of its weights, loaded strictly; package:PATH ships with softlabels.",
     )
     pretrained: bool = Field(False, description="Use the published weights.")
-    num_classes: int | None = Field(None, ge=2, description="Classes of its logits, if others.")
-    class_map: tuple[int, ...] | None = Field(
+    num_classes: int | None = Field(
+        None, ge=2, le=_MOST, description="Classes of its logits, if others."
+    )
+    class_map: tuple[Annotated[int, Field(ge=0, le=_MOST)], ...] | None = Field(
         None, description="For each class of the data, the teacher's index of it."
     )
-    input_size: int | None = Field(None, ge=1, description="Pixels; None: the data's size.")
+    input_size: int | None = Field(
+        None, ge=1, le=_MOST_PIXELS, description="Pixels; None: the data's size."
+    )
     mean: tuple[float, ...] | None = Field(None, description="Its mean per channel, 0 to 1.")
     std: tuple[float, ...] | None = Field(None, description="Its deviation per channel, 0 to 1.")
     mode: Literal["eval", "train"] = Field(
@@ -183,10 +197,10 @@ class ScheduleSettings(Section):
     """The learning rate's schedule, per step, built by timm's factory."""
 
     name: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="Form.")
-    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
+    warmup_epochs: float = Field(0.0, ge=0, le=_MOST, description="Epochs of linear warm-up.")
     warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step.")
     min_lr: float = Field(0.0, ge=0, description="Lowest learning rate of the cosine.")
-    decay_epochs: tuple[float, ...] = Field(
+    decay_epochs: tuple[Annotated[float, Field(ge=0, le=_MOST)], ...] = Field(
         (), description="multistep: epochs of the drops; step: one number, epochs per drop."
     )
     decay_rate: float = Field(0.1, gt=0, le=1, description="Factor of a drop.")
@@ -213,7 +227,7 @@ class CheckpointSettings(Section):
 
 
 class Config(Section):
-    """A run."""
+    """Settings of a run."""
 
     data: DataSettings = Field(DataSettings(), description="What is learned from.")
     student: StudentSettings = Field(StudentSettings(), description="What is trained.")
@@ -232,16 +246,18 @@ class Config(Section):
     taps: dict[str, str] = Field(
         {}, description="Paths to read features from, in place of what is found: middle, last."
     )
-    epochs: int = Field(20, ge=1, description="Passes over the training set.")
-    batch_size: int = Field(128, ge=1, description="Images per step, over all processes.")
+    epochs: int = Field(20, ge=1, le=_MOST, description="Passes over the training set.")
+    batch_size: int = Field(128, ge=1, le=_MOST, description="Images per step, over all processes.")
     accumulation: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of averaged weights.")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="Mixed precision.")
     compile: bool = Field(False, description="Compile the trained module.")
     channels_last: bool = Field(False, description="Memory format of images and weights.")
-    seed: int = Field(0, ge=0, description="Of everything random.")
-    eval_batch_size: int = Field(256, ge=1, description="Images per step of an evaluation.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything random.")
+    eval_batch_size: int = Field(
+        256, ge=1, le=_MOST, description="Images per step of an evaluation."
+    )
     log_every: int = Field(50, ge=1, description="Steps between log lines.")
     checkpoint: CheckpointSettings = Field(
         CheckpointSettings(), description="What is kept for going on."
@@ -253,11 +269,16 @@ class Config(Section):
         "gradient is not finite; one more stops the run.",
     )
     process_timeout: float = Field(
-        600.0, gt=0, description="Seconds that a process waits for the others before it gives up."
+        600.0,
+        gt=0,
+        le=1e7,
+        description="Seconds that a process waits for the others before it gives up.",
     )
-    gallery: int = Field(12, ge=0, description="Test images whose soft labels are stored.")
+    gallery: int = Field(12, ge=0, le=1000, description="Test images whose soft labels are stored.")
     device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; None: torch's choice.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; None: torch's choice."
+    )
     output: str | None = Field(
         None, description="Folder of the run. None: runs/DATA-STUDENT-METHOD-SEED."
     )
@@ -313,9 +334,9 @@ def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         ConfigError: No such method.
     """
     if kind not in METHOD_SETTINGS:
-        near = difflib.get_close_matches(kind, METHOD_SETTINGS, n=3)
+        near = difflib.get_close_matches(kind[:_LONGEST_MESSAGE], METHOD_SETTINGS, n=3)
         raise ConfigError(
-            f"no method {kind!r}: expected one of {', '.join(METHOD_SETTINGS)}"
+            f"no method {kind!r:.80}: expected one of {', '.join(METHOD_SETTINGS)}"
             + (f"; near: {', '.join(near)}" if near else "")
         )
     method = values.get("method")
@@ -351,10 +372,16 @@ def checked(config: Config) -> Config:
         build_method(config.method)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
-    if method_reads_teacher(config.method) and config.teacher.name is None:
+    teacher = config.teacher
+    if method_reads_teacher(config.method) and teacher.name is None and teacher.cache is None:
         raise ConfigError(
             f"method {config.method.kind!r} reads from a teacher: give teacher.name and "
-            "teacher.weights"
+            "teacher.weights, or teacher.cache"
+        )
+    if teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
+        raise ConfigError(
+            f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
+            f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
         )
     if (config.teacher.mean is None) != (config.teacher.std is None):
         raise ConfigError("teacher.mean and teacher.std go together, got one of them")
@@ -380,19 +407,23 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 def explain(error: ValidationError) -> str:
     """One line about the first thing that does not fit the schema."""
-    first = error.errors()[0]
+    return _explain(error)[:_LONGEST_MESSAGE]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
         del path[1]  # pydantic's tag of the union
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
-        near = difflib.get_close_matches(path[-1], known, n=3)
-        return f"unknown setting {where!r}: expected {', '.join(near or known)}"
+        near = difflib.get_close_matches(path[-1][:_LONGEST_MESSAGE], known, n=3)
+        return f"unknown setting {where!r:.200}: expected {', '.join(near or known)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("value_error", "assertion_error"):
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {first.get('input')!r:.80}"
+    return f"{where:.200}: {message}, got {first.get('input')!r:.80}"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -1,10 +1,11 @@
-"""A dozen test images with their soft labels, for a report."""
+"""A dozen images with their soft labels, for a report."""
 
 from __future__ import annotations
 
 import base64
 import inspect
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from softlabels.data import DataInfo, DataSource
+from softlabels.data import Batch, DataInfo, DataSource
 from softlabels.data.randomness import permutation
 from softlabels.distiller import Distiller
+from softlabels.signals import reads_teacher
+from softlabels.teacher_cache import TeacherCache
 
 __all__ = ["make_gallery"]
 
@@ -31,28 +34,40 @@ def make_gallery(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Soft labels and predictions for test images that are the same for every method.
+    """Soft labels and predictions for images that are the same for every method.
 
-    Each image is labelled together with the test batch that it stands in, because a soft label
-    may depend on its batch.
+    They are test images; where the soft labels are a teacher's stored answers, which there are for
+    training images alone, they are training images. Each is labelled together with the batch that
+    it stands in, because a soft label may depend on its batch.
 
     Args:
         distiller: Gives the soft labels.
         network: Gives the predictions.
-        source: Its test set is read once.
+        source: Its test set is read once, or some training images.
         num_images: How many, drawn without seed or method.
-        batch_size: Of the test batches.
+        batch_size: Of the batches.
         device: Where the networks are.
     """
-    chosen = set(permutation(0, 0, source.num_test)[:num_images].tolist())
-    entries: dict[int, dict[str, Any]] = {}
+    cache = distiller.teacher
+    reads = getattr(distiller.method, "reads", {})
+    if isinstance(cache, TeacherCache) and any(map(reads_teacher, reads.values())):
+        split = "training"
+        what = f"{_sentence(distiller)} These are training images: a cache has no other answers."
+        chosen = permutation(0, 0, source.num_train)[:num_images].tolist()
+        batches = _training_batches(source, cache, chosen, batch_size, device)
+    else:
+        split, what = "test", _sentence(distiller)
+        chosen = permutation(0, 0, source.num_test)[:num_images].tolist()
+        batches = source.test_batches(batch_size=batch_size, device=device)
+    wanted, entries = set(chosen), dict[int, dict[str, Any]]()
     was_training = distiller.training
     distiller.eval()
-    for batch in source.test_batches(batch_size=batch_size, device=device):
-        rows = [row for row, index in enumerate(batch.index.tolist()) if index in chosen]
+    for batch in batches:
+        rows = [row for row, index in enumerate(batch.index.tolist()) if index in wanted]
         if not rows:
             continue
-        soft = distiller.soft_labels(batch.images, batch.target, index=batch.index)
+        extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
+        soft = distiller.soft_labels(batch.images, batch.target, **extras)
         with torch.inference_mode():
             predicted = network(batch.images[rows]).float().softmax(1)
         for row, probabilities in zip(rows, predicted, strict=True):
@@ -68,9 +83,29 @@ def make_gallery(
     distiller.train(was_training)
     return {
         "class_names": list(source.info.class_names),
-        "what": _sentence(distiller),
+        "what": what,
+        "split": split,
         "images": [entries[index] for index in sorted(entries)],
     }
+
+
+def _training_batches(
+    source: DataSource,
+    cache: TeacherCache,
+    chosen: list[int],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The batches of training images that hold the chosen ones, as the cache's first draw."""
+    for number in sorted({index // batch_size for index in chosen}):
+        start = number * batch_size
+        yield from source.train_views(
+            draw=cache.draw(0),
+            batch_size=batch_size,
+            start=start,
+            stop=start + batch_size,
+            device=device,
+        )
 
 
 def _largest(probabilities: Tensor, number: int) -> list[list[float]]:

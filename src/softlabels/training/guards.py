@@ -103,8 +103,12 @@ class InterruptGuard:
 
 
 @contextmanager
-def told_of_full_disks(folder: Path) -> Iterator[None]:
+def told_of_full_disks(folder: Path, kept: str = "the last checkpoint is whole") -> Iterator[None]:
     """Tell in words that a run could not write into its folder.
+
+    Args:
+        folder: Where it writes.
+        kept: What is not lost.
 
     Raises:
         RunError: In place of the system's error.
@@ -115,6 +119,6 @@ def told_of_full_disks(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(
-            f"there is no room for the run's files in {folder} ({error.strerror}); the last "
-            "checkpoint is whole: make room, and the same command goes on from it"
+            f"there is no room for the run's files in {folder} ({error.strerror}); {kept}: make "
+            "room, and the same command goes on from it"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from softlabels.data import open_source
 from softlabels.data.decoding import DECODING_ERRORS, read_rgb
@@ -20,6 +20,7 @@ from softlabels.teacher import Teacher
 from softlabels.training.assemble import build_source
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.evaluate import evaluate
+from softlabels.weights import UNREADABLE
 
 __all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
 
@@ -52,7 +53,8 @@ def load_student(path: str | Path) -> tuple[nn.Module, FileRecord]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file does not say which network it is for.
+        ValueError: The file does not say which network it is for, or the network cannot run on
+            images of the size that it says.
     """
     file = Path(path)
     file = file / "student.safetensors" if file.is_dir() else file
@@ -60,7 +62,27 @@ def load_student(path: str | Path) -> tuple[nn.Module, FileRecord]:
     model = build_model(
         f"file:{file}", num_classes=record.num_classes, in_channels=record.in_channels
     )
-    return model.eval(), record
+    model.eval()
+    _try_out(model, record, file)
+    return model, record
+
+
+def _try_out(model: nn.Module, record: FileRecord, file: Path) -> None:
+    """Run the network once: a file from a stranger may name one that fails on its own images."""
+    if record.image_size is None:
+        return
+    expected = (1, record.num_classes)
+    try:
+        with torch.inference_mode():
+            logits = model(torch.zeros(1, record.in_channels, *record.image_size))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"the network in {file} fails on images of {record.in_channels} channels and "
+            f"{record.image_size} pixels: {error!s:.300}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != expected:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network in {file} gives {got} for an image, expected {expected}")
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -72,7 +94,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS)
+            files = (p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS)
+            inside = sorted(p for p in files if p.is_file())  # no named pipe, which would wait
             if not inside:
                 raise ValueError(f"{path} holds no images ({', '.join(sorted(_ENDINGS))})")
             found += inside

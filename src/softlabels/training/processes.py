@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
+from softlabels.training.config import Config
 from softlabels.training.guards import LostProcessError, RunError
 
-__all__ = ["from_main", "gathered", "lost_processes"]
+__all__ = ["from_main", "gathered", "lost_processes", "start"]
 
 Result = TypeVar("Result")
+
+
+def start(config: Config) -> Accelerator:
+    """Device, precision, threads and processes, as a configuration and torchrun say."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    # accelerate keeps the first precision of a process; a second run may want another.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        # Where there is no accelerator, it has to be told: else each process would run alone.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision=config.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))],
+    )
 
 
 def from_main(accelerator: Accelerator, make: Callable[[], Result]) -> Result:

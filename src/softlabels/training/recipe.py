@@ -6,7 +6,7 @@ import difflib
 import os
 import stat
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import yaml
 
@@ -15,11 +15,21 @@ __all__ = ["MOST_BYTES", "ConfigError", "load_recipe", "recipe_names"]
 MOST_BYTES = 1 << 20
 """Size of the largest recipe."""
 
+_MOST_VALUES = 100_000
 _DEEPEST = 20
-_LONGEST_NUMBER = 100  # characters; PyYAML needs seconds for a sexagesimal number of many digits
+_LONGEST_NUMBER = 100  # characters; PyYAML takes seconds for a sexagesimal number of many digits
 _LONGEST_MESSAGE = 300
 _TAG = "tag:yaml.org,2002:"
-_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_PLAIN = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+_CONSTRUCTORS = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in _PLAIN
+}
+_RESOLVERS = {
+    first: [entry for entry in entries if entry[0] in _PLAIN]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class ConfigError(ValueError):
@@ -32,30 +42,23 @@ class _PlainLoader(yaml.SafeLoader):
     An alias can stand for exponentially much (`&a [*b, *b]`), and a recipe needs none.
     """
 
-    yaml_constructors = {
-        tag: construct
-        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag in {_TAG + kind for kind in _PLAIN}
-    }
-    yaml_implicit_resolvers = {
-        first: [entry for entry in entries if entry[0] in {_TAG + kind for kind in _PLAIN}]
-        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_constructors: ClassVar[dict[str | None, Any]] = _CONSTRUCTORS
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
+        self.yaml_implicit_resolvers = _RESOLVERS
+        self._num_values = 0
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = cast("Any", self).peek_event()
+        self._num_values += 1
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) are not taken", event.start_mark
-            )
+            raise _refused("aliases (*name) are not taken", event)
+        if self._num_values > _MOST_VALUES:
+            raise _refused(f"more than {_MOST_VALUES} values", event)
         if self._depth == _DEEPEST:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {_DEEPEST}", event.start_mark
-            )
+            raise _refused(f"nested deeper than {_DEEPEST}", event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -66,11 +69,14 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
+def _refused(problem: str, place: Any) -> yaml.YAMLError:
+    """An error at the place of an event or a node."""
+    return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
+
+
 def _check_number(node: yaml.ScalarNode) -> None:
     if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > _LONGEST_NUMBER:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of {len(node.value)} characters", node.start_mark
-        )
+        raise _refused(f"a number of {len(node.value)} characters", node)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -78,13 +84,10 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_TAG}str":
             got = f"{key.value!r:.40}" if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-            problem = f"a setting's name must be text, got {got}"
-        elif key.value in seen:
-            problem = f"{key.value!r:.40} stands here twice"
-        else:
-            seen.add(key.value)
-            continue
-        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            raise _refused(f"a setting's name must be text, got {got}", key)
+        if key.value in seen:
+            raise _refused(f"{key.value!r:.40} stands here twice", key)
+        seen.add(key.value)
 
 
 def recipe_names() -> list[str]:
@@ -126,11 +129,14 @@ def load_recipe(name: str) -> dict[str, Any]:
             f"near: {', '.join(near or recipe_names()) or 'none'}"
         )
     try:
-        values = yaml.load(text, _PlainLoader)  # noqa: S506  # a SafeLoader, narrowed
-    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        # A tag in the file (!!int '') makes PyYAML's constructors raise what Python raises.
+        values = yaml.load(text, _PlainLoader)  # a SafeLoader, narrowed
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} is no YAML: {reason:.{_LONGEST_MESSAGE}}") from error
+    except (ValueError, LookupError, ArithmeticError) as error:  # `!!int ''`, `!!bool x`
+        raise ConfigError(
+            f"{name} is no YAML: a value does not fit its tag: {error!s:.{_LONGEST_MESSAGE}}"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -145,9 +151,10 @@ def _read_text(name: str) -> str:
         descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{name} is no file, expected a YAML file")
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError(f"{name} is no file, expected a YAML file")
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ConfigError(f"{name} is larger than {MOST_BYTES} bytes, which no recipe is")

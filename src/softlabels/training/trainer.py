@@ -7,14 +7,12 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +21,7 @@ from softlabels.data.randomness import derive_seed
 from softlabels.distiller import Distiller
 from softlabels.models import model_metadata
 from softlabels.report import write_report
+from softlabels.teacher_cache import TeacherCache
 from softlabels.training.assemble import (
     build_distiller,
     build_mixer,
@@ -34,6 +33,7 @@ from softlabels.training.assemble import (
 from softlabels.training.checkpoint import restore, state_of
 from softlabels.training.config import Config, resolve, with_method
 from softlabels.training.engine import Engine
+from softlabels.training.fingerprints import check_cache
 from softlabels.training.folder import RunFolder, environment
 from softlabels.training.gallery import make_gallery
 from softlabels.training.guards import (
@@ -43,7 +43,7 @@ from softlabels.training.guards import (
     RunError,
     told_of_full_disks,
 )
-from softlabels.training.processes import from_main, gathered, lost_processes
+from softlabels.training.processes import from_main, gathered, lost_processes, start
 from softlabels.training.tracking import Tracker
 from softlabels.weights import save_weights
 
@@ -172,15 +172,7 @@ def run(
         RunError: The run failed on its way: `NonFiniteLossError`, a full disk, a lost process.
         Interrupted: The user asked to stop; the state is stored.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    # accelerate keeps the first precision of a process; a second run may want another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision=config.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))],
-    )
+    accelerator = start(config)
     _check_batch_size(config, accelerator.num_processes)
     _check_kind_of_processes(accelerator)
     console = console if accelerator.is_main_process else None
@@ -191,6 +183,9 @@ def run(
         distiller = build_distiller(
             config, source.info, student=student, teacher=teacher, method=method
         ).to(accelerator.device)
+        cache = distiller.teacher
+        if isinstance(cache, TeacherCache):
+            from_main(accelerator, lambda: check_cache(cache, config, source))
         if config.channels_last:
             distiller.trainable.to(memory_format=torch.channels_last)
         label = config.label if method is None else type(method).__name__

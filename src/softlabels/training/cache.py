@@ -1,0 +1,389 @@
+"""Fills a teacher cache: the teacher runs once over some draws of the augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from pydantic import Field
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from softlabels.answers import (
+    Answers,
+    CacheFolder,
+    Manifest,
+    compress,
+    densify,
+    unreadable,
+)
+from softlabels.data import Batch, DataSource
+from softlabels.files import remove_leftovers
+from softlabels.teacher import Teacher
+from softlabels.teacher_cache import TeacherCache
+from softlabels.training.assemble import build_source, build_teacher
+from softlabels.training.config import Config
+from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
+from softlabels.training.guards import (
+    Interrupted,
+    InterruptGuard,
+    RunError,
+    told_of_full_disks,
+)
+from softlabels.training.processes import from_main, lost_processes, start
+
+__all__ = [
+    "IMAGES_PER_FILE",
+    "CacheConfig",
+    "answer_error",
+    "build_cache",
+]
+
+IMAGES_PER_FILE = 65_536
+"""Images whose answers to a draw share a file, if nobody says."""
+
+
+class CacheConfig(Config):
+    """Settings of a run, and what of its teacher's answers is stored where.
+
+    --draws, --top, --images-per-file and --output are those of the cache.
+    """
+
+    draws: int = Field(8, ge=1, description="Draws of the augmentation for each image.")
+    top: int = Field(10, ge=1, description="Classes of each answer that are stored exactly.")
+    images_per_file: int = Field(
+        IMAGES_PER_FILE, ge=1, description="Images whose answers share a file."
+    )
+    output: str | None = Field(
+        None, description="Folder of the cache. None: the recipe's teacher.cache."
+    )
+
+    @classmethod
+    def of(cls, config: Config) -> CacheConfig:
+        """A run's configuration with the defaults of its cache."""
+        return cls(**{**dict(config), "output": config.teacher.cache})
+
+
+def build_cache(
+    config: Config,
+    path: str | Path,
+    *,
+    draws: int = 8,
+    top: int = 10,
+    images_per_file: int = IMAGES_PER_FILE,
+    source: DataSource | None = None,
+    teacher: Teacher | None = None,
+    console: Console | None = None,
+) -> TeacherCache:
+    """Store a teacher's answers to every training image, as each draw of the augmentation shows it.
+
+    What was interrupted goes on with the same call: finished files are checked and kept. Under
+    torchrun the processes take different files. N images, K draws and k classes take
+    N K (4 k + 4) bytes (k (2 + 4) + 4 a view above 32,767 classes), and some 700 bytes a file.
+
+    Args:
+        config: Of the run that will use the cache: data, teacher, seed, device and precision.
+        path: The folder: new, or with files of the same cache.
+        draws: K; training shows them in turn, epoch by epoch.
+        top: k, 1..C.
+        images_per_file: How much is lost at an interruption, and what a process takes at a time.
+        source: Data in place of those that the settings name.
+        teacher: In place of the one that the settings name.
+        console: Where progress is shown; None: nowhere.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: A setting that does not fit, a folder that holds something else, or logits
+            beyond half precision.
+        RunError: A full disk, or a lost process.
+        Interrupted: A signal came; finished files are kept.
+    """
+    for name, value in (("draws", draws), ("images_per_file", images_per_file)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    if teacher is None and config.teacher.name is None:
+        raise ValueError("a teacher cache needs a teacher: give teacher.name")
+    if config.mix.mixup or config.mix.cutmix:
+        raise ValueError(
+            "a teacher cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
+            f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
+        )
+    accelerator = start(config)
+    console = console if accelerator.is_main_process else None
+    opened = source is None
+    source = build_source(config) if source is None else source
+    try:
+        info = source.info
+        if not 1 <= top <= info.num_classes:
+            raise ValueError(
+                f"top must be in 1..{info.num_classes}, the number of classes, got {top}"
+            )
+        network = build_teacher(config.teacher, info) if teacher is None else teacher
+        if network.mode != "eval":
+            raise ValueError(
+                "teacher.mode must be eval: in train mode an answer depends on the batch around it"
+            )
+        manifest = Manifest(
+            num_images=source.num_train,
+            num_classes=info.num_classes,
+            num_draws=draws,
+            top=top,
+            seed=config.seed,
+            images_per_file=images_per_file,
+            precision=config.precision,
+            teacher=config.teacher.name or type(network.model).__name__,
+            fingerprints={},
+            error={},
+        )
+        _fill(CacheFolder(path), manifest, config, source, network, accelerator, console)
+        return TeacherCache(path)
+    except ChildProcessError as error:  # of the data's workers
+        raise RunError(str(error)) from error
+    finally:
+        if opened:
+            source.close()
+
+
+def _fill(
+    folder: CacheFolder,
+    manifest: Manifest,
+    config: Config,
+    source: DataSource,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    console: Console | None,
+) -> None:
+    """Write all files; `manifest` is still without fingerprints and error."""
+    with ExitStack() as stack:
+        stack.enter_context(lost_processes(accelerator, config.process_timeout))
+        stack.enter_context(told_of_full_disks(folder.path, "finished files are whole"))
+
+        def prepared() -> Manifest:
+            of_teacher = teacher_fingerprint(teacher, config.teacher, source.info)
+            prints = {"teacher": of_teacher, **source.fingerprints()}
+            identified = replace(manifest, fingerprints=prints)
+            stack.enter_context(_held(folder, identified))
+            return identified
+
+        manifest = from_main(accelerator, prepared)
+        teacher = teacher.to(accelerator.device)
+        builder = _Builder(folder, manifest, source, teacher, accelerator, console)
+        builder.run(batch_size=config.eval_batch_size)
+        accelerator.wait_for_everyone()
+        from_main(accelerator, partial(_finish, folder, manifest))
+
+
+@contextmanager
+def _held(folder: CacheFolder, manifest: Manifest) -> Iterator[None]:
+    """Make the folder or check what it holds, and keep other builders out."""
+    path = folder.path
+    _check_folder(folder, manifest)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / "cache.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{path} is being filled by another process: wait for its end") from error
+    try:
+        _check_folder(folder, manifest)  # what another one wrote before it let go
+        for part in (path, *path.glob("draw-*")):
+            remove_leftovers(part)
+        if not folder.manifest.is_file():
+            folder.write_manifest(manifest)
+        yield
+    finally:
+        lock.release()
+
+
+def _check_folder(folder: CacheFolder, manifest: Manifest) -> None:
+    """Raise unless the folder is new, or holds the same cache, finished or not."""
+    path = folder.path
+    if not folder.manifest.is_file():
+        leftovers = {path / "cache.lock", *path.glob(".*.part")}
+        if path.exists() and (not path.is_dir() or any(p not in leftovers for p in path.iterdir())):
+            raise ValueError(f"{path} exists and is no teacher cache: choose another --output")
+        return
+    there = folder.read_manifest()
+    check_fingerprints(path, there.fingerprints, manifest.fingerprints)
+    old, new = (asdict(replace(m, error={}, teacher="")) for m in (there, manifest))
+    for name, value in new.items():
+        if old[name] != value:
+            raise ValueError(
+                f"{path} holds a cache with another {name}: it has {old[name]!r}, this one "
+                f"{value!r}; choose another --output, or remove the folder"
+            )
+
+
+def answer_error(logits: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
+    """What is lost of some answers.
+
+    Args:
+        logits: [B, C], the teacher's.
+        answers: What is stored of them, on the CPU.
+
+    Returns:
+        KL(full || stored) at temperature 1, [B] float64, nats; and whether the largest class is
+        the same, [B] boolean.
+    """
+    full = logits.detach().cpu().double()
+    dense = densify(answers, full.shape[1]).double()
+    expected, got = full.log_softmax(1), dense.log_softmax(1)
+    divergence = (expected.exp() * (expected - got)).sum(1)
+    return divergence, full.argmax(1) == dense.argmax(1)
+
+
+class _Builder:
+    """Writes this process' share of the files."""
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        manifest: Manifest,
+        source: DataSource,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        console: Console | None,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.source = source
+        self.teacher = teacher
+        self.accelerator = accelerator
+        self.console = console
+
+    def run(self, *, batch_size: int) -> None:
+        """Write each file that is not there yet, or damaged."""
+        manifest = self.manifest
+        files = [
+            (draw, chunk)
+            for draw in range(manifest.num_draws)
+            for chunk in range(manifest.files_per_draw)
+        ][self.accelerator.process_index :: self.accelerator.num_processes]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with (
+            InterruptGuard() as interrupt,
+            Progress(
+                *columns,
+                console=self.console or Console(quiet=True),
+                disable=self.console is None,
+            ) as progress,
+        ):
+            num_views = sum(len(manifest.images_of(chunk)) for _, chunk in files)
+            task = progress.add_task("teacher's answers", total=num_views)
+            for number, (draw, chunk) in enumerate(files):
+                if self._is_done(draw, chunk):
+                    progress.advance(task, len(manifest.images_of(chunk)))
+                    continue
+                collected = _Collected(manifest, chunk)
+                for batch in self._views(draw, chunk, batch_size):
+                    collected.add(batch, self._logits(batch))
+                    progress.advance(task, len(batch.index))
+                    if interrupt.asked:
+                        raise Interrupted(
+                            f"stopped by a signal; {number} of {len(files)} files are finished in "
+                            f"{self.folder.path}: the same command goes on from there",
+                            interrupt.asked,
+                        )
+                self.folder.write(manifest, draw, chunk, collected.answers, collected.error())
+
+    def _is_done(self, draw: int, chunk: int) -> bool:
+        if not self.folder.file(draw, chunk).is_file():
+            return False
+        try:
+            self.folder.read(self.manifest, draw, chunk)
+        except ValueError as error:
+            if self.console is not None:
+                text = f"made again: {error}"
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            return False
+        return True
+
+    def _views(self, draw: int, chunk: int, batch_size: int) -> Iterator[Batch]:
+        images = self.manifest.images_of(chunk)
+        return self.source.train_views(
+            draw=(self.manifest.seed, draw),
+            batch_size=batch_size,
+            start=images.start,
+            stop=images.stop,
+            device=self.accelerator.device,
+        )
+
+    def _logits(self, batch: Batch) -> Tensor:
+        with self.accelerator.autocast():
+            logits: Tensor = self.teacher(batch.images)
+        if logits.shape[1] != self.manifest.num_classes:
+            raise ValueError(
+                f"the teacher has {logits.shape[1]} classes, the data {self.manifest.num_classes}: "
+                "give teacher.class_map, the teacher's index of each class of the data"
+            )
+        return logits.float()
+
+
+class _Collected:
+    """The answers of one file while it is made."""
+
+    def __init__(self, manifest: Manifest, chunk: int) -> None:
+        self._images = manifest.images_of(chunk)
+        self.answers = unreadable(len(self._images), manifest.num_classes, manifest.top)
+        self._divergence = torch.zeros(len(self._images), dtype=torch.float64)
+        self._agrees = torch.zeros(len(self._images), dtype=torch.bool)
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        rows = batch.index - self._images.start
+        stored = Answers(*(v.cpu() for v in compress(logits, self.answers.values.shape[1])))
+        for kept, value in zip(self.answers, stored, strict=True):
+            kept[rows] = value
+        self._divergence[rows], self._agrees[rows] = answer_error(logits, stored)
+
+    def error(self) -> dict[str, float]:
+        """Sums over the readable images, and how many those were."""
+        return {
+            "views": int((self.answers.classes[:, 0] >= 0).sum()),
+            "kl_sum": float(self._divergence.sum()),
+            "kl_max": float(self._divergence.max()),
+            "top1_agreements": int(self._agrees.sum()),
+        }
+
+
+def _finish(folder: CacheFolder, manifest: Manifest) -> None:
+    """Write the manifest of the finished cache, with the error over all files."""
+    of_files = [
+        folder.read_error(manifest, draw, chunk)
+        for draw in range(manifest.num_draws)
+        for chunk in range(manifest.files_per_draw)
+    ]
+    views = sum(error["views"] for error in of_files)
+    if not views:
+        raise ValueError("none of the training images can be read")
+    error = {
+        "mean_kl": math.fsum(error["kl_sum"] for error in of_files) / views,
+        "max_kl": max(error["kl_max"] for error in of_files),
+        "top1_agreement": sum(error["top1_agreements"] for error in of_files) / views,
+        "views": views,
+        "unreadable": manifest.num_images * manifest.num_draws - views,
+    }
+    folder.write_manifest(replace(manifest, error=error))
