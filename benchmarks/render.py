@@ -265,8 +265,8 @@ def scaling() -> str:
     for bound in results["bounds"]:
         sign = "at least" if bound["at_least"] else "at most"
         lines.append(
-            f"| {bound['figure']} | {_three(bound['median'])} "
-            f"| {_three(bound['low'])} to {_three(bound['high'])} | {sign} {bound['bound']:g} "
+            f"| {bound['figure']} | {bound['median']:.3f} "
+            f"| {bound['low']:.3f} to {bound['high']:.3f} | {sign} {bound['bound']:g} "
             f"| {'yes' if bound['held'] else '**no**'} | {bound['rounds']} |"
         )
     lines += [
