@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -59,7 +61,7 @@ def train(
     distiller: Distiller,
     optimizer: torch.optim.Optimizer,
     part: slice,
-    average: Average | None = None,
+    after_step: Callable[[], None] = lambda: None,
     steps: range = range(NUM_STEPS),
 ) -> list[float]:
     """Losses of some steps on a part of each batch."""
@@ -70,8 +72,7 @@ def train(
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None:
-            average.update(distiller)
+        after_step()
         losses.append(output.loss.item())
     return losses
 
@@ -91,7 +92,7 @@ def outcome(case: tuple[str, str], way: str, part: slice) -> dict[str, Any]:
     distiller, optimizer = prepared(case, way)
     parameters = list(distiller.parameters())
     average = Average(distiller, DECAY)
-    losses = train(distiller, optimizer, part, average)
+    losses = train(distiller, optimizer, part, lambda: average.update(distiller))
     weights = whole_weights(distiller)
     distiller.eval()
     with torch.no_grad():
@@ -156,10 +157,10 @@ def results(tmp_path_factory) -> list[Any]:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_shards_train_what_one_process_trains(results, case, way):
     one = distiller_of(*case)
-    average = Average(one, DECAY)
+    average = ModelEmaV3(one.trainable, decay=DECAY)
     optimizer = torch.optim.SGD(one.parameters(), LR, momentum=0.9)
     before = {name: value.clone() for name, value in one.state_dict().items()}
-    losses = train(one, optimizer, slice(None), average)
+    losses = train(one, optimizer, slice(None), lambda: average.update(one.trainable))
     first, second = (found[0][(way, *case)] for found in results)
 
     assert first["are_sharded"]
@@ -169,9 +170,9 @@ def test_shards_train_what_one_process_trains(results, case, way):
     assert first["weights"].keys() == one.state_dict().keys()
     for name, value in one.state_dict().items():
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            first["average"][name], average.weights[name], rtol=1e-4, atol=1e-5
-        )
+    for name, value in average.module.state_dict().items():
+        averaged = first["average"][f"trainable.{name}"]
+        torch.testing.assert_close(averaged, value, rtol=1e-4, atol=1e-5)
     assert any(not torch.allclose(first["weights"][n], v, atol=1e-3) for n, v in before.items())
     one.eval()
     torch.testing.assert_close(

@@ -326,7 +326,12 @@ def test_no_state_dict(tmp_path, content, finding):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("0.weight", float("nan")), ("3.bias", float("inf")), ("1.running_var", float("nan"))],
+    [
+        ("0.weight", float("nan")),
+        ("3.bias", float("inf")),
+        ("1.running_var", float("nan")),
+        ("1.running_mean", float("inf")),
+    ],
 )
 def test_numbers_that_are_not_finite(tmp_path, suffix, name, value):
     state = {key: tensor.clone() for key, tensor in network(1).state_dict().items()}
@@ -350,13 +355,16 @@ def test_numbers_that_the_models_dtype_cannot_hold(tmp_path):
         load_weights(nn.Linear(1, 1).half(), tmp_path / "a.safetensors")
 
 
-def test_a_buffer_may_be_infinite(tmp_path):
+def test_a_mask_may_be_infinite_where_the_models_own_is(tmp_path):
     source, model = nn.Linear(1, 1), nn.Linear(1, 1)
-    source.register_buffer("mask", torch.tensor(-float("inf")))
-    model.register_buffer("mask", torch.zeros(()))
+    for one in (source, model):
+        one.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
     save_weights(source, tmp_path / "a.safetensors")
     load_weights(model, tmp_path / "a.safetensors")
-    assert model.mask == -float("inf")
+    assert same(model, source)
+    model.mask.zero_()
+    with pytest.raises(ValueError, match="not finite, in mask"):
+        load_weights(model, tmp_path / "a.safetensors")
 
 
 def repacked(path, compression):

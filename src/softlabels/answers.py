@@ -112,7 +112,7 @@ def densify(answers: Answers, num_classes: int) -> Tensor:
         # Rounding must not lift the others above a class that is stored.
         spread = answers.rest - math.log(num_classes - values.shape[1])
         others = torch.minimum(spread, values[:, -1])
-    dense = others.unsqueeze(1).repeat(1, num_classes)
+    dense = others.unsqueeze(1).expand(-1, num_classes).contiguous()
     return dense.scatter_(1, answers.classes.long(), values)
 
 

@@ -116,12 +116,16 @@ class TeacherCache:
             raise ValueError(f"index and draw must be as long, got {len(index)} and {len(draw)}")
         per_file = self._manifest.images_per_file
         numbers = draw * self._manifest.files_per_draw + index // per_file
-        answers = unreadable(len(index), self.num_classes, self.top)
-        for number in numbers.unique().tolist():
-            rows = (numbers == number).nonzero().squeeze(1)
-            of_file = index[rows] % per_file
-            for picked, stored in zip(answers, self._file(number), strict=True):
-                picked[rows] = stored[of_file]
+        of_file = index % per_file
+        files = numbers.unique().tolist()
+        if len(files) == 1:  # small data, or one draw of consecutive images
+            answers = Answers(*(stored[of_file] for stored in self._file(files[0])))
+        else:
+            answers = unreadable(len(index), self.num_classes, self.top)
+            for number in files:
+                rows = (numbers == number).nonzero().squeeze(1)
+                for picked, stored in zip(answers, self._file(number), strict=True):
+                    picked[rows] = stored[of_file[rows]]
         missing = answers.classes[:, 0] < 0
         if bool(missing.any()):
             raise ValueError(

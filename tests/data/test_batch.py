@@ -121,3 +121,9 @@ def test_data_info_counts_classes_and_checks_channels():
         DataInfo("x", ("a", "b"), 3, (4, 4), (0.5,), (1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match=r"std must be above 0, got \(0\.0,\)"):
         DataInfo("x", ("a", "b"), 1, (4, 4), (0.5,), (0.0,))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("set\udcff", ("a", "b")), ("set", ("a", "\ud800"))])
+def test_data_info_refuses_names_that_no_file_can_hold(name, classes):
+    with pytest.raises(ValueError, match=r"is no text in UTF-8.*rename the folder"):
+        DataInfo(name, classes, 1, (2, 2), (0.5,), (0.5,))

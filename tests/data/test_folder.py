@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import pickle
 import shutil
 import warnings
@@ -354,3 +355,13 @@ def test_the_central_part_of_test_images_is_kept(tmp_path, augmentation, crop_fr
 def test_settings_out_of_range_are_refused(image_folder, settings, message):
     with pytest.raises(ValueError, match=message):
         FolderSource(image_folder, **settings)
+
+
+def test_a_named_pipe_among_the_images_is_not_waited_for(image_folder):
+    pipe = image_folder / "train" / "ant" / "pipe.png"
+    os.mkfifo(pipe)
+    try:
+        with pytest.raises(ValueError, match=r"cannot read the image .*pipe\.png .*is no file"):
+            read(FolderSource(image_folder, **SETTINGS), batch_size=24)
+    finally:
+        pipe.unlink()

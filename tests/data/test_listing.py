@@ -109,3 +109,18 @@ def test_paths_that_are_no_folder_are_told(tmp_path):
         list_images(make(tmp_path, "file") / "file", 0.1)
     with pytest.raises(ValueError, match=r"validation_fraction must be between 0 and 1, got 1"):
         list_images(tmp_path, 1)
+
+
+def test_links_that_lead_round_are_entered_once(tmp_path):
+    for label in "ab":
+        write_images(tmp_path / label, 2)
+    write_images(tmp_path / "elsewhere" / "more", 1)
+    for name in ("x", "y", "z"):  # three of them would give 3^40 paths
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "b" / "up").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "b" / "more").symlink_to(tmp_path / "elsewhere" / "more", target_is_directory=True)
+    names, train, test = list_images(tmp_path, 0.3)
+    assert names == ("a", "b", "elsewhere")
+    found = sorted([*paths(train, tmp_path), *paths(test, tmp_path)])
+    images = ["a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/more/0.png", "elsewhere/more/0.png"]
+    assert found == images

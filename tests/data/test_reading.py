@@ -70,6 +70,16 @@ def test_ctrl_c_is_left_to_the_reader(image_folder):
     source.close()
 
 
+def test_workers_are_in_no_group_that_a_launcher_signals(image_folder):
+    source = FolderSource(image_folder, workers=2, **RANDOM)
+    before = children()
+    next(source.train_batches(seed=0, epoch=0, batch_size=4, device="cpu"))
+    workers = children() - before
+    assert len(workers) == 2
+    assert os.getpgrp() not in {os.getpgid(worker) for worker in workers}
+    source.close()
+
+
 def test_an_error_in_a_worker_is_no_death(image_folder):
     class Broken:
         def __call__(self, image):

@@ -131,10 +131,11 @@ def command(arguments: Sequence[str], statuses: Sequence[int] = (0, 2)) -> Outco
     return Outcome(status, output.getvalue(), line)
 
 
-def check_refusal(error: Exception) -> None:
-    """An error of the library from Python tells something, in bounds."""
+def check_refusal(error: Exception, *suspects: str) -> None:
+    """An error of the library from Python tells something, in bounds, and names one of these."""
     event("refused")
     assert 10 < len(str(error)) < 2000, error
+    assert not suspects or any(name in str(error) for name in suspects), error
 
 
 def mutated(content: bytes, most: int = 6) -> st.SearchStrategy[bytes]:

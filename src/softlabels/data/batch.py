@@ -65,6 +65,14 @@ class DataInfo:
                 )
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
+        for name in (self.name, *self.class_names):
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{name!r} is no text in UTF-8, so no file of a run can hold it; expected "
+                    "names of data sets and classes that are: rename the folder"
+                ) from error
 
     @property
     def num_classes(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.datasets.folder import is_image_file, make_dataset
+from torchvision.datasets.folder import is_image_file
 
 from softlabels.data.decoding import read_rgb
 from softlabels.data.randomness import derive_seed
@@ -116,17 +116,40 @@ def _is_visible_image(path: str) -> bool:
     return is_image_file(path) and not os.path.basename(path).startswith(".")
 
 
+def _images_below(folder: Path) -> list[str]:
+    """The visible images of a folder and its subfolders, each folder sorted by name.
+
+    A folder is entered once: links that lead back into it would lead round for ever.
+    """
+    entered = {_identity(folder)}
+    found: list[tuple[str, list[str]]] = []
+    for root, subfolders, names in os.walk(folder, followlinks=True):
+        new = []
+        for name in sorted(subfolders):
+            identity = _identity(os.path.join(root, name))
+            if identity not in entered:
+                entered.add(identity)
+                new.append(name)
+        subfolders[:] = new
+        found.append((root, sorted(names)))
+    paths = (os.path.join(root, name) for root, names in sorted(found) for name in names)
+    return [path for path in paths if _is_visible_image(path)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder has in common with all links to it."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
 def _list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The classes of a folder and its images with their class indices."""
     names = tuple(subfolder.name for subfolder in _subfolders(folder))
     if not names:
         raise ValueError(f"{folder} has no subfolders; {_EXPECTED}")
-    samples: list[tuple[str, int]] = make_dataset(
-        str(folder),
-        {name: index for index, name in enumerate(names)},
-        is_valid_file=_is_visible_image,
-        allow_empty=True,
-    )
+    samples = [
+        (path, index) for index, name in enumerate(names) for path in _images_below(folder / name)
+    ]
     filled = {target for _, target in samples}
     if not filled:
         raise ValueError(f"{folder} holds no images in its {len(names)} subfolders; {_EXPECTED}")

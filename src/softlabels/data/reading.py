@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import warnings
@@ -294,8 +295,10 @@ def _tells_of_a_death(error: Exception) -> bool:
 
 
 def _leave_interrupts_to_the_reader(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal, and whoever reads may want to finish a step."""
+    """Ctrl-C, and a launcher's SIGTERM, go to a whole group; the reader may finish a step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 @contextmanager

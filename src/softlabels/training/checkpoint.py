@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from softlabels.files import remove_leftovers, replace_file
 from softlabels.weights import UNREADABLE, read_plain
 
-__all__ = ["CheckpointFolder", "Stateful", "restore", "state_of"]
+__all__ = ["CheckpointFolder", "OptimizerState", "Progress", "Stateful", "restore", "state_of"]
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 _UNFINISHED = re.compile(r"step-\d{8,}\.pt")
@@ -32,6 +35,112 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take the state back."""
         ...
+
+
+class Progress(BaseModel):
+    """The plain values of a checkpoint.
+
+    Attributes:
+        step: Optimiser steps so far.
+        finished_epochs: Epochs that are trained and evaluated.
+        final: Metrics of the last of them.
+        best: Metrics of the best of them, and its number.
+        seconds: Spent in training during them.
+        of_epoch: Seconds and images of the epoch that is not finished.
+        lengths: Bytes of the files that are written on and on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = Field(0, ge=0)
+    finished_epochs: int = Field(0, ge=0)
+    final: dict[str, float] = {}
+    best: dict[str, float] = {}
+    seconds: float = Field(0.0, ge=0)
+    of_epoch: tuple[float, int] = (0.0, 0)
+    lengths: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Progress:
+        """Check what a checkpoint holds.
+
+        Raises:
+            ValueError: It is no progress of a run.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"the checkpoint's progress does not fit: {where:.80}: {first['msg']}"
+            ) from error
+
+
+class OptimizerState:
+    """An optimiser's state, checked before it is taken back: torch itself takes any.
+
+    Args:
+        optimizer: The optimiser, perhaps wrapped.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the state back.
+
+        Raises:
+            ValueError: It is of other parameters, or its settings are no settings of this kind.
+        """
+        groups, own_groups = state_dict["param_groups"], self._optimizer.param_groups
+        for group, own in zip(groups, own_groups, strict=True):
+            for name, value in own.items():
+                if name != "params" and not _is_like(group[name], value):
+                    raise ValueError(f"{name} must be like {value!r:.80}, got {group[name]!r:.80}")
+        parameters = [parameter for group in own_groups for parameter in group["params"]]
+        # Others keep factors of their state, whose shapes only they know.
+        plain = type(getattr(self._optimizer, "optimizer", self._optimizer)) in _OF_EQUAL_SHAPES
+        for number, values in state_dict["state"].items():
+            shape = parameters[number].shape
+            for name, value in values.items():
+                if plain and not _is_state_of(value, shape):
+                    raise ValueError(
+                        f"{name} of parameter {number} must be a finite tensor of {tuple(shape)}, "
+                        f"got {value!r:.80}"
+                    )
+        self._optimizer.load_state_dict(dict(state_dict))
+
+
+_OF_EQUAL_SHAPES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+
+
+def _is_state_of(value: object, shape: torch.Size) -> bool:
+    """Whether a value can be what an optimiser keeps for a parameter, or a count of steps."""
+    if not isinstance(value, Tensor):
+        return value is None
+    return (value.dim() == 0 or value.shape == shape) and bool(value.isfinite().all())
+
+
+def _is_like(value: object, own: object) -> bool:
+    """Whether a setting from a file can stand where our own does."""
+    if isinstance(own, bool) or own is None:
+        return value is None or isinstance(value, bool)
+    if isinstance(own, int | float):
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    if isinstance(own, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(own)
+            and all(map(_is_like, value, own))
+        )
+    return isinstance(value, type(own))
 
 
 def state_of(
@@ -73,10 +182,24 @@ def restore(
         if part is None:
             continue
         try:
+            _check_numbers(state[name])
             part.load_state_dict(state[name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint's {name!r} does not fit this run: {error}") from error
     return dict(content["progress"])
+
+
+def _check_numbers(state: object) -> None:
+    """Refuse what no healthy run stores: it would come back in the trained weights."""
+    if isinstance(state, Tensor):
+        if bool(state.isnan().any()):
+            raise ValueError("it holds NaN")
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            _check_numbers(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            _check_numbers(value)
 
 
 class Found(NamedTuple):

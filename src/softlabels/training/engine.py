@@ -22,7 +22,7 @@ from softlabels.data import Batch, DataSource
 from softlabels.data.mixup import MixupCutmix
 from softlabels.data.randomness import derive_seed
 from softlabels.distiller import Distiller, StepOutput
-from softlabels.training.checkpoint import Stateful
+from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
 from softlabels.training.evaluate import evaluate
 from softlabels.training.guards import Interrupted, InterruptGuard
@@ -126,7 +126,7 @@ class Engine:
         """
         return {
             "trained": self.distiller,
-            "optimizer": self.optimizer,
+            "optimizer": OptimizerState(self.optimizer),
             "ema": self.ema,
             "scaler": self.accelerator.scaler,
             "log": self.log,

@@ -114,9 +114,15 @@ class LossLog:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the state back."""
-        self._names = tuple(state_dict["names"])
+        """Take the state back.
+
+        Raises:
+            ValueError: It is none of a log.
+        """
+        self._names = tuple(map(str, state_dict["names"]))
         self._read = [list(map(float, row)) for row in state_dict["rows"]]
+        if any(len(row) != len(self._names) for row in self._read):
+            raise ValueError(f"each row must have a number for each of {self._names}")
         self.skipped = int(state_dict["skipped"])
         self._in_a_row = int(state_dict["in_a_row"])
 

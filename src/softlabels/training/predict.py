@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ def predict(
         batch_size: Images per forward.
 
     Raises:
-        ValueError: An image that cannot be read, with its path.
+        ValueError: An image that cannot be read, or to which the student's answer is not finite;
+            with its path.
     """
     transform = _transform(record)
     names = record.class_names or tuple(str(label) for label in range(record.num_classes))
@@ -155,6 +157,9 @@ def predict(
         batch = torch.stack([transform(_read(path, record.in_channels)) for path in paths])
         with torch.inference_mode():
             probabilities = student(batch).float().softmax(1)
+        for path, row in zip(paths, probabilities, strict=True):
+            if not bool(row.isfinite().all()):
+                raise ValueError(f"the student's answer to {path} is not finite")
         values, classes = probabilities.topk(min(top, record.num_classes), dim=1)
         predictions += [
             Prediction(path, tuple(names[label] for label in labels), tuple(row))
@@ -183,7 +188,8 @@ def evaluate_file(
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Data that do not fit the student: other classes, channels or no such folder.
+        ValueError: Data that do not fit the student: other classes, channels or no such folder;
+            or answers that are not finite.
     """
     model, record = load_student(student)
     if path is None and source is None:
@@ -221,6 +227,9 @@ def evaluate_file(
             student_normalization=None if normalization is None else (info.mean, info.std),
         )
         batches = data.test_batches(batch_size=batch_size, device="cpu")
-        return evaluate(network, batches, info, torch.device("cpu"))
+        metrics = evaluate(network, batches, info, torch.device("cpu"))
     finally:
         data.close()
+    if not all(map(math.isfinite, metrics.values())):
+        raise ValueError(f"the student's answers to {info.name} are not all finite")
+    return metrics

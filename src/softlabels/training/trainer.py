@@ -30,7 +30,7 @@ from softlabels.training.assemble import (
     build_source,
     with_defaults,
 )
-from softlabels.training.checkpoint import restore, state_of
+from softlabels.training.checkpoint import Progress, restore, state_of
 from softlabels.training.config import Config, resolve, with_method
 from softlabels.training.engine import Engine
 from softlabels.training.fingerprints import check_cache
@@ -76,17 +76,17 @@ class _Recorder:
         tracker: Tracker,
         folder: RunFolder,
         metadata: Mapping[str, str],
-        progress: Mapping[str, Any],
+        progress: Progress,
     ) -> None:
         self.engine = engine
         self.tracker = tracker
         self.folder = folder
         self.metadata = metadata
         self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
-        self.final: dict[str, float] = progress.get("final", {})
-        self.best: dict[str, float] = progress.get("best", {})
-        self.seconds: float = progress.get("seconds", 0.0)
-        self._of_epoch: list[float] = progress.get("of_epoch", [0.0, 0])  # seconds, images
+        self.final = dict(progress.final)
+        self.best = dict(progress.best)
+        self.seconds = progress.seconds
+        self._of_epoch = progress.of_epoch
         self._since = time.perf_counter()
         self._images = 0
 
@@ -94,7 +94,7 @@ class _Recorder:
         self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
     ) -> None:
         images *= self.engine.accelerator.num_processes
-        self._of_epoch = [self._of_epoch[0] + seconds, self._of_epoch[1] + images]
+        self._of_epoch = (self._of_epoch[0] + seconds, self._of_epoch[1] + images)
         self._images += images
         now, speed = time.perf_counter(), None
         if now - self._since > 1:
@@ -110,7 +110,7 @@ class _Recorder:
         self.tracker.timing(epoch, step, seconds, images / seconds)
         self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
         self.seconds += seconds
-        self._of_epoch = [0.0, 0]
+        self._of_epoch = (0.0, 0)
         improved = self.final["top1"] > self.best.get("top1", -math.inf)
         if improved:
             self.best = {**self.final, "epoch": epoch}
@@ -133,17 +133,18 @@ class _Recorder:
     def store(self) -> None:
         accelerator = self.engine.accelerator
         # On every process: the losses since the last line are looked at before anything is kept.
-        progress = {
-            "step": self.engine.step,
-            "finished_epochs": self.engine.finished_epochs,
-            "final": self.final,
-            "best": self.best,
-            "seconds": self.seconds,
-            "of_epoch": self._of_epoch,
-        }
-        state = state_of(progress, self.engine.stateful)
+        parts = self.engine.stateful
+        progress = Progress(
+            step=self.engine.step,
+            finished_epochs=self.engine.finished_epochs,
+            final=self.final,
+            best=self.best,
+            seconds=self.seconds,
+            of_epoch=self._of_epoch,
+            lengths=self.tracker.lengths(),
+        )
+        state = state_of(progress.model_dump(), parts)
         if accelerator.is_main_process:
-            state["progress"]["lengths"] = self.tracker.lengths()
             self.checkpoints.save(self.engine.step, state)
         accelerator.wait_for_everyone()
 
@@ -278,7 +279,7 @@ def _fit(
         InterruptGuard() as interrupt,
         Tracker(
             folder.path if accelerator.is_main_process else None,
-            progress.get("lengths", {}),
+            progress.lengths,
             total_steps=config.epochs * engine.steps_per_epoch,
             console=console,
             label=label,
@@ -318,16 +319,23 @@ def _fit(
     return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
 
 
-def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> dict[str, Any]:
-    """Bring the engine to where the newest checkpoint was written; {} if there is none."""
+def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Progress:
+    """Bring the engine to where the newest checkpoint was written, if there is one."""
     checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
     found = from_main(engine.accelerator, checkpoints.newest)
     for problem in found.damaged:
         _say(console, f"a checkpoint is left out: {problem}")
     if found.content is None:
-        return {}
-    progress = restore(found.content, engine.stateful)
-    engine.step, engine.finished_epochs = progress["step"], progress["finished_epochs"]
+        return Progress()
+    progress = Progress.of(restore(found.content, engine.stateful))
+    within = progress.step - progress.finished_epochs * engine.steps_per_epoch
+    if progress.finished_epochs > engine.config.epochs or not 0 <= within <= engine.steps_per_epoch:
+        raise ValueError(
+            f"{found.name} is no checkpoint of this run: step {progress.step} with "
+            f"{progress.finished_epochs} epochs done does not fit {engine.steps_per_epoch} steps "
+            "an epoch"
+        )
+    engine.step, engine.finished_epochs = progress.step, progress.finished_epochs
     engine.schedule.step_update(engine.step)
     _say(
         console,
