@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'all':32}{total:6} in {len(rows)} categories")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # other tests of this process must not see it
 def _errors_are_raised() -> Iterator[None]:
     """What the program did not foresee fails a test with its traceback."""
     with pytest.MonkeyPatch.context() as patch:

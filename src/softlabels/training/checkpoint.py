@@ -54,8 +54,8 @@ class Progress(BaseModel):
 
     step: int = Field(0, ge=0)
     finished_epochs: int = Field(0, ge=0)
-    final: dict[str, float] = {}
-    best: dict[str, float] = {}
+    final: dict[str, int | float] = {}
+    best: dict[str, int | float] = {}
     seconds: float = Field(0.0, ge=0)
     of_epoch: tuple[float, int] = (0.0, 0)
     lengths: dict[str, int] = {}
