@@ -95,18 +95,17 @@ def _status(name: str, rest: list[str]) -> int:
         _complain(name, _in_words(error))
         return 2
     except Exception as error:  # no user of the command sees a traceback
-        if os.environ.get(_TRACEBACK):
+        from softlabels.training.guards import RunError
+
+        expected = isinstance(error, RunError)
+        if not expected and os.environ.get(_TRACEBACK):
             raise
-        _complain(name, _of_failed_run(error))
+        _complain(name, str(error) if expected else _of_failure(error))
         return 1
 
 
-def _of_failed_run(error: Exception) -> str:
-    """What to tell of an error that is no mistake of the user's."""
-    from softlabels.training.guards import RunError
-
-    if isinstance(error, RunError):
-        return str(error)
+def _of_failure(error: Exception) -> str:
+    """What to tell of an error that nobody foresaw."""
     kind = type(error).__name__
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate", str(error)):
         return f"not enough memory ({error or kind}): try a smaller batch_size or network"

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from softlabels.training.checkpoint import CheckpointFolder, restore, state_of
+from softlabels.training.checkpoint import (
+    CheckpointFolder,
+    OptimizerState,
+    Progress,
+    restore,
+    state_of,
+)
 
 
 def checkpoints(tmp_path: Path, keep: int = 2) -> CheckpointFolder:
@@ -182,3 +189,61 @@ def test_checkpoint_of_other_shapes_is_refused():
     state = state_of({}, {"trained": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="the checkpoint's 'trained' does not fit this run"):
         restore(state, {"trained": nn.Linear(2, 3)})
+
+
+def momentum_state(change) -> None:
+    """Restore an optimiser's state after a change of it."""
+    layer = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = state_of({}, {"optimizer": OptimizerState(optimizer)})
+    change(state["parts"]["optimizer"])
+    restore(state, {"optimizer": OptimizerState(optimizer)})
+
+
+def test_an_optimizers_state_comes_back():
+    momentum_state(lambda state: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s["state"][0].update(momentum_buffer=[]),
+            r"finite tensor of \(3, 2\), got \[\]",
+        ),
+        (lambda s: s["state"][0].update(momentum_buffer=torch.ones(2)), r"finite tensor of"),
+        (lambda s: s["state"][0]["momentum_buffer"].fill_(torch.inf), r"finite tensor of"),
+        (lambda s: s["state"][0]["momentum_buffer"].fill_(torch.nan), "it holds NaN"),
+        (lambda s: s["state"].update({9: {"momentum_buffer": None}}), "does not fit this run"),
+        (lambda s: s["param_groups"][0].update(momentum="much"), "must be like 0.9, got 'much'"),
+        (lambda s: s["param_groups"][0].update(lr=float("nan")), "must be like 0.1, got nan"),
+        (lambda s: s["param_groups"].clear(), "does not fit this run"),
+    ],
+)
+def test_what_no_optimizer_stores_is_refused(change, message):
+    with pytest.raises(ValueError, match="the checkpoint's 'optimizer' does not fit") as found:
+        momentum_state(change)
+    assert re.search(message, str(found.value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step: Input should be greater than or equal to 0"),
+        ({"step": "many"}, "step: Input should be a valid integer"),
+        ({"best": {"top1": []}}, r"best\.top1"),
+        ({"of_epoch": (1.0,)}, r"of_epoch"),
+        ({"more": 1}, "more: Extra inputs are not permitted"),
+    ],
+)
+def test_progress_that_is_none_is_refused(changes, message):
+    with pytest.raises(ValueError, match=rf"the checkpoint's progress does not fit: {message}"):
+        Progress.of({**Progress(step=3, best={"top1": 1.5, "epoch": 1}).model_dump(), **changes})
+
+
+def test_whole_numbers_stay_whole():
+    values = {"best": {"top1": 50.0, "epoch": 1}}
+    assert isinstance(Progress.of(values).best["epoch"], int)
+    assert isinstance(Progress.of(values).best["top1"], float)
