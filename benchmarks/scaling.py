@@ -200,13 +200,16 @@ def _folder(root: Path, number: int, size: tuple[int, int]) -> Path:
     return root
 
 
-def two_processes(folder: Path, rounds: int, epochs: int) -> dict[str, Any]:
+def two_processes(
+    folder: Path, student: str, fonts: int, batch_size: int, rounds: int
+) -> dict[str, Any]:
     """Images per second of two processes of a run over those of two runs side by side."""
 
     def command(launcher: Sequence[str], batch_size: int, output: Path) -> list[str]:
         return [
             sys.executable, *launcher, "-m", "softlabels", "train", "glyphs100/cross_entropy",
-            "--epochs", str(epochs), "--batch-size", str(batch_size), "--threads", "1",
+            "--student.name", f"timm:{student}", "--data.num-fonts", str(fonts),
+            "--epochs", "3", "--batch-size", str(batch_size), "--threads", "1",
             "--gallery", "0", "--output", str(output),
         ]  # fmt: skip
 
@@ -217,11 +220,11 @@ def two_processes(folder: Path, rounds: int, epochs: int) -> dict[str, Any]:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     ratios = []
     for number in range(rounds):
-        joint = folder / f"joint{number}"
-        apart = [folder / f"apart{number}{part}" for part in "ab"]
+        joint = folder / f"{student}-joint{number}"
+        apart = [folder / f"{student}-apart{number}{part}" for part in "ab"]
         for commands in (
-            [command(torchrun, 256, joint)],
-            [command((), 128, output) for output in apart],
+            [command(torchrun, 2 * batch_size, joint)],
+            [command((), batch_size, output) for output in apart],
         ):
             running = [
                 subprocess.Popen(c, env={**os.environ, **ONE_THREAD}, stderr=subprocess.DEVNULL)
@@ -230,9 +233,8 @@ def two_processes(folder: Path, rounds: int, epochs: int) -> dict[str, Any]:
             if any(process.wait() for process in running):
                 raise RuntimeError(f"{' '.join(commands[0])} failed")
         ratios.append(speed(joint) / sum(map(speed, apart)))
-    return _bound(
-        "two processes / two runs side by side, images per second", ratios, 0.9, at_least=True
-    )
+    figure = f"two processes / two runs side by side, images per second of {student}"
+    return _bound(figure, ratios, 0.9, at_least=True)
 
 
 def decoding(folder: Path, rounds: int) -> dict[str, Any]:
@@ -273,7 +275,8 @@ def main() -> None:
                 teacher_cache(cache, "resnet8_glyphs", 128, 40 * rounds),
                 checkpoints(folder, max(4, rounds)),
                 start_up(folder, max(3, rounds)),
-                two_processes(folder, max(2, rounds // 2), 3),
+                two_processes(folder, "resnet20", 24, 32, max(2, rounds // 2)),
+                two_processes(folder, "resnet8_glyphs", 239, 128, max(2, rounds // 2)),
             ],
             "memory": [
                 memory(open_source("glyphs100", num_fonts=4), folder / "m1", 20 * rounds, 100),

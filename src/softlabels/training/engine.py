@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -105,6 +105,10 @@ class Engine:
         self.ema = ModelEmaV3(self.core, decay=config.ema_decay) if config.ema_decay else None
         if config.compile:
             distiller.trainable = torch.compile(distiller.trainable)  # type: ignore[assignment]  # a module
+        # A method's memory is that of the first process. Batch statistics need not be, until an
+        # evaluation: sending them in every step costs more than the gradients of a small student.
+        memory = list(getattr(self.core.heads, "buffers", tuple)())
+        accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=bool(memory))
         distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
         self.distiller = distiller
         self.step = 0
