@@ -22,6 +22,7 @@ __all__ = [
     "UNREADABLE",
     "count_stored",
     "load_weights",
+    "not_finite",
     "read_metadata",
     "read_plain",
     "save_weights",
@@ -182,6 +183,26 @@ def count_stored(path: str | os.PathLike[str]) -> int:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """Find the tensors with a number that is NaN or infinite, with one wait for their device.
+
+    Args:
+        state: Tensors by name; anything else in it is left out.
+
+    Returns:
+        The names.
+    """
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if not tensors:
+        return []
+    fine = torch.stack([value.detach().isfinite().all() for value in tensors.values()]).tolist()
+    return [name for name, is_fine in zip(tensors, fine, strict=True) if not is_fine]
 
 
 def read_plain(file: BinaryIO) -> object:

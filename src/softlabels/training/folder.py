@@ -51,10 +51,7 @@ class RunFolder:
 
     def is_complete(self) -> bool:
         """Whether a run ended here."""
-        if not self.summary.is_file():
-            return False
-        content: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return bool(content.get("complete"))
+        return _read_object(self.summary).get("complete") is True
 
     def checkpoints(self, keep: int) -> CheckpointFolder:
         """The run's checkpoints, of which so many are kept."""
@@ -115,19 +112,16 @@ class RunFolder:
             lock.release()
 
     def _owner(self) -> str:
-        try:
-            content = json.loads(self.environment.read_text(encoding="utf-8"))
-            return f", process {content['process']} on {content['host']}"
-        except (OSError, ValueError, LookupError, TypeError):
+        content = _read_object(self.environment)
+        if not {"process", "host"} <= content.keys():
             return ""
+        return f", process {content['process']!s:.40} on {content['host']!s:.80}"
 
     def write_environment(self, content: dict[str, Any]) -> None:
         """Write what a start runs on; what earlier starts of the run ran on stays beside it."""
-        try:
-            before: dict[str, Any] = json.loads(self.environment.read_text(encoding="utf-8"))
-            earlier = [*before.pop("earlier_starts", []), before]
-        except (OSError, ValueError, AttributeError, TypeError):
-            earlier = []
+        before = _read_object(self.environment)
+        earlier = before.pop("earlier_starts", [])
+        earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
         own = {"host": socket.gethostname(), "process": os.getpid(), "earlier_starts": earlier}
         self.write_json(self.environment, {**content, **own})
 
@@ -135,7 +129,17 @@ class RunFolder:
         """Write a JSON file whole or not at all."""
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         with replace_file(path) as file:
-            file.write(text.encode())
+            # Half of a surrogate pair, from an earlier file, becomes JSON's escape of it.
+            file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _fixed(config: Config) -> dict[str, Any]:

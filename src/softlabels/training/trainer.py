@@ -45,7 +45,7 @@ from softlabels.training.guards import (
 )
 from softlabels.training.processes import from_main, gathered, lost_processes, start
 from softlabels.training.tracking import Tracker
-from softlabels.weights import save_weights
+from softlabels.weights import not_finite, save_weights
 
 __all__ = ["TrainResult", "run", "train"]
 
@@ -85,6 +85,7 @@ class _Recorder:
         self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
         self.final = dict(progress.final)
         self.best = dict(progress.best)
+        self._infinite_before = {*not_finite(engine.core.state_dict())}  # masks
         self.seconds = progress.seconds
         self._of_epoch = progress.of_epoch
         self._since = time.perf_counter()
@@ -105,6 +106,7 @@ class _Recorder:
             self.tracker.metrics(epoch, step, scalars)
 
     def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
+        self._check_weights()
         seconds, images = self._of_epoch
         self.tracker.metrics(epoch, step, scalars)
         self.tracker.timing(epoch, step, seconds, images / seconds)
@@ -130,7 +132,23 @@ class _Recorder:
         by_process = gathered(self.engine.accelerator, own)
         return {path: reason for found in by_process for path, reason in sorted(found.items())}
 
+    def _check_weights(self) -> None:
+        """Make sure that what is stored can be gone on with: a loss may be finite all the same."""
+        own = not_finite(self.engine.core.state_dict())
+        by_process = gathered(self.engine.accelerator, own)
+        bad = sorted({name for names in by_process for name in names} - self._infinite_before)
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise NonFiniteLossError(
+                f"the loss is finite, but {bad[0]}{more} of the network is not, after step "
+                f"{self.engine.step}; try a smaller learning rate or other images. The last "
+                "checkpoint is from before",
+                self.engine.step,
+                bad,
+            )
+
     def store(self) -> None:
+        self._check_weights()
         accelerator = self.engine.accelerator
         # On every process: the losses since the last line are looked at before anything is kept.
         parts = self.engine.stateful

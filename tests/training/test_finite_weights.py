@@ -1,0 +1,50 @@
+"""What is stored is finite, also where every loss was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from softlabels.training import train
+from softlabels.training.guards import NonFiniteLossError
+from tiny_runs import write_pictures
+
+
+def network(scale: float) -> nn.Module:
+    """The batch norm hides how large its input is, and its running variance overflows."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 4, 3)
+    first.weight.data *= scale
+    return nn.Sequential(
+        first, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_buffer_that_overflows_stops_the_run_before_it_is_stored(tmp_path, every):
+    data = {
+        "path": str(write_pictures(tmp_path / "shades", train=8)), "image_size": 8, "workers": 0,
+    }  # fmt: skip
+    settings = {"epochs": 1, "batch_size": 8, "checkpoint": {"every": every}, "progress": False}
+    output = tmp_path / "run"
+
+    with pytest.raises(NonFiniteLossError, match=r"student\.1\.running_var .*is not, after step"):
+        train(data, network(1e30), output=str(output), **settings)
+
+    assert "running_var" in json.loads((output / "failure.json").read_text())["error"]
+    assert not list(output.glob("*.safetensors"))
+    assert not list(output.glob("checkpoints/*"))
+    train(data, network(1.0), output=str(tmp_path / "fine"), **settings)
+
+
+def test_a_mask_may_be_infinite(tmp_path):
+    model = network(1.0)
+    model.register_buffer("mask", torch.tensor(-float("inf")))
+    data = {"path": str(write_pictures(tmp_path / "shades")), "image_size": 8, "workers": 0}
+
+    result = train(data, model, epochs=1, batch_size=8, output=str(tmp_path / "r"), progress=False)
+
+    assert result.student.mask == -float("inf")
