@@ -219,7 +219,9 @@ def test_an_optimizers_state_comes_back():
         (lambda s: s["state"].update({9: {"momentum_buffer": None}}), "does not fit this run"),
         (lambda s: s["param_groups"][0].update(momentum="much"), "must be like 0.9, got 'much'"),
         (lambda s: s["param_groups"][0].update(lr=float("nan")), "must be like 0.1, got nan"),
+        (lambda s: s["state"][0].clear(), "is missing for another"),
         (lambda s: s["param_groups"].clear(), "does not fit this run"),
+        (lambda s: s["state"][0].clear(), "kept for one parameter is missing for another"),
     ],
 )
 def test_what_no_optimizer_stores_is_refused(change, message):

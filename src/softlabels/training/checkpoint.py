@@ -105,6 +105,8 @@ class OptimizerState:
         parameters = [parameter for group in own_groups for parameter in group["params"]]
         # Others keep factors of their state, whose shapes only they know.
         plain = type(getattr(self._optimizer, "optimizer", self._optimizer)) in _OF_EQUAL_SHAPES
+        if plain and len({frozenset(values) for values in state_dict["state"].values()}) > 1:
+            raise ValueError("what is kept for one parameter is missing for another")
         for number, values in state_dict["state"].items():
             shape = parameters[number].shape
             for name, value in values.items():
