@@ -74,7 +74,8 @@ def test_ctrl_c_is_left_to_the_reader(image_folder):
 def test_workers_are_in_no_group_that_a_launcher_signals(image_folder):
     source = FolderSource(image_folder, workers=2, **RANDOM)
     before = children()
-    next(source.train_batches(seed=0, epoch=0, batch_size=4, device="cpu"))
+    batches = source.train_batches(seed=0, epoch=0, batch_size=4, device="cpu")
+    next(batches), next(batches)  # then both workers have delivered one, and so are set up
     workers = children() - before
     assert len(workers) == 2
     assert os.getpgrp() not in {os.getpgid(worker) for worker in workers}

@@ -140,6 +140,13 @@ def test_a_damaged_index_is_made_again(copied, content):
     assert epoch_of(ShardSource(copied, **SETTINGS)) == expected
 
 
+def test_an_index_that_cannot_be_written_is_told(copied, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match=r"the index of the shards cannot be written .*`index`"):
+        source = ShardSource(copied, index=str(tmp_path / "file" / "index"), **SETTINGS)
+    assert source.num_train == sum(SIZES["train"])
+
+
 def test_the_index_can_lie_elsewhere(copied, tmp_path):
     ShardSource(copied, index=str(tmp_path / "elsewhere"), **SETTINGS)
     assert not list(copied.glob("*.safetensors"))

@@ -67,3 +67,12 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "trained"
     assert main(train_arguments(pictures, output)) == 0
     return output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_runs() -> Iterator[None]:
+    """The report, the largest part of a tiny run, has cases of its own; so has git's answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softlabels.training.trainer.write_report", lambda *_a, **_k: None)
+        patch.setattr("softlabels.training.folder._commit", lambda: None)
+        yield

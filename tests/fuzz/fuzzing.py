@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import signal
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
@@ -16,6 +18,7 @@ from typing import TypeVar
 import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from softlabels.cli import main
 
@@ -136,6 +139,23 @@ def check_refusal(error: Exception, *suspects: str) -> None:
     event("refused")
     assert 10 < len(str(error)) < 2000, error
     assert not suspects or any(name in str(error) for name in suspects), error
+
+
+def as_yaml(value: object) -> str:
+    """Flow YAML of plain values. JSON's NaN and halves of surrogate pairs are none."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_yaml(k)}: {as_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    return json.dumps(value)
+
+
+def assert_finite(tensors: Mapping[str, Tensor]) -> None:
+    """No NaN and nothing infinite among the numbers of a network."""
+    for name, value in tensors.items():
+        assert bool(value.isfinite().all()), name
 
 
 def mutated(content: bytes, most: int = 6) -> st.SearchStrategy[bytes]:

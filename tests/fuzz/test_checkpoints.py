@@ -3,89 +3,98 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fuzzing import case, command, fuzz, mutated, values
-from hypothesis import event, given
+from fuzzing import HOSTILE_TEXTS, assert_finite, case, command, fuzz, mutated, texts
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from softlabels.cli import main
 from tiny_runs import checkpoint_name, saved, train_arguments
 
-
-def arguments(pictures: Path, output: Path) -> list[str]:
-    run = train_arguments(pictures, output, "--method.kind", "uskd", "--ema-decay", "0.5")
-    run[run.index("--epochs") + 1] = "2"
-    run[run.index("--gallery") + 1] = "0"
-    return run
+HALFWAY = (
+    "--epochs", "2", "--ema-decay", "0.9", "--optimizer.name", "adamw", "--method.kind", "uskd",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def half_done(pictures, tmp_path_factory) -> Path:
-    """The folder of a run of two epochs that has a checkpoint of the first one alone."""
-    output = tmp_path_factory.mktemp("half") / "run"
-    assert main(arguments(pictures, output)) == 0
-    (output / "summary.json").unlink()
-    newest = max((output / "checkpoints").glob("step-*.pt"))
-    newest.unlink()
-    (older,) = (output / "checkpoints").glob("step-*.pt")
-    assert older.name.startswith("step-00000001-")
-    return output
+def halfway(pictures, tmp_path_factory) -> Path:
+    """A run of two epochs that was stopped after the first."""
+    run = tmp_path_factory.mktemp("runs") / "halfway"
+    assert main(train_arguments(pictures, run, *HALFWAY)) == 0
+    last = max((run / "checkpoints").iterdir())
+    last.unlink()
+    for name in ("summary.json", "report.html", "gallery.json"):
+        (run / name).unlink(missing_ok=True)
+    assert len([*(run / "checkpoints").iterdir()]) == 1
+    return run
 
 
-def places(content: Any, path: tuple = ()) -> list[tuple]:
-    """The path of everything inside of nested containers."""
-    inner = content.items() if isinstance(content, dict) else ()
-    if isinstance(content, list | tuple):
-        inner = enumerate(content)
-    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
-
-
-def changed(content: Any, path: tuple, value: Any) -> Any:
-    """A copy with another value at a place."""
-    if not path:
-        return value
-    if isinstance(content, tuple):
-        content = list(content)
-    other = copy.copy(content)
-    other[path[0]] = changed(content[path[0]], path[1:], value)
-    return other
-
-
-tensors = st.one_of(
-    st.builds(lambda *shape: torch.zeros(shape), st.integers(0, 3), st.integers(0, 3)),
-    st.sampled_from(
-        [torch.zeros(()), torch.zeros(3, dtype=torch.int64), torch.full((2,), float("nan"))]
-    ),
+odd_numbers = st.sampled_from([0, 1, -1, 2, 3, 10**9, -(2**62), 1.5, float("nan"), float("inf")])
+odd_tensors = st.sampled_from(
+    [torch.zeros(()), torch.zeros(0), torch.full((2, 2), float("nan")), torch.zeros(4, 4).bool(),
+     torch.eye(2).to_sparse(), torch.zeros(3, dtype=torch.int64)]
+)  # fmt: skip
+plain = st.one_of(
+    odd_numbers, odd_tensors, st.none(), st.booleans(), st.sampled_from(HOSTILE_TEXTS)
+)
+odd_things = st.one_of(
+    plain, st.lists(plain, max_size=2), st.dictionaries(st.sampled_from(["a", "step"]), plain)
 )
 
 
-@fuzz("checkpoints", cost=5)
+def damage(draw: st.DrawFn, content: dict) -> None:
+    """Changes one thing somewhere inside of a checkpoint."""
+    here = content
+    while True:
+        keys = sorted(here, key=str) if isinstance(here, dict) else [*range(len(here))]
+        key = draw(st.sampled_from(keys))
+        inner = here[key]
+        if isinstance(inner, (dict, list)) and len(inner) and draw(st.integers(0, 5)):
+            here = inner
+            continue
+        break
+    kind = draw(st.sampled_from(["replace", "replace", "remove", "add", "number"]))
+    if kind == "remove":
+        del here[key]
+    elif kind == "add" and isinstance(here, dict):
+        here[draw(texts)] = draw(odd_things)
+    elif kind == "number" and isinstance(inner, Tensor) and inner.is_floating_point():
+        here[key] = torch.full(inner.shape, float(draw(odd_numbers)))
+    else:
+        here[key] = draw(odd_things)
+
+
+@fuzz("checkpoints", cost=3)
 @given(data=st.data())
-def test_a_run_goes_on_from_a_whole_checkpoint_or_says_why_not(half_done, pictures, data):
-    with case("checkpoints"), tempfile.TemporaryDirectory() as name:
-        folder = Path(shutil.copytree(half_done, Path(name) / "run"))
-        (file,) = (folder / "checkpoints").glob("step-*.pt")
-        if data.draw(st.sampled_from(["bytes", "content", "content"])) == "bytes":
-            content = data.draw(mutated(file.read_bytes()))
-        else:
-            stored = torch.load(file, weights_only=True)
-            path = data.draw(st.sampled_from(places(stored)))
-            stored = changed(stored, path, data.draw(st.one_of(values, tensors)))
-            content = saved(stored) if isinstance(stored, dict) else b"no mapping"
-        if data.draw(st.booleans()):
-            # As an accident leaves it, or as somebody would make it who knows how.
-            file.unlink()
-            file = file.with_name(checkpoint_name(content, 1))
-        file.write_bytes(content)
-        outcome = command(arguments(pictures, folder), statuses=(0, 1, 2))
-        event(f"status {outcome.status}")
+def test_checkpoints(halfway, pictures, data):
+    original = next((halfway / "checkpoints").iterdir())
+    kind = data.draw(st.sampled_from(["content", "content", "content", "bytes", "digest"]))
+    if kind == "content":
+        content = copy.deepcopy(torch.load(original, weights_only=True))
+        for _ in range(data.draw(st.integers(1, 2))):
+            damage(data.draw, content)
+        damaged = saved(content)
+    else:
+        damaged = data.draw(mutated(original.read_bytes(), 3))
+    step = data.draw(st.sampled_from([1, 1, 1, 0, 2, 3, 99_999_999, 10**12]))
+    name = original.name if kind == "digest" else checkpoint_name(damaged, step)
+    with case("checkpoints"), tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(halfway, Path(folder) / "run"))
+        os.remove(run / "checkpoints" / original.name)
+        (run / "checkpoints" / name).write_bytes(damaged)
+        outcome = command(train_arguments(pictures, run, *HALFWAY), statuses=(0, 1, 2))
+        for stored in run.glob("*.safetensors"):
+            assert_finite(load_file(stored))
         if outcome.status == 0:
-            weights = load_file(folder / "student.safetensors")
-            assert all(bool(weight.isfinite().all()) for weight in weights.values())
+            summary = json.loads((run / "summary.json").read_text())
+            assert summary["complete"] is True
+        assert {path.name for path in Path(folder).iterdir()} == {"run"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from fuzzing import case, command, fuzz, mutated, scalars, texts, values
+from fuzzing import as_yaml, case, command, fuzz, mutated, scalars, texts, values
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -87,17 +85,6 @@ entries = st.one_of(
     st.tuples(st.one_of(st.sampled_from(["method", "data", "taps", "assumed"]), texts), values),
 )
 structures = st.lists(entries, min_size=1, max_size=4).map(dict)
-
-
-def as_yaml(value: object) -> str:
-    """Flow YAML of plain values. JSON's NaN and halves of surrogate pairs are none."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{as_yaml(k)}: {as_yaml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(as_yaml, value)) + "]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
-    return json.dumps(value)
 
 
 @fuzz("recipe structure")

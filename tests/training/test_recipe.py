@@ -132,3 +132,11 @@ def test_absurd_values_are_named_in_a_short_line(values, message):
 
 def test_largest_seed():
     assert resolve({"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_settings_of_a_network_are_no_gigantic_whole_numbers(part):
+    settings = {"depth": 2**31, "width": 4, "drop_rate": 0.1, "flag": True, "act_layer": "gelu"}
+    values = getattr(resolve({part: {"settings": settings}}), part).settings
+    assert values == settings
+    assert [type(value) for value in values.values()] == [float, int, float, bool, str]

@@ -18,9 +18,10 @@ from torch import nn
 import softlabels
 from softlabels.data.memory import InMemorySource
 from softlabels.losses import METHODS
-from softlabels.training import trainer
+from softlabels.training import engine, trainer
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.guards import Interrupted, NonFiniteLossError, RunError
+from softlabels.training.loss_log import LossLog
 from softlabels.weights import load_weights
 
 FAST = {
@@ -279,6 +280,17 @@ def test_the_images_that_a_loss_is_not_finite_for_are_named(source, tmp_path):
     assert 3 <= failure["step"] < 6
     steps = [int(p.name.split("-")[1]) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(steps) == failure["step"]  # that many were done: the state before the bad one
+
+
+def test_the_images_are_named_too_where_losses_are_looked_at_late(source, tmp_path, monkeypatch):
+    """As on an accelerator: the weights are no longer finite by then, which tells less."""
+    monkeypatch.setattr(engine, "LossLog", lambda **given: LossLog(**{**given, "eager": False}))
+    bad = WithBadImages(source, {9}, epoch=1)
+    with pytest.raises(NonFiniteLossError, match=r"training images by index: 9; try"):
+        train(
+            bad, tmp_path / "run", student=NO_BATCH_STATISTICS, checkpoint={"every": 1},
+            log_every=1000,
+        )  # fmt: skip
 
 
 def test_the_whole_batch_is_named_where_statistics_mix_its_images(source, tmp_path):

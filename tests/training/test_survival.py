@@ -131,6 +131,17 @@ def test_stopped_by_a_signal_it_saves_the_step_and_goes_on(
     assert_same(folder, expected)
 
 
+@pytest.mark.distributed
+def test_a_signal_to_one_process_stops_all_at_the_same_step(image_folder, tmp_path):
+    command, folder = arguments(image_folder, "--checkpoint.every", "1000"), tmp_path / "run"
+    run = LivingRun(folder, command, 2)
+    assert run.until_step(STEPS // 3)
+    run.send(signal.SIGTERM, [1])
+    assert run.wait() == [143, 143], run.text()
+    assert "Traceback" not in run.text()
+    assert list((folder / "checkpoints").glob(f"step-{steps_done(folder):08d}-*.pt"))
+
+
 def test_a_second_signal_stops_at_once(image_folder, tmp_path):
     folder = tmp_path / "run"
     # Steps of seconds, so that the second signal comes within the one that the first lets finish.

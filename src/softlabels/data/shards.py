@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -188,8 +189,12 @@ def _images(shards: Sequence[Path], index_file: Path) -> ShardImages:
             index_file.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(index_file) as file:
                 file.write(content)
-        except OSError:
-            pass  # a folder that cannot be written to: the next start reads the shards again
+        except OSError as error:
+            warnings.warn(
+                f"the index of the shards cannot be written ({error}): each start reads them all; "
+                "`index` names a file elsewhere",
+                stacklevel=3,
+            )
     return ShardImages(
         names, columns["shard"], columns["offset"], columns["size"], columns["target"]
     )
@@ -199,8 +204,6 @@ def _read_index(
     path: Path, fingerprint: str, num_shards: int
 ) -> dict[str, NDArray[np.int64]] | None:
     """The columns of an index file; None if it is of other shards, or damaged."""
-    from safetensors import safe_open
-
     if not path.is_file():
         return None
     try:

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.optim import param_groups_weight_decay as decay_groups
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from softlabels.data import DataInfo, DataSource, open_source
 from softlabels.data.mixup import MixupCutmix
@@ -19,6 +19,7 @@ from softlabels.distiller import Distiller
 from softlabels.losses import LabelSmoothingLoss
 from softlabels.losses.table import METHODS
 from softlabels.models import build_model, model_input
+from softlabels.taps import undisturbed
 from softlabels.teacher import Teacher
 from softlabels.teacher_cache import TeacherCache
 from softlabels.training.config import (
@@ -28,7 +29,7 @@ from softlabels.training.config import (
     TeacherSettings,
     build_method,
 )
-from softlabels.weights import load_weights
+from softlabels.weights import UNREADABLE, load_weights
 
 __all__ = [
     "build_distiller",
@@ -37,6 +38,7 @@ __all__ = [
     "build_schedule",
     "build_source",
     "build_teacher",
+    "try_out",
     "with_defaults",
 ]
 
@@ -100,10 +102,14 @@ def build_distiller(
             )
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
+        shape = (info.in_channels, *info.image_size)
+        try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)
     elif teacher is None and config.teacher.name is not None:
         teacher = build_teacher(config.teacher, info)
+        shape = (info.in_channels, *info.image_size)
+        try_out(teacher, f"the teacher {config.teacher.name!r}", shape, None)
     task = config.task
     task_loss = (
         LabelSmoothingLoss(smoothing=task.label_smoothing, smooth_over=task.smooth_over)
@@ -120,6 +126,37 @@ def build_distiller(
             method_weight=1.0 if config.method_weight is None else config.method_weight,
             taps=config.taps,
             example_shape=(info.in_channels, *info.image_size),
+        )
+
+
+def try_out(
+    network: nn.Module, name: str, shape: tuple[int, int, int], num_classes: int | None
+) -> None:
+    """Run a network once, on the CPU, and leave it as it was.
+
+    Args:
+        network: [B, C, H, W] -> [B, classes].
+        name: What an error calls it.
+        shape: (C, H, W) of the images.
+        num_classes: Number of classes that it must have; None: any.
+
+    Raises:
+        ValueError: It fails, or gives something else.
+    """
+    try:
+        with undisturbed(network):
+            logits = network(torch.zeros(1, *shape))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{name} fails on images of {shape} (channels, height, width): "
+            f"{type(error).__name__}: {error!s:.300}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{name} must give a tensor, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != 1 or num_classes not in (None, logits.shape[1]):
+        raise ValueError(
+            f"{name} must give [B, {num_classes or 'classes'}], got {tuple(logits.shape)} for one "
+            "image"
         )
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import IO, Annotated, Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +37,9 @@ class Stateful(Protocol):
         ...
 
 
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Progress(BaseModel):
     """The plain values of a checkpoint.
 
@@ -56,8 +59,8 @@ class Progress(BaseModel):
     finished_epochs: int = Field(0, ge=0)
     final: dict[str, int | float] = {}
     best: dict[str, int | float] = {}
-    seconds: float = Field(0.0, ge=0)
-    of_epoch: tuple[float, int] = (0.0, 0)
+    seconds: _Seconds = 0.0
+    of_epoch: tuple[_Seconds, Annotated[int, Field(ge=0)]] = (0.0, 0)
     lengths: dict[str, int] = {}
 
     @classmethod
@@ -104,13 +107,16 @@ class OptimizerState:
                     raise ValueError(f"{name} must be like {value!r:.80}, got {group[name]!r:.80}")
         parameters = [parameter for group in own_groups for parameter in group["params"]]
         # Others keep factors of their state, whose shapes only they know.
-        plain = type(getattr(self._optimizer, "optimizer", self._optimizer)) in _OF_EQUAL_SHAPES
+        kind = type(getattr(self._optimizer, "optimizer", self._optimizer))
+        plain = kind in _OF_EQUAL_SHAPES
         if plain and len({frozenset(values) for values in state_dict["state"].values()}) > 1:
             raise ValueError("what is kept for one parameter is missing for another")
         for number, values in state_dict["state"].items():
             shape = parameters[number].shape
             for name, value in values.items():
-                if plain and not _is_state_of(value, shape):
+                if kind is torch.optim.SGD and value is None:
+                    continue  # no momentum
+                if plain and not _is_state_of(value, torch.Size() if name == "step" else shape):
                     raise ValueError(
                         f"{name} of parameter {number} must be a finite tensor of {tuple(shape)}, "
                         f"got {value!r:.80}"
@@ -122,10 +128,14 @@ _OF_EQUAL_SHAPES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.
 
 
 def _is_state_of(value: object, shape: torch.Size) -> bool:
-    """Whether a value can be what an optimiser keeps for a parameter, or a count of steps."""
-    if not isinstance(value, Tensor):
-        return value is None
-    return (value.dim() == 0 or value.shape == shape) and bool(value.isfinite().all())
+    """Whether a value can be what an optimiser keeps for a parameter."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        and value.shape == shape
+        and bool(value.isfinite().all())
+    )
 
 
 def _is_like(value: object, own: object) -> bool:

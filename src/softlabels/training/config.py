@@ -43,12 +43,14 @@ __all__ = [
     "with_method",
 ]
 
-Setting: TypeAlias = bool | int | float | str
-
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
 _MOST = 1_000_000
 _MOST_PIXELS = 16_384
+_LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 _LONGEST_MESSAGE = 600
+
+# A whole number beyond the limit becomes a fraction, which no depth and no width can be.
+Setting: TypeAlias = bool | Annotated[int, Field(ge=-_MOST, le=_MOST)] | float | str
 
 
 class Section(BaseModel):
@@ -175,7 +177,7 @@ class TeacherSettings(Section):
 class TaskSettings(Section):
     """The task's own loss, which every method is added to."""
 
-    weight: float = Field(1.0, ge=0, description="Weight of the task's loss.")
+    weight: float = Field(1.0, ge=0, le=_LARGEST_FACTOR, description="Weight of the task's loss.")
     label_smoothing: float = Field(0.0, ge=0, le=1, description="0: plain cross-entropy.")
     smooth_over: SmoothOver = Field("all", description="Classes that share the smoothing.")
 
@@ -184,10 +186,15 @@ class OptimizerSettings(Section):
     """The optimiser, built by timm's factory."""
 
     name: str = Field("sgd", description="sgd, adamw, or another name of timm's factory.")
-    lr: float = Field(0.1, gt=0, description="Peak learning rate, for the global batch as it is.")
+    lr: float = Field(
+        0.1,
+        gt=0,
+        le=_LARGEST_FACTOR,
+        description="Peak learning rate, for the global batch as it is.",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, or the first beta.")
     nesterov: bool = Field(False, description="Nesterov momentum, for sgd.")
-    weight_decay: float = Field(5e-4, ge=0, description="Weight decay.")
+    weight_decay: float = Field(5e-4, ge=0, le=_MOST, description="Weight decay.")
     decay_norm_and_bias: bool = Field(
         True, description="Whether vectors (norms, biases, tokens) decay too."
     )
@@ -198,8 +205,12 @@ class ScheduleSettings(Section):
 
     name: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="Form.")
     warmup_epochs: float = Field(0.0, ge=0, le=_MOST, description="Epochs of linear warm-up.")
-    warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step.")
-    min_lr: float = Field(0.0, ge=0, description="Lowest learning rate of the cosine.")
+    warmup_lr: float = Field(
+        1e-6, ge=0, le=_LARGEST_FACTOR, description="Learning rate at the first step."
+    )
+    min_lr: float = Field(
+        0.0, ge=0, le=_LARGEST_FACTOR, description="Lowest learning rate of the cosine."
+    )
     decay_epochs: tuple[Annotated[float, Field(ge=0, le=_MOST)], ...] = Field(
         (), description="multistep: epochs of the drops; step: one number, epochs per drop."
     )
@@ -209,8 +220,8 @@ class ScheduleSettings(Section):
 class MixSettings(Section):
     """Mixup and cutmix, by timm."""
 
-    mixup: float = Field(0.0, ge=0, description="Alpha of mixup; 0: off.")
-    cutmix: float = Field(0.0, ge=0, description="Alpha of cutmix; 0: off.")
+    mixup: float = Field(0.0, ge=0, le=_MOST, description="Alpha of mixup; 0: off.")
+    cutmix: float = Field(0.0, ge=0, le=_MOST, description="Alpha of cutmix; 0: off.")
     probability: float = Field(1.0, ge=0, le=1, description="Share of batches that are mixed.")
     switch_probability: float = Field(0.5, ge=0, le=1, description="Cutmix's share if both are on.")
 
@@ -237,7 +248,10 @@ class Config(Section):
         Field(discriminator="kind"),
     ] = Field(NoMethod(), description="What is added to the task's loss.")
     method_weight: float | None = Field(
-        None, ge=0, description="Weight of the method's loss. None: what its paper uses most."
+        None,
+        ge=0,
+        le=_LARGEST_FACTOR,
+        description="Weight of the method's loss. None: what its paper uses most.",
     )
     task: TaskSettings = Field(TaskSettings(), description="The task's own loss.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimiser.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from softlabels.data import open_source
 from softlabels.data.decoding import DECODING_ERRORS, read_rgb
@@ -18,10 +18,9 @@ from softlabels.data.transforms import ImageTransform, evaluation_transform
 from softlabels.models import build_model
 from softlabels.models.build import FileRecord, read_record
 from softlabels.teacher import Teacher
-from softlabels.training.assemble import build_source
+from softlabels.training.assemble import build_source, try_out
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.evaluate import evaluate
-from softlabels.weights import UNREADABLE
 
 __all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
 
@@ -64,26 +63,10 @@ def load_student(path: str | Path) -> tuple[nn.Module, FileRecord]:
         f"file:{file}", num_classes=record.num_classes, in_channels=record.in_channels
     )
     model.eval()
-    _try_out(model, record, file)
+    if record.image_size is not None:
+        shape = (record.in_channels, *record.image_size)
+        try_out(model, f"the network in {file}", shape, record.num_classes)
     return model, record
-
-
-def _try_out(model: nn.Module, record: FileRecord, file: Path) -> None:
-    """Run the network once: a file from a stranger may name one that fails on its own images."""
-    if record.image_size is None:
-        return
-    expected = (1, record.num_classes)
-    try:
-        with torch.inference_mode():
-            logits = model(torch.zeros(1, record.in_channels, *record.image_size))
-    except UNREADABLE as error:
-        raise ValueError(
-            f"the network in {file} fails on images of {record.in_channels} channels and "
-            f"{record.image_size} pixels: {error!s:.300}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the network in {file} gives {got} for an image, expected {expected}")
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:

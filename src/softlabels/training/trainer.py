@@ -109,7 +109,7 @@ class _Recorder:
         self._check_weights()
         seconds, images = self._of_epoch
         self.tracker.metrics(epoch, step, scalars)
-        self.tracker.timing(epoch, step, seconds, images / seconds)
+        self.tracker.timing(epoch, step, seconds, images / seconds if seconds else 0.0)
         self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
         self.seconds += seconds
         self._of_epoch = (0.0, 0)
@@ -148,9 +148,7 @@ class _Recorder:
             )
 
     def store(self) -> None:
-        self._check_weights()
         accelerator = self.engine.accelerator
-        # On every process: the losses since the last line are looked at before anything is kept.
         parts = self.engine.stateful
         progress = Progress(
             step=self.engine.step,
@@ -161,7 +159,10 @@ class _Recorder:
             of_epoch=self._of_epoch,
             lengths=self.tracker.lengths(),
         )
+        # On every process: this looks at the losses since the last line, which tell more than
+        # the weights do.
         state = state_of(progress.model_dump(), parts)
+        self._check_weights()
         if accelerator.is_main_process:
             self.checkpoints.save(self.engine.step, state)
         accelerator.wait_for_everyone()
