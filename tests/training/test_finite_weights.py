@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softlabels.training import train
+from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.guards import NonFiniteLossError
 from tiny_runs import write_pictures
 
@@ -48,3 +49,23 @@ def test_a_mask_may_be_infinite(tmp_path):
     result = train(data, model, epochs=1, batch_size=8, output=str(tmp_path / "r"), progress=False)
 
     assert result.student.mask == -float("inf")
+
+
+def test_a_checkpoint_with_infinite_averages_is_not_gone_on_with(tmp_path):
+    data = {"path": str(write_pictures(tmp_path / "shades")), "image_size": 8, "workers": 0}
+    settings = {
+        "epochs": 2, "batch_size": 8, "ema_decay": 0.5, "progress": False,
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    train(data, network(1.0), **settings)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", keep=2)
+    content = folder.newest().content
+    for path in folder.path.iterdir():
+        path.unlink()
+    content["parts"]["ema"]["module.student.1.running_mean"].fill_(float("inf"))
+    content["progress"].update(step=1, finished_epochs=1)
+    folder.save(1, content)
+    (tmp_path / "run" / "summary.json").unlink()
+
+    with pytest.raises(NonFiniteLossError, match=r"ema\.student\.1\.running_mean .*is not"):
+        train(data, network(1.0), **settings)

@@ -77,6 +77,7 @@ class _Recorder:
         folder: RunFolder,
         metadata: Mapping[str, str],
         progress: Progress,
+        infinite_before: set[str],
     ) -> None:
         self.engine = engine
         self.tracker = tracker
@@ -85,7 +86,7 @@ class _Recorder:
         self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
         self.final = dict(progress.final)
         self.best = dict(progress.best)
-        self._infinite_before = {*not_finite(engine.core.state_dict())}  # masks
+        self._infinite_before = infinite_before
         self.seconds = progress.seconds
         self._of_epoch = progress.of_epoch
         self._since = time.perf_counter()
@@ -134,8 +135,7 @@ class _Recorder:
 
     def _check_weights(self) -> None:
         """Make sure that what is stored can be gone on with: a loss may be finite all the same."""
-        own = not_finite(self.engine.core.state_dict())
-        by_process = gathered(self.engine.accelerator, own)
+        by_process = gathered(self.engine.accelerator, _infinite(self.engine))
         bad = sorted({name for names in by_process for name in names} - self._infinite_before)
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -290,6 +290,7 @@ def _fit(
         config,
         build_mixer(config, info),
     )
+    infinite = _infinite(engine)  # masks; before a checkpoint is read, which may be anybody's
     progress = _resumed(engine, folder, console)
     if accelerator.is_main_process:
         folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
@@ -305,7 +306,7 @@ def _fit(
             first_step=engine.step,
         ) as tracker,
     ):
-        recorder = _Recorder(engine, tracker, folder, metadata, progress)
+        recorder = _Recorder(engine, tracker, folder, metadata, progress, infinite)
         try:
             engine.fit(recorder, interrupt)
         except Interrupted as error:
@@ -336,6 +337,14 @@ def _fit(
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
+
+
+def _infinite(engine: Engine) -> set[str]:
+    """Names of what is not finite in the trained network, and in the averaged one."""
+    names = {*not_finite(engine.core.state_dict())}
+    if engine.ema is not None:
+        names |= {f"ema.{name}" for name in not_finite(engine.ema.module.state_dict())}
+    return names
 
 
 def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Progress:
