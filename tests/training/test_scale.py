@@ -70,7 +70,8 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
         "--epochs", str(STEPS // STEPS_PER_EPOCH), "--batch-size", "12",
         "--eval-batch-size", "10", "--method.kind", "uskd", "--method.sync-batch-stats",
         "--method.weak-weight", "0.1", "--mix.mixup", "0.4", "--mix.probability", "0.5",
-        "--ema-decay", "0.9", "--optimizer.lr", "0.02", "--log-every", "1", "--gallery", "0",
+        # At higher rates a rounding error that flips a ReLU or a rank grows beyond any tolerance.
+        "--ema-decay", "0.9", "--optimizer.lr", "0.005", "--log-every", "1", "--gallery", "0",
         "--device", "cpu", "--output", str(output), *more,
     ]  # fmt: skip
 
