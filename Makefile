@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival fuzz check format bench bench-losses bench-cache bench-scaling docs teacher picture clean
+.PHONY: help demo test test-slow test-survival fuzz smoke check format bench bench-losses bench-cache bench-scaling docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,13 +27,16 @@ test: $(STAMP) ## Run the tests (some minutes on 2 cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## Run the tests that train for minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu and not smoke"
 
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
 
 fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input (10 minutes)
 	HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz
+
+smoke: $(STAMP) ## Run every recipe, shrunk to seconds (20 minutes, 3 GB a process)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m smoke
 
 check: $(STAMP) ## Check format, style, types and spelling
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ PAGES = (
     "docs/speed.md",
     "docs/teacher_cache.md",
     "docs/imagenet_plan.md",
+    "docs/reproduce.md",
 )
 NAMES = {
     "cross_entropy": "cross-entropy",
@@ -301,7 +302,59 @@ def _plan(name: str) -> str:
     return sections(_read("scaling.json")["decoding"]["images_per_second"]["median"])[name]
 
 
+def published_rows() -> str:
+    """All rows of both papers' tables: recipe, published figure, ours."""
+    from softlabels.training.config import load_recipe, resolve
+    from softlabels.training.reproduce import recipes_of, tables
+
+    lines: list[str] = []
+    for table in tables():
+        configs = {name: resolve(load_recipe(name)) for name in recipes_of(table)}
+        titles = {config.paper.table for config in configs.values()} - {None}
+        if not titles:
+            continue
+        lines += [
+            f"### {titles.pop()}: `{table}`",
+            "",
+            "| recipe | row | paper, top-1 % | ours |",
+            "| --- | --- | ---: | --- |",
+        ]
+        ours = _reproduced(table)
+        for name, config in configs.items():
+            paper = config.paper
+            figure = "unknown" if paper.top1 is None else f"{paper.top1:.2f}"
+            if paper.top1_std is not None:
+                figure += f" ± {paper.top1_std:.2f}"
+            if paper.top1 is None and paper.gain is not None:
+                figure = f"{paper.gain:+.2f} over its baseline"
+            needs = _NEEDED[str(config.data.source)]
+            cell = ours.get(name, f"not run here (needs {needs})")
+            lines.append(f"| `{name}` | {paper.row} | {figure} | {cell} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+_NEEDED = {
+    "cifar100": "CIFAR-100 and a GPU",
+    "tiny_imagenet": "TinyImageNet and a GPU",
+    "imagenet": "ImageNet and GPUs",
+    "inat21": "iNat21 and GPUs",
+}
+
+
+def _reproduced(table: str) -> dict[str, str]:
+    """Our figures of a table's recipes, from what `softlabels reproduce` left in results/."""
+    file = ROOT / "results" / "reproduce" / f"{table}.json"
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        row["recipe"]: ", ".join(f"{top1:.2f}" for top1 in row["top1"]) for row in content["rows"]
+    }
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "published-rows": published_rows,
     "scaling": scaling,
     "plan-decoding": plan_decoding,
     **{

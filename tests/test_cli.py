@@ -13,7 +13,10 @@ from PIL import Image
 
 from softlabels.cli import main
 
-COMMANDS = ("train", "cache-teacher", "eval", "predict", "demo", "methods", "config")
+COMMANDS = (
+    "train", "cache-teacher", "eval", "predict", "export", "demo", "reproduce", "recipes", "taps",
+    "methods", "config",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

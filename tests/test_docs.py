@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/results.md", "docs/speed.md", "docs/teacher_cache.md"]
+    "page",
+    ["README.md", "docs/results.md", "docs/speed.md", "docs/teacher_cache.md", "docs/reproduce.md"],
 )
 def test_generated_figures_equal_the_results_files(page):
     from benchmarks.render import rendered

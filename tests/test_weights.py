@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
+from timm import create_model
 from torch import nn
 
 from softlabels.weights import load_weights, read_metadata, save_weights
@@ -82,7 +83,7 @@ def test_the_model_is_not_changed_by_saving(tmp_path):
     assert same(model, loaded)
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "student"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model", "net", "student"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_files(tmp_path, key, zipped):
     source, model = network(1), network(2)
@@ -94,7 +95,8 @@ def test_torch_files(tmp_path, key, zipped):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.module."],
 )
 def test_prefixes_of_wrappers(tmp_path, prefix):
     source, model = network(1), network(2)
@@ -466,3 +468,18 @@ sys.exit("the check cannot fail")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_parts_of_a_classifier_of_mmclassification(tmp_path):
+    source, model = (
+        create_model("resnet10t", num_classes=3),
+        create_model("resnet10t", num_classes=3),
+    )
+    state = {
+        f"{'head' if name.startswith('fc.') else 'backbone'}.{name}": value
+        for name, value in source.state_dict().items()
+    }
+    torch.save({"meta": {"epoch": 100}, "state_dict": state}, tmp_path / "resnet.pth")
+    load_weights(model, tmp_path / "resnet.pth")
+    assert torch.equal(model.fc.weight, source.fc.weight)
+    assert torch.equal(model.layer2[0].conv1.weight, source.layer2[0].conv1.weight)

@@ -78,15 +78,19 @@ class _LogitsProvider(Provider):
 
 
 class _WeakLogitsProvider(Provider):
-    """A linear head on the pooled feature; default PyTorch initialisation."""
+    """A linear head on the pooled feature, normalised first where the point says so.
+
+    Default PyTorch initialisation.
+    """
 
     def __init__(self, point: TapPoint, num_classes: int) -> None:
         super().__init__([point])
+        self.norm = nn.LayerNorm(point.channels) if point.layer_norm else nn.Identity()
         self.fc = nn.Linear(point.channels, num_classes)
 
     def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
         point = self.points[0]
-        weak_logits: Tensor = self.fc(point.pooled(features[point.path]))
+        weak_logits: Tensor = self.fc(point.pooled(self.norm(features[point.path])))
         return weak_logits
 
 

@@ -29,8 +29,11 @@ __all__ = [
 ]
 
 _SUFFIX = ".safetensors"
-_WRAPPED_UNDER = ("state_dict", "model", "student")
-_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
+_WRAPPED_UNDER = ("state_dict", "model_state_dict", "model", "net", "student")
+# What all names begin with: DistributedDataParallel and torch.compile add the first two; "model."
+# and "net." are what others call a network within a larger module; and MMClassification parts each
+# of its classifiers into the last two.
+_PREFIXES = (("module.",), ("_orig_mod.",), ("model.",), ("net.",), ("backbone.", "head."))
 _SHOWN = 5
 _LONGEST_NAME = 120
 
@@ -55,8 +58,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     """Load a file of weights into a model, or leave the model as it was.
 
     Reads `.safetensors` files, and torch files that hold nothing but tensors and plain values: a
-    state dict, alone or under the key `state_dict`, `model` or `student`. The prefixes that
-    DistributedDataParallel and `torch.compile` add to all names are taken off.
+    state dict, alone or under the key `state_dict`, `model_state_dict`, `model`, `net` or
+    `student`. What wrappers add to all names is taken off: `module.` (DistributedDataParallel),
+    `_orig_mod.` (`torch.compile`), `model.`, `net.`, and `backbone.` with `head.`.
 
     Args:
         model: Receives the weights, on its own device and in its own dtype.
@@ -78,7 +82,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     # Of tensors that the model shares between names, a file may hold just one.
     given_ids = {id(expected[name]) for name in given if name in expected}
     missing = [n for n, value in expected.items() if n not in given and id(value) not in given_ids]
-    unexpected = [name for name in given if name not in expected]
+    # Counters come first in a file, and tell least.
+    unexpected = sorted((name for name in given if name not in expected), key=_is_counter)
     reshaped = [
         f"{name}: got {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
         for name, value in given.items()
@@ -341,12 +346,16 @@ def _check_numbers(given: Mapping[str, Any], expected: Mapping[str, Any], path: 
         raise ValueError(f"{path} holds numbers that are not finite, in {_some(bad)}")
 
 
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
 def _without_prefixes(given: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
     """Take off prefixes that all names have, until some name is one of the model's."""
     while given and not given.keys() & expected.keys():
-        for prefix in _PREFIXES:
-            if all(name.startswith(prefix) for name in given):
-                given = {name[len(prefix) :]: value for name, value in given.items()}
+        for prefixes in _PREFIXES:
+            if all(name.startswith(prefixes) for name in given):
+                given = {name.partition(".")[2]: value for name, value in given.items()}
                 break
         else:
             break

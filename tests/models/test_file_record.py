@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from softlabels.models import build_model, model_metadata
-from softlabels.models.file_record import METADATA_KEY, SizeLimit
+from softlabels.models.file_record import METADATA_KEY, SizeLimit, find_record, read_record
 from softlabels.weights import count_stored, save_weights
 
 
@@ -38,6 +38,31 @@ def build(name: str):
 
 def test_an_honest_file_is_built(file):
     assert build(file()).num_classes == 3
+
+
+def test_a_run_folder_stands_for_its_student(file, tmp_path):
+    file()
+    assert build(f"file:{tmp_path}").num_classes == 3
+    assert read_record(tmp_path) == read_record(tmp_path / "student.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty.student\.safetensors"):
+        build(f"file:{tmp_path}/empty")
+
+
+def test_a_record_is_found_where_there_is_one(file, tmp_path):
+    file()
+    record = find_record(tmp_path / "student.safetensors")
+    assert record is not None
+    assert record.image_size == (8, 8)
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    assert find_record(tmp_path / "plain.safetensors") is None
+    torch.save({"a": torch.zeros(1)}, tmp_path / "plain.pth")
+    assert find_record(tmp_path / "plain.pth") is None
+    with pytest.raises(FileNotFoundError):
+        find_record(tmp_path / "gone.safetensors")
+    file(num_classes=0)
+    with pytest.raises(ValueError, match="num_classes"):
+        find_record(tmp_path / "student.safetensors")
 
 
 @pytest.mark.parametrize(

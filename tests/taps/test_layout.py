@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import pytest
 import timm
@@ -17,153 +15,6 @@ import softlabels.models  # noqa: F401  # registers resnet20 and the like with t
 from small_networks import SmallCNN, hard_labels, images_of, num_hooks, small_cnn, small_vit
 from softlabels import FeatureTap
 from softlabels.taps import Layout, TapPoint
-
-
-def plain_sequential() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 10),
-    )
-
-
-def of_timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=10)
-
-
-def of_torchvision(name: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(torchvision.models, name)(num_classes=10)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A network, and where its middle and its last feature are."""
-
-    build: Callable[[], nn.Module]
-    size: int
-    middle: TapPoint
-    last: TapPoint
-
-
-def tokens(path: str, channels: int) -> TapPoint:
-    return TapPoint(path, "tokens", channels, 14, 14, prefix_tokens=1, class_token=True)
-
-
-# fmt: off
-TABLE = {
-    "resnet20": Row(
-        of_timm("resnet20"), 32,
-        TapPoint("layer2", "NCHW", 32, 16, 16), TapPoint("layer3", "NCHW", 64, 8, 8)),
-    "resnet8x4": Row(
-        of_timm("resnet8x4"), 32,
-        TapPoint("layer2", "NCHW", 128, 16, 16), TapPoint("layer3", "NCHW", 256, 8, 8)),
-    "timm resnet18": Row(
-        of_timm("resnet18"), 224,
-        TapPoint("layer3", "NCHW", 256, 14, 14), TapPoint("layer4", "NCHW", 512, 7, 7)),
-    "timm mobilenetv2_100": Row(
-        of_timm("mobilenetv2_100"), 224,
-        TapPoint("blocks.6", "NCHW", 320, 7, 7), TapPoint("bn2", "NCHW", 1280, 7, 7)),
-    "timm vit_tiny_patch16_224": Row(
-        of_timm("vit_tiny_patch16_224"), 224,
-        tokens("blocks.5", 192), tokens("norm", 192)),
-    "timm swin_tiny_patch4_window7_224": Row(
-        of_timm("swin_tiny_patch4_window7_224"), 224,
-        TapPoint("layers.2", "NHWC", 384, 14, 14), TapPoint("norm", "NHWC", 768, 7, 7)),
-    "torchvision resnet18": Row(
-        of_torchvision("resnet18"), 224,
-        TapPoint("layer3", "NCHW", 256, 14, 14), TapPoint("layer4", "NCHW", 512, 7, 7)),
-    "torchvision mobilenet_v2": Row(
-        of_torchvision("mobilenet_v2"), 224,
-        TapPoint("features.17", "NCHW", 320, 7, 7), TapPoint("features", "NCHW", 1280, 7, 7)),
-    "torchvision shufflenet_v2_x1_0": Row(
-        of_torchvision("shufflenet_v2_x1_0"), 224,
-        TapPoint("stage4", "NCHW", 464, 7, 7), TapPoint("conv5", "NCHW", 1024, 7, 7)),
-    "torchvision vit_b_16": Row(
-        of_torchvision("vit_b_16"), 224,
-        tokens("encoder.layers.encoder_layer_5", 768), tokens("encoder", 768)),
-    "plain Sequential": Row(
-        plain_sequential, 16,
-        TapPoint("2", "NCHW", 8, 16, 16), TapPoint("5", "NCHW", 16, 8, 8)),
-}
-# fmt: on
-
-
-@dataclass(frozen=True)
-class Found:
-    row: Row
-    model: nn.Module
-    layout: Layout
-    features: dict[str, Tensor]
-    logits: Tensor
-
-
-@pytest.fixture(scope="module", params=TABLE)
-def found(request) -> Found:
-    row = TABLE[request.param]
-    model = row.build().eval()
-    shape = (3, row.size, row.size) if request.param == "plain Sequential" else None
-    layout = Layout(model, shape)
-    paths = (row.middle.path, row.last.path)
-    with torch.no_grad(), FeatureTap(model, paths) as tap:
-        logits = model(images_of(2, (3, row.size, row.size)))
-        return Found(row, model, layout, tap.pop(), logits)
-
-
-def check_feature(feature: Tensor, point: TapPoint) -> None:
-    """The feature that a real forward gives at a place is as the table says."""
-    size = (point.height, point.width)
-    shapes = {
-        "NCHW": (2, point.channels, *size),
-        "NHWC": (2, *size, point.channels),
-        "tokens": (2, point.prefix_tokens + point.height * point.width, point.channels),
-    }
-    assert tuple(feature.shape) == shapes[point.kind]
-    assert point.pooled(feature).shape == (2, point.channels)
-    assert point.as_map(feature).shape == (2, point.channels, *size)
-
-
-# The table
-
-
-def test_the_middle_and_the_last_feature_are_where_the_table_says(found):
-    assert found.layout.point("middle") == found.row.middle
-    assert found.layout.point("last") == found.row.last
-
-
-def test_a_forward_gives_there_what_the_table_says(found):
-    check_feature(found.features[found.row.middle.path], found.row.middle)
-    check_feature(found.features[found.row.last.path], found.row.last)
-    assert found.layout.num_classes == 10
-    assert found.layout.example_shape == (3, found.row.size, found.row.size)
-
-
-def test_a_tap_at_another_place_would_not_pass(found):
-    row, layout = found.row, found.layout
-
-    assert layout.point(row.last.path) == row.last != row.middle
-    assert layout.point(row.middle.path) == row.middle != row.last
-    for wrong in (
-        replace(row.middle, channels=row.middle.channels + 1),
-        replace(row.middle, height=row.middle.height + 1),
-        replace(row.middle, kind="NHWC" if row.middle.kind == "NCHW" else "NCHW"),
-    ):
-        with pytest.raises(AssertionError):
-            check_feature(found.features[row.middle.path], wrong)
-
-
-def test_the_logits_come_from_the_last_feature(found):
-    """The pooled last feature, through the classifier alone, gives the model's logits."""
-    layers = [m for m in found.model.modules() if isinstance(m, nn.Linear)]
-    pooled = found.row.last.pooled(found.features[found.row.last.path])
-
-    torch.testing.assert_close(layers[-1](pooled), found.logits, rtol=1e-3, atol=1e-4)
-
 
 # Agreement with timm's own table of stages
 
@@ -300,6 +151,134 @@ def test_an_exact_halving_gives_no_warning():
         Layout(small_cnn(), (3, 16, 16)).point("middle")
 
 
+# Modules that run more than once
+
+
+class Shared(nn.Module):
+    """One ReLU after each of two convolutions, as many hand-written networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.second = nn.Conv2d(8, 16, 3, 2, 1)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.relu(self.second(self.relu(self.first(images)))))
+
+    def forward_head(self, feature: Tensor) -> Tensor:
+        return self.fc(feature.mean((2, 3)))
+
+
+class SharedInTwoHalves(Shared):
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.relu(self.second(self.relu(self.first(images))))
+
+
+@pytest.mark.parametrize("build", [Shared, SharedInTwoHalves])
+def test_a_module_that_runs_twice_is_no_tap(build):
+    model = build()
+    layout = Layout(model, (3, 16, 16))
+
+    assert layout.point("middle") == TapPoint("first", "NCHW", 8, 8, 8)
+    assert layout.point("last") == TapPoint("second", "NCHW", 16, 4, 4)
+    feature = model.second(model.relu(model.first(images_of())))
+    expected = model.fc(feature.relu().flatten(2).transpose(1, 2)).argmax(2)
+    assert torch.equal(layout.head().votes(model, feature), expected)
+    with pytest.raises(ValueError, match=r"'relu' runs 2 times in a forward and cannot be tapped"):
+        layout.at("relu")
+
+
+def test_a_model_named_like_a_stage_of_ours_is_tapped_by_its_path():
+    model = nn.Sequential()
+    model.middle, model.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+    model.pool, model.flat, model.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    layout = Layout(model, (3, 8, 8), {"last": "middle"})
+
+    assert layout.point("last").path == layout.at("middle").path == "middle"
+    assert layout.found("last") == "last"
+
+
+# Halves that are not timm's
+
+
+class OtherHalves(SmallCNN):
+    """Has methods of timm's names that do something else."""
+
+    def forward_features(self, images: Tensor, scale: float) -> Tensor:
+        return scale * self.stem(images)
+
+    def forward_head(self, feature: Tensor) -> Tensor:
+        return feature
+
+
+def test_methods_of_timms_names_that_do_something_else_are_not_used():
+    layout = Layout(OtherHalves(), (3, 16, 16))
+
+    assert layout.point("last").path == "stage2"
+    assert layout.head().steps == (("pool", 4), ("dropout", 2), ("fc", 2))
+
+
+class WholeMapHead(SmallCNN):
+    """In timm's two halves, with a head that needs the whole map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16 * 4 * 4, 5)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.stage2(self.stage1(self.stem(images)))
+
+    def forward_head(self, feature: Tensor) -> Tensor:
+        return self.fc(feature.flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def test_a_head_in_halves_that_needs_the_whole_map_is_an_error():
+    layout = Layout(WholeMapHead(), (3, 16, 16))
+
+    with pytest.raises(ValueError, match=r"single position .*'stage2', 4x4.*WholeMapHead does not"):
+        layout.head()
+
+
+# Classifiers that are maps
+
+
+class MapOfClasses(nn.Module):
+    """The last convolution has one channel for each class; no module comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 5, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images)).mean((2, 3))
+
+
+class PooledMapOfClasses(MapOfClasses):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.second(self.first(images))).flatten(1)
+
+
+@pytest.mark.parametrize("build", [MapOfClasses, PooledMapOfClasses])
+def test_a_map_of_classes_votes_by_itself(build):
+    model = build()
+    with FeatureTap(model, ["second"]) as tap:
+        model(images_of())
+        feature = tap.pop()["second"]
+
+    votes = Layout(model, (3, 16, 16)).head().votes(model, feature)
+
+    assert torch.equal(votes, feature.argmax(1).flatten(1))
+
+
 # Maps and tokens of other shapes
 
 
@@ -416,9 +395,9 @@ def test_blocks_before_the_class_token_joins_have_none():
 
 
 def test_a_path_that_gives_a_vector_is_a_feature_too():
-    layout = Layout(plain_sequential(), (3, 16, 16))
+    layout = Layout(small_cnn(), (3, 16, 16))
 
-    point = layout.point("7")
+    point = layout.point("dropout")
 
     assert (point.kind, point.channels) == ("vector", 16)
     vector = torch.randn(2, 16)

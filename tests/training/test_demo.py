@@ -79,11 +79,10 @@ def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, demo,
 def test_failing_run_is_reported_with_its_last_line(tmp_path, monkeypatch, capsys):
     from softlabels.training import demo as module
 
-    command = [sys.executable, "-c", "import sys; print('first'); sys.exit('last words')"]
-    monkeypatch.setattr(module, "_command", lambda *_: command)
+    monkeypatch.setattr(module, "_arguments", lambda *_: ("glyphs100/none",))
     assert main(["demo", "--output", str(tmp_path), *QUICK]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "ended with status 1: last words" in error
+    assert "ended with status 2: softlabels train: no recipe 'glyphs100/none'" in error
 
 
 def test_shipped_teacher_reaches_its_recorded_accuracy():

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from softlabels.training.config import ConfigError, resolve
-from softlabels.training.recipe import MOST_BYTES, load_recipe
+from softlabels.training.recipe import MOST_BYTES, load_recipe, merged
 
 LAUGHS = (
     "a: &a [x, x, x, x, x, x, x, x, x]\n"
@@ -140,3 +140,48 @@ def test_settings_of_a_network_are_no_gigantic_whole_numbers(part):
     values = getattr(resolve({part: {"settings": settings}}), part).settings
     assert values == settings
     assert [type(value) for value in values.values()] == [float, int, float, bool, str]
+
+
+def test_a_recipe_lies_over_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "optimizer: {lr: 0.1, weight_decay: 0.2}\nmethod: {kind: nkd, temperature: 2}\nepochs: 3"
+    )
+    middle, top = tmp_path / "middle.yaml", tmp_path / "top.yaml"
+    middle.write_text("base: base.yaml\nmethod: {temperature: 4}\noptimizer: {lr: 0.3}")
+    top.write_text("base: middle.yaml\nmethod: {kind: uskd}\nepochs: null")
+    assert load_recipe(str(middle)) == {
+        "optimizer": {"lr": 0.3, "weight_decay": 0.2},
+        "method": {"kind": "nkd", "temperature": 4},
+        "epochs": 3,
+    }
+    assert load_recipe(str(top)) == {
+        "optimizer": {"lr": 0.3, "weight_decay": 0.2},
+        "method": {"kind": "uskd"},  # another kind has other settings
+    }
+
+
+def test_a_recipe_of_ones_own_can_be_based_on_one_of_the_package(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: table1/vgg13_vgg8_nkd\nepochs: 7")
+    expected = merged(load_recipe("table1/vgg13_vgg8_nkd"), {"epochs": 7})
+    assert load_recipe(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("top.yaml", "recipes are based on each other: .*top.yaml -> .*top.yaml"),
+        ("[a]", "must be the name of a recipe, got"),
+        ("/etc/hostname", "neither one of the package's recipes nor a file in the same folder"),
+        ("../top.yaml", "neither one of the package's"),
+        ("table1/vgg", "neither .*near: table1/vgg"),
+        ("nothing.yaml", "neither"),
+    ],
+)
+def test_a_base_that_is_none_is_an_error(tmp_path, base, message):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for place in (tmp_path, folder):
+        (place / "top.yaml").write_text(f"base: {base}")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(folder / "top.yaml"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from softlabels.data.decoding import read_rgb
 from softlabels.data.randomness import derive_seed
 
 _TEST_FOLDERS = ("val", "valid", "validation", "test")
+_MOST_NAMES = 10  # in a message
 _EXPECTED = (
     "expected a folder with one subfolder of images for each class, or such in train/ and val/"
 )
@@ -86,28 +87,109 @@ def list_images(
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {problem}; {_EXPECTED}")
-    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
+    folders = {folder.name.lower(): folder for folder in subfolders(root)}
     test_folder = next((folders[name] for name in _TEST_FOLDERS if name in folders), None)
     if "train" not in folders and test_folder is not None and folders.keys() <= {*_TEST_FOLDERS}:
         raise ValueError(f"{root} has {test_folder.name}/ but no train/; {_EXPECTED}")
 
     train_folder = folders.get("train", root)
-    class_names, samples = _list_classes(train_folder)
-    if "train" not in folders or test_folder is None:
-        train, test = _hold_out(samples, train_folder, validation_fraction)
-        return class_names, ImageList.from_samples(train), ImageList.from_samples(test)
-    test_names, test_samples = _list_classes(test_folder)
-    if test_names != class_names:
-        differences = (
-            f"only in {train_folder}: {sorted({*class_names} - {*test_names})}",
-            f"only in {test_folder}: {sorted({*test_names} - {*class_names})}",
-        )
-        raise ValueError(f"the classes for training and testing differ; {'; '.join(differences)}")
+    if "train" in folders and test_folder is not None:
+        return list_folders(train_folder, test_folder)
+    class_names, samples = list_classes(train_folder)
+    train, test = _hold_out(samples, train_folder, validation_fraction)
+    return class_names, ImageList.from_samples(train), ImageList.from_samples(test)
+
+
+def list_folders(
+    train_folder: Path, test_folder: Path
+) -> tuple[tuple[str, ...], ImageList, ImageList]:
+    """Find the images of a folder for training and of one for testing, with the same classes.
+
+    Args:
+        train_folder: Has a subfolder of images for each class.
+        test_folder: Likewise.
+
+    Returns:
+        As `list_images`.
+
+    Raises:
+        ValueError: If a folder does not exist or has another shape, or the classes differ.
+    """
+    class_names, samples = list_classes(train_folder)
+    test_names, test_samples = list_classes(test_folder)
+    check_same_classes(class_names, train_folder, test_names, test_folder)
     return class_names, ImageList.from_samples(samples), ImageList.from_samples(test_samples)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    """The visible subfolders, sorted by name."""
+def check_same_classes(
+    train_names: tuple[str, ...], train_place: Path, test_names: tuple[str, ...], test_place: Path
+) -> None:
+    """Raise unless training and testing have the same classes.
+
+    Args:
+        train_names: Names of the classes for training.
+        train_place: Where they were found.
+        test_names: Likewise for testing.
+        test_place: Likewise.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if test_names != train_names:
+        differences = (
+            f"only in {train_place}: {_some({*train_names} - {*test_names})}",
+            f"only in {test_place}: {_some({*test_names} - {*train_names})}",
+        )
+        raise ValueError(f"the classes for training and testing differ; {'; '.join(differences)}")
+
+
+def check_targets(names: tuple[str, ...], targets: NDArray[np.int64], place: Path | str) -> None:
+    """Raise unless every class index is one of the classes.
+
+    Args:
+        names: Names of the classes.
+        targets: [N] class index of each image.
+        place: What lists the images, for messages.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    wrong = targets[(targets < 0) | (targets >= len(names))]
+    if len(wrong):
+        raise ValueError(f"{place} has the label {wrong[0]}; expected one of 0..{len(names) - 1}")
+
+
+def check_classes_have_images(
+    names: tuple[str, ...], targets: NDArray[np.int64], place: Path | str
+) -> None:
+    """Raise unless there are two classes or more, and an image of each.
+
+    Args:
+        names: Names of the classes.
+        targets: [N] class index of each image.
+        place: What lists the images, for messages.
+
+    Raises:
+        ValueError: If there is one class or none, a class index is none of them, or a class has
+            no image.
+    """
+    if len(names) < 2:
+        raise ValueError(f"{place} has {len(names)} class(es), {_some(names)}; expected 2 or more")
+    check_targets(names, targets, place)
+    empty = np.flatnonzero(np.bincount(targets, minlength=len(names)) == 0)
+    if len(empty):
+        raise ValueError(f"{place} has no image of {_some(names[index] for index in empty)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    rest = len(ordered) - _MOST_NAMES
+    return f"{ordered[:_MOST_NAMES]}" + (f" and {rest} more" if rest > 0 else "")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The visible subfolders of a folder, sorted by name."""
     hidden = (".", "__MACOSX")
     return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith(hidden))
 
@@ -116,11 +198,16 @@ def _is_visible_image(path: str) -> bool:
     return is_image_file(path) and not os.path.basename(path).startswith(".")
 
 
-def _images_below(folder: Path) -> list[str]:
+def images_below(folder: Path) -> list[str]:
     """The visible images of a folder and its subfolders, each folder sorted by name.
 
     A folder is entered once: links that lead back into it would lead round for ever.
+
+    Raises:
+        ValueError: If it does not exist.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected images in it")
     entered = {_identity(folder)}
     found: list[tuple[str, list[str]]] = []
     for root, subfolders, names in os.walk(folder, followlinks=True):
@@ -142,20 +229,33 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """The classes of a folder and its images with their class indices."""
-    names = tuple(subfolder.name for subfolder in _subfolders(folder))
+def list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """List a folder that has a subfolder of images for each class.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The names of the classes, sorted as text; (path, class index) of each image.
+
+    Raises:
+        ValueError: If it does not exist, or has another shape, fewer than two classes, or a class
+            without images.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; {_EXPECTED}")
+    names = tuple(subfolder.name for subfolder in subfolders(folder))
     if not names:
         raise ValueError(f"{folder} has no subfolders; {_EXPECTED}")
     samples = [
-        (path, index) for index, name in enumerate(names) for path in _images_below(folder / name)
+        (path, index) for index, name in enumerate(names) for path in images_below(folder / name)
     ]
     filled = {target for _, target in samples}
     if not filled:
         raise ValueError(f"{folder} holds no images in its {len(names)} subfolders; {_EXPECTED}")
     if len(filled) < len(names):
         empty = [name for index, name in enumerate(names) if index not in filled]
-        raise ValueError(f"these class folders in {folder} hold no images: {empty}")
+        raise ValueError(f"these class folders in {folder} hold no images: {_some(empty)}")
     if len(names) < 2:
         raise ValueError(f"{folder} has one class only, {names[0]!r}; expected two or more")
     return names, samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,42 @@ from softlabels.data.randomness import permutation
 _CHUNK = 256
 
 
+class Part(Protocol):
+    """What an `InMemorySource` reads from: a `Split`, or one that makes its images when asked."""
+
+    @property
+    def target(self) -> Tensor:
+        """Class indices [N] int64."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image."""
+        ...
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Gather images.
+
+        Args:
+            rows: Their indices, [B] int64 on the part's device.
+
+        Returns:
+            [B, C, H, W] float32 in 0..1 on that device, new.
+        """
+        ...
+
+    def to(self, device: torch.device) -> Part:
+        """Copy the part to a device, unless it lies there already."""
+        ...
+
+    def content(self) -> Iterator[memoryview]:
+        """What tells the images and targets from others, as bytes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set.
+    """One part of a data set, all of whose images lie in memory.
 
     Args:
         images: [N, C, H, W] uint8.
@@ -77,6 +111,20 @@ class Split:
             drawn[index] = images.mul_(255).round_().byte()
         return Split(drawn, self.target)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image."""
+        return tuple(self.images.shape[1:])
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Gather images; see `Part`."""
+        return self.images[rows].float().div_(255)
+
+    def content(self) -> Iterator[memoryview]:
+        """The images and the targets as bytes."""
+        for tensor in (self.images, self.target):
+            yield tensor.cpu().numpy().data
+
     def to(self, device: torch.device) -> Split:
         """Copy the split to a device, unless it lies there already.
 
@@ -108,9 +156,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 class InMemorySource:
-    """A data source over two splits in memory.
+    """A data source over two splits in memory, or made there.
 
-    The images are moved to the device once, as uint8; batches are made there.
+    Stored images are moved to the device once, as uint8; batches are made there.
 
     Args:
         train: The training split.
@@ -124,18 +172,18 @@ class InMemorySource:
 
     def __init__(
         self,
-        train: Split,
-        test: Split,
+        train: Part,
+        test: Part,
         info: DataInfo,
         *,
         augmentation: Augmentation | None = None,
     ) -> None:
         shape = (info.in_channels, *info.image_size)
         for name, split in (("training", train), ("test", test)):
-            if tuple(split.images.shape[1:]) != shape:
+            if split.shape != shape:
                 raise ValueError(
                     f"{name} images of {info.name} must be {shape} (channels, height, width),"
-                    f" got {tuple(split.images.shape[1:])}"
+                    f" got {split.shape}"
                 )
             if split.target.min() < 0 or split.target.max() >= info.num_classes:
                 raise ValueError(
@@ -207,8 +255,8 @@ class InMemorySource:
     def fingerprints(self) -> dict[str, str]:
         """What the training views depend on; see `DataSource`."""
         data = blake2b(digest_size=16)
-        for tensor in (self._train.images, self._train.target):
-            data.update(tensor.cpu().numpy().data)
+        for content in self._train.content():
+            data.update(content)
         settings = repr((self._augmentation, self._info.mean, self._info.std))
         augmentation = blake2b(settings.encode(), digest_size=16)
         return {"data": data.hexdigest(), "augmentation": augmentation.hexdigest()}
@@ -228,14 +276,14 @@ class InMemorySource:
 
     def _batch(
         self,
-        split: Split,
+        split: Part,
         index: Tensor,
         augmentation: Augmentation | None,
         view: tuple[int, int] | None = None,
     ) -> Batch:
         """Gather, augment and normalise some samples of a split on its device."""
-        rows = index.to(split.images.device)
-        images = split.images[rows].float().div_(255)
+        rows = index.to(split.target.device)
+        images = split.read(rows)
         if augmentation is not None and view is not None:
             images = augmentation(images, rows, *view)
         shape = (1, self._info.in_channels, 1, 1)

@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,20 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from softlabels.data.batch import DataInfo
 from softlabels.data.decoding import read_rgb
 from softlabels.data.image_source import ImageSource
 from softlabels.data.randomness import permutation
-from softlabels.data.reading import BadImages
-from softlabels.data.transforms import (
-    AugmentationName,
-    ImageSettings,
-    Interpolation,
-    default_crop_fraction,
-)
 from softlabels.files import replace_file
 
 __all__ = ["ShardImages", "ShardSource", "holds_shards"]
@@ -238,79 +229,41 @@ def _class_names(root: Path, num_found: int) -> tuple[str, ...]:
     return names
 
 
+@dataclass(kw_only=True, eq=False)
 class ShardSource(ImageSource):
     """A data source over WebDataset shards, for data larger than the memory or a node's disk.
 
-    A sample is `KEY.jpg` (or png, webp, ...) beside `KEY.cls`, its class index as text. The tar
-    files are not unpacked and not streamed: an index of all images is made once, by reading the
-    headers, and an image is one read at its place. So a step of any epoch can be read alone, on any
-    number of processes and workers, and each image is read once in an epoch, by one process.
+    The path is the folder of the shards: `*train*.tar` and `*val*.tar`, or `train/*.tar` and
+    `val/*.tar`; and `classnames.txt` if the classes have names, one a line. A sample is `KEY.jpg`
+    (or png, webp, ...) beside `KEY.cls`, its class index as text. The tar files are not unpacked
+    and not streamed: an index of all images is made once, by reading the headers, and an image is
+    one read at its place. So a step of any epoch can be read alone, on any number of processes and
+    workers, and each image is read once in an epoch, by one process.
 
     Order: the shards are permuted, and the images are permuted within each `shuffle_shards`
     consecutive ones. Reading stays within few shards at a time, which file systems and their
     caches like; with shards that hold sorted classes, take more, up to all for a full shuffle.
 
-    See `ImageSource` for how the images are read.
+    The further settings are those of every `ImageSource`.
 
     Args:
-        path: The folder of the shards: `*train*.tar` and `*val*.tar`, or `train/*.tar` and
-            `val/*.tar`; and `classnames.txt` if the classes have names, one a line.
         shuffle_shards: Shards whose images are mixed.
         index: Folder of the index; None: beside the shards, if that can be written to.
-        image_size: Height and width of the images that are read, pixels.
-        workers: Number of processes that read images; 0 reads in this one.
-        augmentation: As for a folder.
-        interpolation: How images are resized.
-        auto_augment: timm's description of a policy that follows the crop, or None.
-        random_erasing: Probability with which a rectangle is replaced by noise, 0..1.
-        crop_fraction: The central part of a test image that is kept; None as for a folder.
-        mean: Mean of the red, green and blue channel, for images in 0..1.
-        std: Standard deviation of the three channels, for images in 0..1.
-        bad_images: What to do about an image that cannot be read: `"error"` or `"skip"`.
-        max_bad_images: How many different ones may be skipped before the run stops after all.
-        max_worker_restarts: How many times worker processes that died are replaced by new ones.
 
     Raises:
         ValueError: If the folder is not as described, a shard is damaged, or a setting is out of
             its range.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        shuffle_shards: int = 16,
-        index: str | None = None,
-        image_size: int = 224,
-        workers: int = 2,
-        augmentation: AugmentationName = "random_resized_crop",
-        interpolation: Interpolation = "bilinear",
-        auto_augment: str | None = None,
-        random_erasing: float = 0.0,
-        crop_fraction: float | None = None,
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
-        bad_images: BadImages = "error",
-        max_bad_images: int = 100,
-        max_worker_restarts: int = 3,
-    ) -> None:
-        if shuffle_shards < 1:
-            raise ValueError(f"shuffle_shards must be above 0, got {shuffle_shards}")
-        if crop_fraction is None:
-            crop_fraction = default_crop_fraction(augmentation)
-        settings = ImageSettings(
-            image_size,
-            augmentation,
-            interpolation,
-            auto_augment,
-            random_erasing,
-            crop_fraction,
-            tuple(mean),
-            tuple(std),
-        )
-        root = Path(path).expanduser()
-        index_folder = root if index is None else Path(index).expanduser()
-        images: Mapping[str, ShardImages] = {
+    shuffle_shards: int = 16
+    index: str | None = None
+
+    def _find(self) -> tuple[tuple[str, ...], ShardImages, ShardImages]:
+        if self.shuffle_shards < 1:
+            raise ValueError(f"shuffle_shards must be above 0, got {self.shuffle_shards}")
+        root = self._root
+        index_folder = root if self.index is None else Path(self.index).expanduser()
+        images = {
             split: _images(shards, index_folder / f"softlabels-{split}.safetensors")
             for split, shards in _find_shards(root).items()
         }
@@ -319,27 +272,7 @@ class ShardSource(ImageSource):
         if len(class_names) < 2:
             raise ValueError(f"{root} has one class only; expected two or more")
         self._train = images["train"]
-        self._shuffle_shards = shuffle_shards
-        super().__init__(
-            path,
-            self._train,
-            images["test"],
-            DataInfo(
-                root.resolve().name,
-                class_names,
-                3,
-                (image_size, image_size),
-                settings.mean,
-                settings.std,
-                crop_fraction=crop_fraction,
-                interpolation=interpolation,
-            ),
-            settings,
-            workers=workers,
-            bad_images=bad_images,
-            max_bad_images=max_bad_images,
-            max_worker_restarts=max_worker_restarts,
-        )
+        return class_names, self._train, images["test"]
 
     def _identity(self, index: int) -> str:
         images = self._train
@@ -351,7 +284,7 @@ class ShardSource(ImageSource):
         num_shards = len(self._train.shards)
         place = np.empty(num_shards, dtype=np.int64)
         place[permutation(seed, epoch, num_shards).numpy()] = np.arange(num_shards)
-        block = place[self._train.shard] // self._shuffle_shards
+        block = place[self._train.shard] // self.shuffle_shards
         shuffled = permutation(seed, epoch, self.num_train).numpy()
         by_block = np.argsort(block[shuffled], kind="stable")
         return torch.from_numpy(shuffled[by_block])

@@ -5,17 +5,83 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
+
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from softlabels.data.batch import DataSource
+from softlabels.data.cifar import cifar10, cifar100, holds_cifar
 from softlabels.data.folder import FolderSource
 from softlabels.data.glyphs import glyphs100
+from softlabels.data.hugging_face import HuggingFaceSource, holds_hugging_face
 from softlabels.data.idx import holds_idx, idx
+from softlabels.data.imagenet import ImageNetSource
+from softlabels.data.inat21 import INat21Source, holds_inat21
+from softlabels.data.noise import noise
 from softlabels.data.shards import ShardSource, holds_shards
+from softlabels.data.tiny_imagenet import TinyImageNetSource, holds_tiny_imagenet
 
 # The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
 SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
-    {"glyphs100": glyphs100, "folder": FolderSource, "idx": idx, "webdataset": ShardSource}
+    {
+        "glyphs100": glyphs100,
+        "folder": FolderSource,
+        "idx": idx,
+        "webdataset": ShardSource,
+        "cifar10": cifar10,
+        "cifar100": cifar100,
+        "tiny_imagenet": TinyImageNetSource,
+        "imagenet": ImageNetSource,
+        "inat21": INat21Source,
+        "hf": HuggingFaceSource,
+        "noise": noise,
+    }
+)
+
+
+class FixedFacts(NamedTuple):
+    """What is the same in all copies of a data set; None where it differs.
+
+    Attributes:
+        num_classes: Number of classes.
+        image_size: Height and width of the images if no setting says another, pixels.
+        in_channels: Channels of the images.
+    """
+
+    num_classes: int | None
+    image_size: int | None
+    in_channels: int | None
+
+
+FIXED_FACTS: Mapping[str, FixedFacts] = MappingProxyType(
+    {
+        "glyphs100": FixedFacts(100, 32, 1),
+        "folder": FixedFacts(None, None, 3),
+        "idx": FixedFacts(None, None, 1),
+        "webdataset": FixedFacts(None, None, 3),
+        "cifar10": FixedFacts(10, 32, 3),
+        "cifar100": FixedFacts(100, 32, 3),
+        "tiny_imagenet": FixedFacts(200, 64, 3),
+        "imagenet": FixedFacts(1000, 224, 3),
+        "inat21": FixedFacts(10_000, 224, 3),
+        "hf": FixedFacts(None, None, 3),
+        "noise": FixedFacts(None, None, None),
+    }
+)
+
+# What a folder holds, the most telling signs first. Without any it is a folder of images.
+_SIGNS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
+    {
+        "cifar100": partial(holds_cifar, data=CIFAR100),
+        "cifar10": partial(holds_cifar, data=CIFAR10),
+        "tiny_imagenet": holds_tiny_imagenet,
+        "inat21": holds_inat21,
+        "hf": holds_hugging_face,
+        "idx": holds_idx,
+        "webdataset": holds_shards,
+    }
 )
 
 
@@ -27,15 +93,17 @@ def kind_of(source: str | None, path: str | None) -> str:
         path: Where the data are.
 
     Raises:
-        ValueError: If the source is unknown.
+        ValueError: If the source is unknown, or cannot be found out.
     """
     if source is None:
         if path is None:
-            source = "glyphs100"
-        elif holds_idx(path):
-            source = "idx"
-        else:
-            source = "webdataset" if holds_shards(path) else "folder"
+            return "glyphs100"
+        found = [kind for kind, holds in _SIGNS.items() if holds(path)]
+        if {"cifar10", "cifar100"} <= {*found}:
+            raise ValueError(
+                f"{path} has both CIFAR-10 and CIFAR-100; expected source to say which"
+            )
+        return found[0] if found else "folder"
     if source not in SOURCES:
         near = get_close_matches(source, SOURCES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -55,9 +123,9 @@ def open_source(
     """Open a data source.
 
     Args:
-        source: `"glyphs100"`, `"folder"`, `"idx"` or `"webdataset"`. None finds out: without a path
-            it is the embedded glyphs, with one it is `"idx"` or `"webdataset"` if such files are
-            there and else `"folder"`.
+        source: A name in `SOURCES`. None finds out: without a path it is the embedded glyphs, with
+            one what the folder unmistakably holds, and else `"folder"`. ImageNet is read as any
+            `"folder"` then.
         path: Where the data are, for a source that reads files.
         **settings: What the source takes besides.
 

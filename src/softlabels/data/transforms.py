@@ -13,6 +13,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
+from softlabels.data.lighting import Lighting
+
 AugmentationName = Literal["random_resized_crop", "crop_flip", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
 ImageTransform = Callable[[Image.Image], Tensor]
@@ -50,6 +52,7 @@ class ImageSettings:
     interpolation: Interpolation
     auto_augment: str | None
     random_erasing: float
+    lighting: float
     crop_fraction: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -65,6 +68,7 @@ class ImageSettings:
             raise ValueError(f"image_size must be above 0, got {self.image_size}")
         if not 0 <= self.random_erasing <= 1:
             raise ValueError(f"random_erasing must be in 0..1, got {self.random_erasing}")
+        Lighting(self.lighting)  # checks its range
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be above 0, at most 1, got {self.crop_fraction}")
 
@@ -116,6 +120,11 @@ def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTran
             f" got {settings.auto_augment!r}"
         ) from error
     _allow_full_posterization(policy)
+    if settings.lighting:
+        # On values in 0..1: between timm's conversion to a tensor and its normalisation.
+        steps = finish.transforms
+        place = next(i for i, s in enumerate(steps) if isinstance(s, transforms.Normalize))
+        steps.insert(place, Lighting(settings.lighting))
     if settings.augmentation == "crop_flip":
         crop = transforms.Compose(
             [

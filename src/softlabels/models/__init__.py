@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from softlabels.models import resnet_small, vit_small  # registers their models with timm
+# Each registers its models with timm.
+from softlabels.models import (
+    densenet_small,
+    mobilenet_small,
+    preact_resnet,
+    resnet_cifar,
+    resnet_small,
+    shufflenet_small,
+    vgg_small,
+    vit_small,
+)
 from softlabels.models.build import InputSpec, build_model, model_input, model_metadata
 
 __all__ = [
     "InputSpec",
     "build_model",
+    "densenet_small",
+    "mobilenet_small",
     "model_input",
     "model_metadata",
+    "preact_resnet",
+    "resnet_cifar",
     "resnet_small",
+    "shufflenet_small",
+    "vgg_small",
     "vit_small",
 ]

@@ -16,7 +16,13 @@ from pydantic_core import PydanticSerializationError
 from timm.models import adapt_input_conv
 from torch import nn
 
-from softlabels.models.file_record import METADATA_KEY, FileRecord, SizeLimit, read_record
+from softlabels.models.file_record import (
+    METADATA_KEY,
+    FileRecord,
+    SizeLimit,
+    read_record,
+    weights_file,
+)
 from softlabels.models.named_code import MODEL_NAMES, import_builder
 from softlabels.weights import count_stored, load_weights
 
@@ -77,7 +83,8 @@ def build_model(
               networks of this package too, with a tag of weights or without;
             * `torchvision:NAME`: a classifier of torchvision;
             * `file:PATH`: a `.safetensors` file with `model_metadata` in its header; the model is
-              built and the weights are loaded;
+              built and the weights are loaded. PATH may be the folder of a run, too, for the
+              student in it;
             * `package.module:function`: a function of your own that returns a module, or a class
               that is one (`import_builder` says which are taken). It gets `num_classes`,
               `in_channels`, `image_size` and `pretrained` where it has arguments of these names.
@@ -369,6 +376,7 @@ def _build_from_file(
     image_size: tuple[int, int] | None,
     settings: dict[str, Any],
 ) -> nn.Module:
+    path = str(weights_file(path))
     record = read_record(path)
     if num_classes not in (None, record.num_classes):
         raise ValueError(

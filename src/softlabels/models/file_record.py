@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -11,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softlabels.weights import read_metadata
 
-__all__ = ["METADATA_KEY", "FileRecord", "SizeLimit", "read_record"]
+__all__ = ["METADATA_KEY", "FileRecord", "SizeLimit", "find_record", "read_record", "weights_file"]
 
 METADATA_KEY = "softlabels"
+
+_STUDENT = "student.safetensors"
 
 _FEW = 64 << 20  # numbers that any network may take: 256 MB in float32
 _MOST_OPERATIONS = 100_000
@@ -64,13 +68,41 @@ class FileRecord(BaseModel, frozen=True):
         return self
 
 
-def read_record(path: str) -> FileRecord:
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The file itself; of the folder of a run, that of its student."""
+    return Path(path) / _STUDENT if Path(path).is_dir() else Path(path)
+
+
+def find_record(path: str | os.PathLike[str]) -> FileRecord | None:
+    """Read how the model of a weights file is built and fed, if the file says it.
+
+    Args:
+        path: The file, of any kind.
+
+    Returns:
+        None for a file that is no `.safetensors`, or whose header does not say.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If its header says what cannot be.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or METADATA_KEY not in read_metadata(path):
+        return None
+    return read_record(path)
+
+
+def read_record(path: str | os.PathLike[str]) -> FileRecord:
     """Read how the model of a weights file is built and fed.
+
+    Args:
+        path: The file, or the folder of the run that wrote it.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If its header does not say, or says what cannot be.
     """
+    path = weights_file(path)
     metadata = read_metadata(path)
     if METADATA_KEY not in metadata:
         raise ValueError(

@@ -8,17 +8,19 @@ Parameter names are those of RepDistiller's networks, so its checkpoints load as
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from timm.layers.classifier import create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
-from torch import Tensor, nn
+from torch import nn
+
+from softlabels.models.small_network import SmallNetwork, build, cifar_cfg, normal_weights, stage
 
 __all__ = ["SmallResNet"]
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(SmallNetwork):
     """A residual network of three stages for small images.
 
     A 3x3 convolution, three stages of basic blocks with strides 1, 2 and 2, global pooling and a
@@ -29,10 +31,8 @@ class SmallResNet(nn.Module):
         stem_width: Channels after the first convolution.
         stage_widths: Channels of the three stages.
         stem_stride: Stride of the first convolution.
-        num_classes: Number of classes; 0 leaves out the classifier.
         in_chans: Channels of the images.
-        global_pool: timm's name of the pooling before the classifier; "" for none.
-        drop_rate: Dropout probability before the classifier, 0 to 1.
+        **head: `num_classes`, `global_pool` and `drop_rate` of `SmallNetwork`.
 
     Raises:
         ValueError: If `depth` is not 6n + 2 with n at least 1.
@@ -45,127 +45,53 @@ class SmallResNet(nn.Module):
         stem_width: int = 16,
         stage_widths: tuple[int, int, int] = (16, 32, 64),
         stem_stride: int = 1,
-        num_classes: int = 100,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Any,
     ) -> None:
-        super().__init__()
         if depth < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
-        num_blocks = (depth - 2) // 6
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = stage_widths[-1]
-
-        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=stem_stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem_width)
-        self.act1 = nn.ReLU(inplace=True)
-        self.layer1 = _stage(num_blocks, stem_width, stage_widths[0], stride=1)
-        self.layer2 = _stage(num_blocks, stage_widths[0], stage_widths[1], stride=2)
-        self.layer3 = _stage(num_blocks, stage_widths[1], stage_widths[2], stride=2)
-        self.feature_info: list[dict[str, Any]] = [
+        make = partial(stage, _block, (depth - 2) // 6)
+        first, second, third = stage_widths
+        super().__init__(
             {
-                "num_chs": width,
-                "reduction": stem_stride * 2**stage,
-                "module": f"layer{stage + 1}",
-            }
-            for stage, width in enumerate(stage_widths)
-        ]
-
-        self.global_pool: nn.Module
-        self.fc: nn.Module
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool
+                "conv1": nn.Conv2d(
+                    in_chans, stem_width, 3, stride=stem_stride, padding=1, bias=False
+                ),
+                "bn1": nn.BatchNorm2d(stem_width),
+                "act1": nn.ReLU(inplace=True),
+                "layer1": make(stem_width, first, 1),
+                "layer2": make(first, second, 2),
+                "layer3": make(second, third, 2),
+            },
+            [
+                ("layer1", stem_stride, first),
+                ("layer2", 2 * stem_stride, second),
+                ("layer3", 4 * stem_stride, third),
+            ],
+            num_features=third,
+            **head,
         )
-        self.head_drop = nn.Dropout(drop_rate)
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer (an identity if `num_classes` is 0)."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Replace the last layer by a freshly initialised one.
-
-        Args:
-            num_classes: Number of classes; 0 leaves out the classifier.
-            global_pool: timm's name of the pooling before the classifier; "" for none.
-        """
-        self.num_classes = num_classes
-        self.global_pool, fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool
-        )
-        self.fc = fc.to(self.conv1.weight)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last map.
-
-        Args:
-            x: Images, [B, in_chans, H, W].
-
-        Returns:
-            The map after the last stage, [B, num_features, h, w].
-        """
-        x = self.act1(self.bn1(self.conv1(x)))
-        x = self.layer2(self.layer1(x))
-        features: Tensor = self.layer3(x)
-        return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a last map.
-
-        Args:
-            x: What `forward_features` returns, [B, num_features, h, w].
-            pre_logits: Return the pooled features, [B, num_features], instead.
-
-        Returns:
-            Logits, [B, num_classes].
-        """
-        x = self.head_drop(self.global_pool(x))
-        if not pre_logits:
-            x = self.fc(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, [B, num_classes], of images, [B, in_chans, H, W]."""
-        return self.forward_head(self.forward_features(x))
+        normal_weights(self)
 
 
-def _stage(num_blocks: int, in_width: int, width: int, *, stride: int) -> nn.Sequential:
+def _block(in_width: int, width: int, stride: int) -> nn.Module:
     shortcut = None
     if stride != 1 or in_width != width:
         shortcut = nn.Sequential(
             nn.Conv2d(in_width, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
         )
-    first = BasicBlock(in_width, width, stride=stride, downsample=shortcut)
-    return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(num_blocks - 1)))
+    block: nn.Module = BasicBlock(in_width, width, stride=stride, downsample=shortcut)
+    return block
 
 
-_CIFAR_CFG: dict[str, Any] = {
-    "num_classes": 100,
-    "input_size": (3, 32, 32),
-    "pool_size": (8, 8),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    # Statistics of CIFAR-100's training images.
-    "mean": (0.5071, 0.4867, 0.4408),
-    "std": (0.2675, 0.2565, 0.2761),
-    "first_conv": "conv1",
-    "classifier": "fc",
-}
-_GLYPHS_CFG = _CIFAR_CFG | {
-    "input_size": (1, 32, 32),
-    "pool_size": (4, 4),
+_CIFAR_CFG = cifar_cfg()
+_GLYPHS_CFG = cifar_cfg(
+    input_size=(1, 32, 32),
+    pool_size=(4, 4),
     # Statistics of the clean training glyphs.
-    "mean": (0.0758,),
-    "std": (0.2384,),
-}
+    mean=(0.0758,),
+    std=(0.2384,),
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -184,11 +110,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(variant: str, pretrained: bool, settings: dict[str, Any], **shape: Any) -> SmallResNet:
-    model: SmallResNet = build_model_with_cfg(
-        SmallResNet, variant, pretrained, **(shape | settings)
-    )
-    return model
+_build = partial(build, SmallResNet, num_stages=3)
 
 
 @register_model

@@ -7,20 +7,16 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from softlabels.models.small_network import cifar_cfg
+
 __all__: list[str] = []
 
-_CFG: dict[str, Any] = {
-    "num_classes": 100,
-    "input_size": (3, 32, 32),
-    "fixed_input_size": True,
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    # Statistics of CIFAR-100's training images.
-    "mean": (0.5071, 0.4867, 0.4408),
-    "std": (0.2675, 0.2565, 0.2761),
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-}
+_CFG = cifar_cfg(
+    fixed_input_size=True,
+    pool_size=None,
+    first_conv="patch_embed.proj",
+    classifier="head",
+)
 
 default_cfgs = generate_default_cfgs({"vit_tiny_patch4_32": _CFG, "vit_mini_patch4_32": _CFG})
 

@@ -306,6 +306,7 @@ def _facts(records: Sequence[RunRecord]) -> list[_Fact]:
         "parameters": [f"{r.parameters:,}" for r in records],
         "data": [r.data for r in records],
         "method": [r.method or "none" for r in records],
+        "teacher's test top-1": [_teacher(r) for r in records],
         "seed": [str(r.seed) for r in records],
         "epochs": [str(r.epochs) for r in records],
         "best test top-1": [_best(r) for r in records],
@@ -317,6 +318,12 @@ def _facts(records: Sequence[RunRecord]) -> list[_Fact]:
         "folder": [_printable(r.folder.name) for r in records],
     }
     return [_Fact(name, tuple(values)) for name, values in rows.items() if any(values)]
+
+
+def _teacher(record: RunRecord) -> str:
+    if record.teacher_top1 is None:
+        return ""
+    return f"{decimals(record.teacher_top1, 2)} % ({record.teacher or 'the teacher'})"
 
 
 def _best(record: RunRecord) -> str:

@@ -101,6 +101,8 @@ class RunRecord:
         seconds: Time of the whole run in seconds.
         parameters: Number of the network's parameters.
         is_complete: False for a run that was stopped early.
+        teacher: Name of the teacher, None where none was measured.
+        teacher_top1: Its score on the test images, in percent, likewise.
         test_images: Number of test images, None where the run does not say it.
         final: Scores after the last epoch, by names of `SCORES`.
         best: Scores of the best epoch, by names of `SCORES`.
@@ -122,6 +124,8 @@ class RunRecord:
     seconds: float
     parameters: int
     is_complete: bool
+    teacher: str | None
+    teacher_top1: float | None
     test_images: int | None
     final: Mapping[str, float]
     best: Mapping[str, float]
@@ -186,6 +190,7 @@ def read_run(folder: Path) -> RunRecord:
         raise ValueError(f"{folder} has no summary.json; expected the folder of a run")
     summary = _read_object(folder / "summary.json")
     best = summary.optional("best", dict) or {}
+    teacher = _Fields(summary.path, summary.optional("teacher", dict) or {})
     speeds = [
         _number(line["images_per_second"], f"{folder / 'timings.jsonl'}: 'images_per_second'")
         for line in _read_lines(folder / "timings.jsonl")
@@ -205,6 +210,8 @@ def read_run(folder: Path) -> RunRecord:
         seconds=summary.number("seconds"),
         parameters=summary.get("parameters", int),
         is_complete=summary.get("complete", bool),
+        teacher=teacher.optional("name", str),
+        teacher_top1=teacher.number("top1") if teacher.values else None,
         test_images=summary.optional("test_images", int),
         final=summary.scores("final"),
         best=summary.scores("best") if best else {},

@@ -147,6 +147,8 @@ class TapPoint:
         width: Likewise.
         prefix_tokens: Tokens before the patch tokens.
         class_token: Whether the first token is a class token.
+        layer_norm: Whether a head on it begins with a LayerNorm over the channels, as in the
+            published runs of Swin.
     """
 
     path: str
@@ -156,6 +158,7 @@ class TapPoint:
     width: int = 1
     prefix_tokens: int = 0
     class_token: bool = False
+    layer_norm: bool = False
 
     def pooled(self, feature: Tensor) -> Tensor:
         """[B, D]: mean over a map's positions; the class token, or the mean of the tokens."""

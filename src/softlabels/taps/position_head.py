@@ -39,14 +39,14 @@ class PositionHead:
     Attributes:
         point: The last map or tokens.
         steps: Paths of the modules after it, each with the number of dimensions of its input;
-            empty: the model's own `forward_head`.
+            None: the model's own `forward_head`.
         activation: Whether the model applies a ReLU to the map that no module shows.
         mode_dependent: Paths of modules in the head that act otherwise in training mode.
         num_classes: Width of the logits, by which `votes` sizes its chunks.
     """
 
     point: TapPoint
-    steps: tuple[tuple[str, int], ...] = ()
+    steps: tuple[tuple[str, int], ...] | None = None
     activation: bool = False
     mode_dependent: tuple[str, ...] = ()
     num_classes: int = 0
@@ -60,7 +60,7 @@ class PositionHead:
             value = positions[:, None, None]
         else:
             value = positions[:, :, None, None]
-        if not self.steps:
+        if self.steps is None:
             if point.kind == "tokens":
                 # As class token and as only patch: right for either way of pooling.
                 value = positions[:, None].expand(-1, point.prefix_tokens + 1, -1)
@@ -72,7 +72,7 @@ class PositionHead:
             if input_dims == 2:
                 value = value.flatten(1)
             value = module(value)
-        return value
+        return value.flatten(1)
 
     def votes(
         self,

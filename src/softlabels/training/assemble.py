@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers import RmsNorm, RmsNorm2d
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.optim import param_groups_weight_decay as decay_groups
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from softlabels.data import DataInfo, DataSource, open_source
 from softlabels.data.mixup import MixupCutmix
@@ -18,14 +20,16 @@ from softlabels.data.randomness import seeded
 from softlabels.distiller import Distiller
 from softlabels.losses import LabelSmoothingLoss
 from softlabels.losses.table import METHODS
-from softlabels.models import build_model, model_input
+from softlabels.models import InputSpec, build_model, model_input
+from softlabels.models.file_record import FileRecord, find_record, weights_file
+from softlabels.signals import TeacherLogits
 from softlabels.taps import undisturbed
 from softlabels.teacher import Teacher
 from softlabels.teacher_cache import TeacherCache
+from softlabels.training.class_names import map_by_names, read_class_names
 from softlabels.training.config import (
     Config,
     OptimizerSettings,
-    ScheduleSettings,
     TeacherSettings,
     build_method,
 )
@@ -35,7 +39,6 @@ __all__ = [
     "build_distiller",
     "build_mixer",
     "build_optimizer",
-    "build_schedule",
     "build_source",
     "build_teacher",
     "try_out",
@@ -43,6 +46,9 @@ __all__ = [
 ]
 
 _SMALL_IMAGE = 64  # pixels; up to here a network for small images is the default student
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d)
+# timm's networks name their own in `no_weight_decay`; torchvision's do not.
+_TORCHVISION_TOKENS = (".class_token", ".pos_embedding", ".relative_position_bias_table")
 
 
 def build_source(config: Config) -> DataSource:
@@ -90,6 +96,8 @@ def build_distiller(
     Raises:
         ValueError: A name, a setting or weights that do not fit.
     """
+    if method is None:
+        method = build_method(config.method)
     if student is None:
         with seeded(config.seed, "student"):
             student = build_model(
@@ -109,7 +117,16 @@ def build_distiller(
     elif teacher is None and config.teacher.name is not None:
         teacher = build_teacher(config.teacher, info)
         shape = (info.in_channels, *info.image_size)
-        try_out(teacher, f"the teacher {config.teacher.name!r}", shape, None)
+        reads_logits = any(
+            isinstance(s, TeacherLogits) for s in getattr(method, "reads", {}).values()
+        )
+        try_out(
+            teacher,
+            f"the teacher {config.teacher.name!r}",
+            shape,
+            info.num_classes if reads_logits else None,
+            hint=": teacher.class_map names the classes of the data among the teacher's",
+        )
     task = config.task
     task_loss = (
         LabelSmoothingLoss(smoothing=task.label_smoothing, smooth_over=task.smooth_over)
@@ -119,7 +136,7 @@ def build_distiller(
     with seeded(config.seed, "heads"):
         return Distiller(
             student,
-            method or build_method(config.method),
+            method,
             teacher=teacher,
             task_loss=task_loss,
             task_weight=task.weight,
@@ -130,7 +147,12 @@ def build_distiller(
 
 
 def try_out(
-    network: nn.Module, name: str, shape: tuple[int, int, int], num_classes: int | None
+    network: nn.Module,
+    name: str,
+    shape: tuple[int, int, int],
+    num_classes: int | None,
+    *,
+    hint: str = "",
 ) -> None:
     """Run a network once, on the CPU, and leave it as it was.
 
@@ -139,6 +161,7 @@ def try_out(
         name: What an error calls it.
         shape: (C, H, W) of the images.
         num_classes: Number of classes that it must have; None: any.
+        hint: What an error about that adds.
 
     Raises:
         ValueError: It fails, or gives something else.
@@ -156,7 +179,7 @@ def try_out(
     if logits.dim() != 2 or len(logits) != 1 or num_classes not in (None, logits.shape[1]):
         raise ValueError(
             f"{name} must give [B, {num_classes or 'classes'}], got {tuple(logits.shape)} for one "
-            "image"
+            f"image{hint}"
         )
 
 
@@ -180,35 +203,107 @@ def _file(name: str) -> str:
 def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
     """Build the network that teaches.
 
+    What its own images look like is said by the settings, else by the header of the file of its
+    weights, else by the weights' publisher; else they look like those of the data.
+
     Args:
         settings: With a name.
         info: Classes, channels, size and normalisation of the images.
 
     Raises:
+        FileNotFoundError: No such file of weights or of class names.
         ValueError: A name, a setting or weights that do not fit.
     """
     name = settings.name or ""
+    weights = None if settings.weights is None else _file(settings.weights)
+    record = _record_of(name, weights)
+    expects = _expected_input(settings, record)
+    own = None
+    if expects.mean is not None and expects.std is not None:
+        own = (expects.mean, expects.std)
+    if own == (info.mean, info.std):
+        own = None
+    num_classes = settings.num_classes or (record.num_classes if record is not None else None)
+    if num_classes is None and not settings.pretrained and settings.class_map is None:
+        num_classes = info.num_classes
+    size = expects.image_size or info.image_size
+    # A teacher of colours sees gray images as colours.
+    in_channels = info.in_channels if own is None else max(info.in_channels, len(own[0]))
     model = build_model(
         name,
-        num_classes=settings.num_classes
-        or (None if settings.pretrained or settings.class_map else info.num_classes),
-        in_channels=info.in_channels,
-        image_size=settings.input_size or info.image_size,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=size,
         settings=settings.settings,
         pretrained=settings.pretrained,
     )
-    from_file = settings.pretrained or name.startswith("file:")
-    expects = model_input(name) if from_file else model_input(nn.Identity())
-    mean, std = settings.mean or expects.mean, settings.std or expects.std
-    own = (mean, std) if mean is not None and std is not None else None
+    class_map: Sequence[int] | None = None
+    if settings.class_map != "names":
+        class_map = settings.class_map
+    else:
+        names = _class_names_of(model, settings, record, (in_channels, *size))
+        class_map = map_by_names(info.class_names, names, f"the teacher {name!r:.200}")
+    if class_map is not None and len(class_map) != info.num_classes:
+        raise ValueError(
+            f"teacher.class_map must have an index for each of the {info.num_classes} classes of "
+            f"{info.name}, got {len(class_map)}"
+        )
     return Teacher(
         model,
-        weights=None if settings.weights is None else _file(settings.weights),
+        weights=weights,
         normalization=own,
         student_normalization=(info.mean, info.std) if own is not None else None,
-        input_size=settings.input_size,
-        class_map=settings.class_map,
+        input_size=size if settings.input_size or size != info.image_size else None,
+        class_map=class_map,
         mode=settings.mode,
+    )
+
+
+def _record_of(name: str, weights: str | None) -> FileRecord | None:
+    """What the file of a network's weights says of it; None without a file that says anything."""
+    kind, _, path = name.partition(":")
+    if weights is None and kind != "file":
+        return None
+    return find_record(weights_file(path) if weights is None else weights)
+
+
+def _expected_input(settings: TeacherSettings, record: FileRecord | None) -> InputSpec:
+    """What a teacher's weights expect to see, as far as anybody says it."""
+    known = InputSpec()
+    if record is not None:
+        known = InputSpec(record.mean, record.std, record.image_size)
+    elif settings.pretrained:
+        known = model_input(settings.name or "")
+    size = settings.input_size
+    return InputSpec(
+        mean=settings.mean or known.mean,
+        std=settings.std or known.std,
+        image_size=known.image_size if size is None else (size, size),
+    )
+
+
+def _class_names_of(
+    model: nn.Module,
+    settings: TeacherSettings,
+    record: FileRecord | None,
+    shape: tuple[int, int, int],
+) -> Sequence[str]:
+    """The names of a teacher's classes, in the order of its logits."""
+    if settings.class_names is not None:
+        names = read_class_names(settings.class_names)
+        what = f"the teacher {settings.name!r:.200} with the class names in {settings.class_names}"
+        try_out(model, what, shape, len(names))
+        return names
+    if record is not None and record.class_names is not None:
+        return record.class_names
+    if settings.pretrained and settings.weights is None and settings.num_classes is None:
+        # torchvision's classifiers know the 1000 classes alone.
+        subset = infer_imagenet_subset(model) or "imagenet-1k"
+        labels: list[str] = ImageNetInfo(subset).label_names()
+        return labels
+    raise ValueError(
+        "teacher.class_map names: nothing says the names of the classes of "
+        f"{settings.name!r:.200}; give teacher.class_names, a file with one a line"
     )
 
 
@@ -227,9 +322,11 @@ def build_optimizer(settings: OptimizerSettings, trained: nn.Module) -> torch.op
         name = "momentum"  # timm's "sgd" is Nesterov's
     groups: Any = trained
     if not settings.decay_norm_and_bias:
-        exempt = getattr(getattr(trained, "student", None), "no_weight_decay", set)
-        names = tuple(f"student.{parameter}" for parameter in exempt())
-        groups = decay_groups(trained, settings.weight_decay, no_weight_decay_list=names)
+        groups = decay_groups(
+            trained, settings.weight_decay, no_weight_decay_list=_tokens_of(trained)
+        )
+    elif not settings.decay_norm:
+        groups = _without_norms(trained, settings.weight_decay)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         groups,
         opt=name,
@@ -241,34 +338,30 @@ def build_optimizer(settings: OptimizerSettings, trained: nn.Module) -> torch.op
     return optimizer
 
 
-def build_schedule(
-    settings: ScheduleSettings,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs: int,
-    steps_per_epoch: int,
-) -> Scheduler:
-    """A schedule of timm's factory, per step."""
-    form = {"constant": "multistep"}.get(settings.name, settings.name)
-    milestones = [round(epoch * steps_per_epoch) for epoch in settings.decay_epochs]
-    num_steps = epochs * steps_per_epoch
-    # timm's epochs are steps here: its factory takes whole numbers of them.
-    scheduler: Scheduler
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=form,
-        num_epochs=num_steps,
-        decay_epochs=milestones[0] if milestones else num_steps,
-        # timm's multistep looks one step ahead.
-        decay_milestones=[milestone + 1 for milestone in milestones or [num_steps]],
-        decay_rate=settings.decay_rate,
-        min_lr=settings.min_lr,
-        warmup_epochs=round(settings.warmup_epochs * steps_per_epoch),
-        warmup_lr=settings.warmup_lr,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return scheduler
+def _tokens_of(trained: nn.Module) -> list[str]:
+    """Parameters that stand for vectors whatever their shape: tokens, embeddings of places."""
+    exempt = getattr(getattr(trained, "student", None), "no_weight_decay", set)
+    named = {f"student.{parameter}" for parameter in exempt()}
+    others = (name for name, _ in trained.named_parameters() if name.endswith(_TORCHVISION_TOKENS))
+    return sorted({*named, *others})
+
+
+def _without_norms(trained: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, of which the first, what belongs to norms, does not decay."""
+    of_norms = {
+        id(parameter)
+        for module in trained.modules()
+        if isinstance(module, _NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            groups[id(parameter) in of_norms].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": 0.0},
+        {"params": groups[False], "weight_decay": weight_decay},
+    ]
 
 
 def build_mixer(config: Config, info: DataInfo) -> MixupCutmix | None:

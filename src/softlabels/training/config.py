@@ -61,8 +61,13 @@ class Section(BaseModel):
 
 def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
     """Type, default and description of each keyword-only argument of a constructor."""
-    documented = docstring_parser.parse(inspect.getdoc(target) or "")
-    texts = {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+    bases = [*reversed(inspect.getmro(target))] if inspect.isclass(target) else [target]
+    documented = [docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")) for base in bases]
+    texts = {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for doc in documented
+        for parameter in doc.params
+    }
     call = target.__init__ if inspect.isclass(target) else target
     parameters = inspect.signature(call, eval_str=True).parameters
     return {
@@ -110,7 +115,10 @@ def _data_fields() -> dict[str, Any]:
             continue
         types = [*dict.fromkeys(use[1] for use in uses), type(None)]
         annotation = reduce(or_, types)
-        defaults = ", ".join(f"{source}: {default}" for source, _, default, _ in uses)
+        by_default: dict[str, list[str]] = {}
+        for source, _, default, _ in uses:
+            by_default.setdefault(str(default), []).append(source)
+        defaults = "; ".join(f"{', '.join(names)}: {value}" for value, names in by_default.items())
         text = uses[0][3].rstrip(".")
         fields[name] = (annotation, Field(None, description=f"{text}. [{defaults}]"))
     return fields
@@ -152,6 +160,9 @@ class TeacherSettings(Section):
         description="Folder that `softlabels cache-teacher` filled: its answers are used in place "
         "of the network's, and its draws of the augmentation are shown again.",
     )
+    recipe: str | None = Field(
+        None, description="Recipe that trains it, for `softlabels reproduce`."
+    )
     settings: dict[str, Setting] = Field({}, description="Further arguments of the model.")
     weights: str | None = Field(
         None,
@@ -161,16 +172,31 @@ class TeacherSettings(Section):
     num_classes: int | None = Field(
         None, ge=2, le=_MOST, description="Classes of its logits, if others."
     )
-    class_map: tuple[Annotated[int, Field(ge=0, le=_MOST)], ...] | None = Field(
-        None, description="For each class of the data, the teacher's index of it."
+    class_map: tuple[Annotated[int, Field(ge=0, le=_MOST)], ...] | Literal["names"] | None = Field(
+        None,
+        description="For each class of the data, the teacher's index of it; or names: found by the "
+        "names of the classes.",
+    )
+    class_names: str | None = Field(
+        None,
+        description="File with the names of the teacher's classes, one a line or a JSON list. "
+        "None: from the header of its weights, or ImageNet's if they are the published ones.",
     )
     input_size: int | None = Field(
-        None, ge=1, le=_MOST_PIXELS, description="Pixels; None: the data's size."
+        None,
+        ge=1,
+        le=_MOST_PIXELS,
+        description="Pixels; None: what its weights were trained for, else the data's size.",
     )
     mean: tuple[float, ...] | None = Field(None, description="Its mean per channel, 0 to 1.")
     std: tuple[float, ...] | None = Field(None, description="Its deviation per channel, 0 to 1.")
     mode: Literal["eval", "train"] = Field(
         "eval", description="train: batch statistics, as the reference code of NKD ran."
+    )
+    check: Literal["error", "warn", "off"] = Field(
+        "error",
+        description="What an accuracy near chance on the test images does, which is measured "
+        "before training; off: it is not measured.",
     )
 
 
@@ -198,18 +224,30 @@ class OptimizerSettings(Section):
     decay_norm_and_bias: bool = Field(
         True, description="Whether vectors (norms, biases, tokens) decay too."
     )
+    decay_norm: bool = Field(
+        True, description="False: of the vectors, those of norms alone do not decay."
+    )
 
 
 class ScheduleSettings(Section):
     """The learning rate's schedule, per step, built by timm's factory."""
 
-    name: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="Form.")
-    warmup_epochs: float = Field(0.0, ge=0, le=_MOST, description="Epochs of linear warm-up.")
+    name: Literal["cosine", "linear", "step", "multistep", "constant"] = Field(
+        "cosine", description="Form."
+    )
+    warmup: Literal["linear", "constant"] = Field(
+        "linear", description="Rising from warmup_lr to the form's rate, or at warmup_lr."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, le=_MOST, description="Epochs of warm-up.")
+    warmup_steps: int = Field(0, ge=0, le=2**31, description="In place of warmup_epochs: steps.")
     warmup_lr: float = Field(
-        1e-6, ge=0, le=_LARGEST_FACTOR, description="Learning rate at the first step."
+        1e-6, ge=0, le=_LARGEST_FACTOR, description="Learning rate at the first step of a warm-up."
     )
     min_lr: float = Field(
-        0.0, ge=0, le=_LARGEST_FACTOR, description="Lowest learning rate of the cosine."
+        0.0,
+        ge=0,
+        le=_LARGEST_FACTOR,
+        description="Lowest learning rate of the cosine and of the linear fall.",
     )
     decay_epochs: tuple[Annotated[float, Field(ge=0, le=_MOST)], ...] = Field(
         (), description="multistep: epochs of the drops; step: one number, epochs per drop."
@@ -235,6 +273,24 @@ class CheckpointSettings(Section):
     keep: int = Field(
         2, ge=1, description="How many are kept; older ones serve if the newest is damaged."
     )
+
+
+class PaperSettings(Section):
+    """Which published result a recipe is for. It changes nothing in the run."""
+
+    table: str | None = Field(None, description="Paper and table.")
+    row: str | None = Field(None, description="The row, and the column where there are several.")
+    top1: float | None = Field(None, ge=0, le=100, description="Published top-1, %.")
+    top1_std: float | None = Field(
+        None, ge=0, le=100, description="Published standard deviation over runs, points."
+    )
+    top5: float | None = Field(None, ge=0, le=100, description="Published top-5, %.")
+    gain: float | None = Field(
+        None, ge=-100, le=100, description="Published gain over the baseline, points."
+    )
+    reported: Literal["last", "best"] = Field("last", description="The epoch that was published.")
+    baseline: str | None = Field(None, description="Recipe of the row that it is compared with.")
+    hardware: str | None = Field(None, description="What the published run was meant for.")
 
 
 class Config(Section):
@@ -265,6 +321,12 @@ class Config(Section):
     accumulation: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of averaged weights.")
+    precise_bn: int | None = Field(
+        None,
+        ge=1,
+        description="Training images over which BatchNorm's statistics are averaged anew before "
+        "each evaluation. None: the running ones.",
+    )
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="Mixed precision.")
     compile: bool = Field(False, description="Compile the trained module.")
     channels_last: bool = Field(False, description="Memory format of images and weights.")
@@ -299,6 +361,7 @@ class Config(Section):
     assumed: dict[str, str] = Field(
         {}, description="Settings that no source gives, each with the reason for its value."
     )
+    paper: PaperSettings = Field(PaperSettings(), description="The published result.")
 
     @property
     def label(self) -> str:
@@ -399,12 +462,22 @@ def checked(config: Config) -> Config:
         )
     if (config.teacher.mean is None) != (config.teacher.std is None):
         raise ConfigError("teacher.mean and teacher.std go together, got one of them")
+    if config.teacher.class_names is not None and config.teacher.class_map != "names":
+        raise ConfigError(
+            "teacher.class_names is read for teacher.class_map names, got "
+            f"{config.teacher.class_map!r:.80}"
+        )
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size {config.batch_size} must be a multiple of accumulation "
             f"{config.accumulation}"
         )
     schedule = config.schedule
+    if schedule.warmup_epochs and schedule.warmup_steps:
+        raise ConfigError(
+            "schedule.warmup_epochs and schedule.warmup_steps exclude each other, got "
+            f"{schedule.warmup_epochs:g} and {schedule.warmup_steps}"
+        )
     wanted = {"step": "one number", "multistep": "one or more numbers"}.get(schedule.name)
     fits = {"step": len(schedule.decay_epochs) == 1, "multistep": len(schedule.decay_epochs) >= 1}
     if wanted and not fits[schedule.name]:
@@ -429,6 +502,7 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
         del path[1]  # pydantic's tag of the union
+    path = [part for part in path if not part.startswith(("tuple[", "literal["))]  # likewise
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from softlabels.data import Batch, DataSource
@@ -28,7 +23,7 @@ from softlabels.training.assemble import (
 )
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.folder import RunFolder
-from softlabels.training.guards import RunError
+from softlabels.training.several import PlannedRun, train_several
 from softlabels.training.timing import Ratio, interleaved, ratio
 
 __all__ = ["RECIPES", "run_demo", "step_ratios"]
@@ -83,7 +78,12 @@ def run_demo(
         f"{len(configs)} runs of {epochs} epochs on glyphs100, {jobs} at a time, into {output}",
         highlight=False,
     )
-    _train_all(configs, options, jobs, console)
+    train_several(
+        [PlannedRun(n, config, _arguments(n, options)) for n, config in configs.items()],
+        jobs=jobs,
+        console=console,
+        threads=1,
+    )
     console.print(f"step times, in turn, {rounds} rounds", highlight=False)
     ratios = step_ratios(configs, source, rounds=rounds)
     summaries = {
@@ -126,89 +126,9 @@ def _config(name: str, output: Path, options: Mapping[str, Any]) -> Config:
     return resolve(values)
 
 
-def _command(name: str, config: Config, options: Mapping[str, Any]) -> list[str]:
+def _arguments(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    own = [sys.executable, "-m", "softlabels", "train", f"glyphs100/{name}"]
-    return [*own, *given, "--output", str(config.output)]
-
-
-def _train_all(
-    configs: Mapping[str, Config], options: Mapping[str, Any], jobs: int, console: Console
-) -> None:
-    """Train in processes of one thread each, `jobs` at a time, with a bar for each."""
-    # Those with a teacher take longest: first, so that none is left running alone at the end.
-    longest_first = sorted(configs, key=lambda name: configs[name].teacher.name is None)
-    waiting = [
-        name
-        for name in longest_first
-        if not RunFolder(Path(configs[name].output or "")).is_complete()
-    ]
-    complete = [name for name in configs if name not in waiting]
-    if complete:
-        console.print(f"complete already: {', '.join(complete)}", highlight=False)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    columns = (TextColumn("{task.description:14}"), BarColumn(), TextColumn("{task.fields[news]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        tasks = {
-            name: progress.add_task(name, total=config.epochs, news="waits", start=False)
-            for name, config in configs.items()
-        }
-        for name in complete:
-            progress.update(tasks[name], completed=configs[name].epochs, news="complete")
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    name = waiting.pop(0)
-                    log = Path(configs[name].output or "").with_suffix(".log")
-                    with log.open("wb") as file:
-                        running[name] = subprocess.Popen(
-                            _command(name, configs[name], options),
-                            stdout=file,
-                            stderr=file,
-                            env=environment,
-                        )
-                    progress.start_task(tasks[name])
-                time.sleep(0.3)
-                for name, process in list(running.items()):
-                    _show(progress, tasks[name], configs[name])
-                    if process.poll() is not None:
-                        del running[name]
-                        if process.returncode:
-                            raise RunError(_failure(name, configs[name], process.returncode))
-                        progress.stop_task(tasks[name])
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
-
-
-def _show(progress: Progress, task: TaskID, config: Config) -> None:
-    """Move a bar to what the run's own log says."""
-    lines = _lines(Path(config.output or "") / "metrics.jsonl")
-    evaluated = [line for line in lines if "eval/top1" in line]
-    news = f"top-1 {evaluated[-1]['eval/top1']:5.1f} %" if evaluated else "starts"
-    done = evaluated[-1]["epoch"] if evaluated else 0
-    since = [line for line in lines if line.get("epoch") == done and "train/loss" in line]
-    progress.update(
-        task, completed=done + (0.5 if since and done < config.epochs else 0), news=news
-    )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    whole = text[: text.rfind("\n") + 1]  # the last line may be half written
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _failure(name: str, config: Config, status: int) -> str:
-    log = Path(config.output or "").with_suffix(".log")
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-    return f"the run {name} ended with status {status}: {lines[-1]} (all of it: {log})"
+    return (f"glyphs100/{name}", *given)
 
 
 def step_ratios(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,6 +28,7 @@ from softlabels.training.config import Config
 from softlabels.training.evaluate import evaluate
 from softlabels.training.guards import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
+from softlabels.training.precise_bn import recompute_statistics
 from softlabels.training.processes import gathered
 
 __all__ = ["Engine", "Observer"]
@@ -158,6 +160,7 @@ class Engine:
         """
         while self.finished_epochs < self.config.epochs:
             self._train_epoch(self.finished_epochs, observer, interrupt)
+            self._recompute_statistics(self.finished_epochs)
             scalars = self.evaluate()
             self.distiller.after_epoch()
             self.finished_epochs += 1
@@ -169,7 +172,7 @@ class Engine:
         self.distiller.train()
         first = self.step - epoch * self.steps_per_epoch
         since = time.perf_counter()
-        with closing(self._batches(epoch, first)) as batches:
+        with closing(self._batches(self.config.seed, epoch, first)) as batches:
             for index, batch in enumerate(batches, first):
                 ends = index + 1 == self.steps_per_epoch
                 due = (self.step + 1) % self.config.log_every == 0 or ends
@@ -195,10 +198,10 @@ class Engine:
         # On an accelerator a wait for the device: only where there is one anyway.
         return (due or any_asked.device.type == "cpu") and bool(any_asked)
 
-    def _batches(self, epoch: int, first: int) -> Generator[Batch]:
+    def _batches(self, seed: int, epoch: int, first: int) -> Generator[Batch]:
         draw = getattr(self.distiller.teacher, "draw", None)
         yield from self.source.train_batches(
-            seed=self.config.seed,
+            seed=seed,
             epoch=epoch,
             batch_size=self.config.batch_size,
             rank=self.accelerator.process_index,
@@ -208,6 +211,29 @@ class Engine:
             # Answers that are stored belong to views that are shown again.
             draw=None if draw is None else draw(epoch),
         )
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if not self.config.channels_last:
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _recompute_statistics(self, epoch: int) -> None:
+        """PreciseBN for the network that is evaluated, over whole batches, at most an epoch's.
+
+        They are not those that the epoch was trained with, and not mixed.
+        """
+        if self.config.precise_bn is None:
+            return
+        seed = derive_seed(self.config.seed, "precise_bn")
+        wanted = max(1, self.config.precise_bn // self.config.batch_size)
+        mean = partial(self.accelerator.reduce, reduction="mean") if self._is_shared else None
+        with closing(self._batches(seed, epoch, 0)) as batches:
+            recompute_statistics(
+                self.network,
+                (self._laid_out(batch.images) for batch in islice(batches, wanted)),
+                cast("Callable[[Tensor], Tensor] | None", mean),
+                self.accelerator.autocast,
+            )
 
     def _step(
         self, batch: Batch, epoch: int, index: int, *, detailed: bool, asked: bool
@@ -223,8 +249,7 @@ class Engine:
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
         if self.mixer is not None:
             batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
-        if self.config.channels_last:
-            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        batch.images = self._laid_out(batch.images)
         # A forward changes buffers too; a step that is skipped puts them back.
         before = [b.clone() for b in self.core.buffers()] if self._may_skip else []
         parts, details, finite, share = self._backward(batch, detailed=detailed)

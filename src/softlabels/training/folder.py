@@ -21,12 +21,29 @@ from softlabels.files import remove_leftovers, replace_file
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, resolve
 
-__all__ = ["RunFolder", "environment"]
+__all__ = ["RunFolder", "environment", "fixed_settings"]
 
 _PACKAGES = ("softlabels", "torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy")
 # What may differ between a run and its continuation: it changes no number.
-_FREE = {"output", "threads", "log_every", "checkpoint", "process_timeout", "max_skipped_steps"}
-_FREE_OF_DATA = {"workers", "max_worker_restarts", "max_bad_images", "index"}
+_FREE = {
+    "assumed",
+    "checkpoint",
+    "log_every",
+    "max_skipped_steps",
+    "output",
+    "paper",
+    "process_timeout",
+    "threads",
+}
+_FREE_OF_DATA = {
+    "cache",
+    "download",
+    "index",
+    "max_bad_images",
+    "max_worker_restarts",
+    "workers",
+}
+_FREE_OF_TEACHER = {"check"}
 
 
 class RunFolder:
@@ -43,6 +60,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.gallery = path / "gallery.json"
         self.report = path / "report.html"
+        self.teacher = path / "teacher.json"
         self.failure = path / "failure.json"
         self.skipped_images = path / "skipped_images.json"
         self.lock = path / "run.lock"
@@ -65,7 +83,7 @@ class RunFolder:
         """
         if self.config.is_file():
             before = resolve(load_recipe(str(self.config)))
-            old, new = _fixed(before), _fixed(config)
+            old, new = fixed_settings(before), fixed_settings(config)
             differing = [k for k in new if old.get(k) != new[k]]
             if differing:
                 key = differing[0]
@@ -142,10 +160,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _fixed(config: Config) -> dict[str, Any]:
+def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that a run and its continuation share."""
     values = config.model_dump(exclude=_FREE)
-    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_OF_DATA}
+    for part, free in (("data", _FREE_OF_DATA), ("teacher", _FREE_OF_TEACHER)):
+        values[part] = {k: v for k, v in values[part].items() if k not in free}
     return values
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import difflib
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, ClassVar, cast
 
 import yaml
 
-__all__ = ["MOST_BYTES", "ConfigError", "load_recipe", "recipe_names"]
+__all__ = [
+    "MOST_BYTES",
+    "ConfigError",
+    "load_recipe",
+    "merged",
+    "read_recipe_text",
+    "recipe_names",
+    "settings_of",
+]
 
 MOST_BYTES = 1 << 20
 """Size of the largest recipe."""
@@ -107,6 +116,9 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> dict[str, Any]:
     """Read a recipe: a YAML file by its path, or one of the package by its name.
 
+    A recipe may say `base: NAME`: another recipe, of the package or a file in the same folder.
+    What the recipe says itself lies over that (`merged`).
+
     Args:
         name: The path or the name.
 
@@ -114,20 +126,111 @@ def load_recipe(name: str) -> dict[str, Any]:
         Its settings, unchecked: texts, numbers, lists and mappings with texts as keys.
 
     Raises:
-        ConfigError: No such recipe, or no YAML mapping of such values, or more than `MOST_BYTES`.
+        ConfigError: No such recipe, or no YAML mapping of such values, or more than `MOST_BYTES`,
+            or a base that is none.
+    """
+    return _with_base(name, ())
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay settings over others.
+
+    Mappings are merged, all else is replaced; `null` takes a setting back to its default. A method
+    of another kind replaces the whole method, because its settings are others.
+    """
+    result = dict(base)
+    for key, value in over.items():
+        before = result.get(key)
+        if key == "method" and _kind(value) not in (None, _kind(before)):
+            result[key] = value
+        elif isinstance(before, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(before, value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings from texts such as `optimizer.lr=0.1`.
+
+    Raises:
+        ConfigError: A text without `=`, or a value that is no YAML.
+    """
+    result: dict[str, Any] = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"expected KEY=VALUE, such as epochs=10, got {text!r:.200}")
+        place = result
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{path:.200} is set twice")
+        # A null stays: it takes a recipe's setting back to its default.
+        place[keys[-1]] = _parsed(f"value: {value}", f"the value of {path:.200}")["value"]
+    return result
+
+
+def _kind(method: object) -> object:
+    return method.get("kind") if isinstance(method, Mapping) else method
+
+
+def _with_base(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    values = _load(name)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"base of {name} must be the name of a recipe, got {base!r:.80}")
+    above = (*above, name)
+    place = _place_of_base(name, base)
+    if place in above or len(above) == _DEEPEST:
+        raise ConfigError(f"recipes are based on each other: {' -> '.join((*above, place)):.300}")
+    return merged(_with_base(place, above), values)
+
+
+def _place_of_base(name: str, base: str) -> str:
+    """The name of a recipe's base: one of the package's, or a file beside the recipe."""
+    if base.removesuffix(".yaml") in recipe_names():
+        return base.removesuffix(".yaml")
+    beside = os.path.join(os.path.dirname(name), base)
+    if os.path.lexists(name) and base == os.path.basename(base) and os.path.lexists(beside):
+        return beside
+    near = difflib.get_close_matches(base[:_LONGEST_MESSAGE], recipe_names(), n=3, cutoff=0.3)
+    raise ConfigError(
+        f"{name} is based on {base!r:.200}, which is neither one of the package's recipes nor a "
+        f"file in the same folder; near: {', '.join(near) or 'none'}"
+    )
+
+
+def read_recipe_text(name: str) -> str:
+    """The text of a recipe, comments included.
+
+    Raises:
+        ConfigError: No such recipe, or more than `MOST_BYTES`.
     """
     if os.path.lexists(name):
-        text = _read_text(name)
-    elif name.removesuffix(".yaml") in recipe_names():
-        text = (files("softlabels.recipes") / f"{name.removesuffix('.yaml')}.yaml").read_text(
-            encoding="utf-8"
-        )
-    else:
-        near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], recipe_names(), n=3, cutoff=0.3)
-        raise ConfigError(
-            f"no recipe {name!r:.{_LONGEST_MESSAGE}}: neither a file nor one of the package's; "
-            f"near: {', '.join(near or recipe_names()) or 'none'}"
-        )
+        return _read_text(name)
+    if name.removesuffix(".yaml") in recipe_names():
+        file = files("softlabels.recipes") / f"{name.removesuffix('.yaml')}.yaml"
+        return file.read_text(encoding="utf-8")
+    near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], recipe_names(), n=3, cutoff=0.3)
+    raise ConfigError(
+        f"no recipe {name!r:.{_LONGEST_MESSAGE}}: neither a file nor one of the package's; "
+        f"near: {', '.join(near or recipe_names()[:5]) or 'none'}"
+    )
+
+
+def _load(name: str) -> dict[str, Any]:
+    """The settings that a recipe says itself."""
+    return _parsed(read_recipe_text(name), name)
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; `name` is what an error calls it."""
     try:
         values = yaml.load(text, _PlainLoader)  # a SafeLoader, narrowed
     except yaml.YAMLError as error:

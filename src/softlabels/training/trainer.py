@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from softlabels.training.assemble import (
     build_distiller,
     build_mixer,
     build_optimizer,
-    build_schedule,
     build_source,
     with_defaults,
 )
@@ -43,7 +43,10 @@ from softlabels.training.guards import (
     RunError,
     told_of_full_disks,
 )
+from softlabels.training.precise_bn import check_precise_bn
 from softlabels.training.processes import from_main, gathered, lost_processes, start
+from softlabels.training.schedule import build_schedule
+from softlabels.training.teacher_check import TeacherScore, checked_teacher, read_score
 from softlabels.training.tracking import Tracker
 from softlabels.weights import not_finite, save_weights
 
@@ -206,6 +209,8 @@ def run(
         cache = distiller.teacher
         if isinstance(cache, TeacherCache):
             from_main(accelerator, lambda: check_cache(cache, config, source))
+        if config.precise_bn is not None:
+            check_precise_bn(distiller.student)
         if config.channels_last:
             distiller.trainable.to(memory_format=torch.channels_last)
         label = config.label if method is None else type(method).__name__
@@ -215,8 +220,17 @@ def run(
             stack.enter_context(lost_processes(accelerator, config.process_timeout))
             stack.enter_context(told_of_full_disks(folder.path))
             # The folder is the main process' alone: others may be on machines without it.
+            from_main(accelerator, lambda: folder.check(config))
+            score = checked_teacher(
+                config,
+                distiller,
+                source,
+                accelerator,
+                known=from_main(accelerator, lambda: read_score(folder.teacher)),
+                say=partial(_say, console),
+            )
             from_main(accelerator, lambda: stack.enter_context(folder.held(config)))
-            return _fit(config, label, distiller, source, accelerator, folder, console)
+            return _fit(config, label, distiller, source, accelerator, folder, console, score)
     except ChildProcessError as error:  # of the data's workers
         raise RunError(str(error)) from error
     finally:
@@ -258,6 +272,7 @@ def _fit(
     accelerator: Accelerator,
     folder: RunFolder,
     console: Console | None,
+    teacher: TeacherScore | None,
 ) -> TrainResult:
     torch.manual_seed(derive_seed(config.seed, "run"))
     info = source.info
@@ -294,6 +309,8 @@ def _fit(
     progress = _resumed(engine, folder, console)
     if accelerator.is_main_process:
         folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
+        if teacher is not None:
+            folder.write_json(folder.teacher, teacher.model_dump())
     _announce(config, label, console, folder)
     with (
         InterruptGuard() as interrupt,
@@ -329,7 +346,7 @@ def _fit(
                 )
             raise
     if accelerator.is_main_process:
-        _finish(config, label, engine, recorder, folder, num_parameters)
+        _finish(config, label, engine, recorder, folder, num_parameters, teacher)
     skipped = len(getattr(source, "skipped", {}))
     if skipped:
         name = folder.skipped_images.name
@@ -396,6 +413,7 @@ def _finish(
     recorder: _Recorder,
     folder: RunFolder,
     num_parameters: int,
+    teacher: TeacherScore | None,
 ) -> None:
     """Write what is left at the end: gallery, summary, report."""
     if config.gallery:
@@ -413,6 +431,7 @@ def _finish(
         "label": label,
         "method": None if config.method.kind == "none" else config.method.kind,
         "model": config.student.name,
+        "teacher": None if teacher is None else {"name": teacher.name, "top1": teacher.top1},
         "data": engine.source.info.name,
         "test_images": engine.source.num_test,
         "seed": config.seed,
@@ -450,7 +469,8 @@ def train(
         student: A model's name (`timm:NAME`, ...), settings, or a network of your own.
         method: A method's name (`"uskd"`), settings with its `kind`, or a module that declares
             `reads`. None: cross-entropy alone.
-        teacher: A model's name, settings, or a network; needed by some methods.
+        teacher: A model's name, settings, or a network; needed by some methods. Settings may have
+            a network as the name: `{"name": network, "check": "warn"}`.
         progress: Whether a progress bar is shown.
         **settings: Any other setting of a run, as in a recipe: `epochs=20`,
             `optimizer={"lr": 0.1}`, `output="runs/mine"`.
@@ -467,11 +487,14 @@ def train(
     values = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
     modules: dict[str, nn.Module] = {}
     for part, given in (("student", student), ("teacher", teacher)):
-        if isinstance(given, nn.Module):
-            modules[part] = given
-            values[part] = {"name": f"object:{type(given).__name__}"}
-        elif given is not None:
-            values[part] = {"name": given} if isinstance(given, str) else dict(given)
+        if given is None:
+            continue
+        part_settings = dict(given) if isinstance(given, Mapping) else {"name": given}
+        name = part_settings.get("name")
+        if isinstance(name, nn.Module):
+            modules[part] = name
+            part_settings["name"] = f"object:{type(name).__name__}"
+        values[part] = part_settings
     if isinstance(method, nn.Module):
         modules["method"] = method
     elif isinstance(method, str):

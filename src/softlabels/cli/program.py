@@ -1,0 +1,147 @@
+"""The program: which command is meant, and how it ends."""
+
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from softlabels.cli import runs, shown, students
+from softlabels.cli.parsing import UsageError, printable
+
+__all__ = ["main"]
+
+_TRACEBACK = "SOFTLABELS_TRACEBACK"
+_LONGEST_MESSAGE = 2000
+
+_COMMANDS = {
+    "train": "train a classifier, from a recipe or from settings",
+    "cache-teacher": "store a teacher's answers, so that training needs no teacher",
+    "eval": "measure a trained student on a test set",
+    "predict": "classify images with a trained student",
+    "export": "write a trained student for others, as safetensors or ONNX, with a model card",
+    "demo": "train one small student four ways on the embedded data, and compare",
+    "reproduce": "train the rows of a published table, and compare with the paper",
+    "recipes": "list the recipes; `recipes show NAME` prints one",
+    "taps": "say where a network's features are read, and how its positions vote",
+    "methods": "list the methods, what they read, and their settings",
+    "config": "`config show`: print a resolved configuration",
+}
+
+_RUNS: dict[str, Callable[[list[str]], int]] = {
+    "train": runs.train,
+    "cache-teacher": runs.cache_teacher,
+    "eval": students.evaluate,
+    "predict": students.predict,
+    "export": students.export,
+    "demo": runs.demo,
+    "reproduce": runs.reproduce,
+    "recipes": shown.recipes,
+    "taps": shown.taps,
+    "methods": shown.methods,
+    "config": shown.config,
+}
+
+
+def _overview() -> str:
+    lines = [
+        "usage: softlabels COMMAND [OPTIONS]",
+        "",
+        "Train better image classifiers with better labels: from a teacher (NKD), from the",
+        "network itself (USKD), or from Zipf's law (Zipf's LS).",
+        "",
+        "commands:",
+        *(f"  {name:14} {text}" for name, text in _COMMANDS.items()),
+        "",
+        "softlabels COMMAND --help tells the options of a command; softlabels --version the",
+        "version. For a start: softlabels demo",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0; 2 for anything that the user can put right, after one line that says
+        what; 1 for a run that failed; 130 or 143 for a run that SIGINT (Ctrl-C) or SIGTERM
+        stopped: 128 + the signal's number.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    status = _status(given[0], given[1:])
+    if arguments is None and _is_one_of_several():
+        # gloo's threads may still let go of tensors. If Python is being torn down by then, they
+        # abort the process, and a finished run looks like a failed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_one_of_several() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _status(name: str, rest: list[str]) -> int:
+    try:
+        return _run(name, rest)
+    except SystemExit as stop:  # help of a command
+        return int(stop.code or 0)
+    except KeyboardInterrupt as stop:
+        _complain(name, str(stop) or "stopped")
+        return int(getattr(stop, "status", 128 + signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        _complain(name, _in_words(error))
+        return 2
+    except Exception as error:  # no user of the command sees a traceback
+        from softlabels.training.guards import RunError
+
+        expected = isinstance(error, RunError)
+        if not expected and os.environ.get(_TRACEBACK):
+            raise
+        _complain(name, str(error) if expected else _of_failure(error))
+        return 1
+
+
+def _of_failure(error: Exception) -> str:
+    """What to tell of an error that nobody foresaw."""
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate", str(error)):
+        return f"not enough memory ({error or kind}): try a smaller batch_size or network"
+    return f"stopped by {kind}: {error} ({_TRACEBACK}=1 in the environment shows where)"
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: the commands need pip install 'softlabels[train]'"
+    return str(error) or type(error).__name__
+
+
+def _complain(command: str, message: str) -> None:
+    line = printable(" ".join(message.split()))
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[:_LONGEST_MESSAGE]} ... ({len(line)} characters)"
+    print(f"softlabels {printable(command):.80}: {line}", file=sys.stderr)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name in ("-h", "--help"):
+        print(_overview(), flush=True)
+        return 0
+    if name == "--version":
+        from softlabels import __version__
+
+        print(f"softlabels {__version__}")
+        return 0
+    if name not in _RUNS:
+        near = difflib.get_close_matches(name, _RUNS, n=2)
+        raise UsageError(f"no such command: expected {', '.join(near or _RUNS)}")
+    return _RUNS[name](arguments)

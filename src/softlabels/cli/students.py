@@ -1,0 +1,150 @@
+"""The commands for a trained student: `eval`, `predict` and `export`."""
+
+import io
+import json
+from typing import Annotated, Literal
+
+from softlabels.cli.parsing import UsageError, call, metrics_line, printable, put
+
+__all__ = ["evaluate", "export", "predict"]
+
+_MOST_IMAGES = 1_000_000  # in a batch
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not 1 <= batch_size <= _MOST_IMAGES:
+        raise UsageError(f"batch_size must be in 1..{_MOST_IMAGES}, got {batch_size}")
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a trained student."""
+    import tyro
+
+    def evaluate_student(
+        student: Annotated[str, tyro.conf.Positional],
+        path: str | None = None,
+        source: str | None = None,
+        batch_size: int = 256,
+        format: Literal["text", "json"] = "text",
+    ) -> int:
+        """Measure a trained student on a test set.
+
+        Args:
+            student: A run's folder, or a student.safetensors.
+            path: Folder of the data. Without path and source, the run's own data.
+            source: Kind of the data: glyphs100, folder or idx.
+            batch_size: Images per forward.
+            format: text or json.
+        """
+        from softlabels.training.predict import evaluate_file
+
+        _check_batch_size(batch_size)
+        metrics = evaluate_file(student, path=path, source=source, batch_size=batch_size)
+        print(json.dumps(metrics) if format == "json" else metrics_line(metrics))
+        return 0
+
+    return call(evaluate_student, arguments, "eval")
+
+
+def predict(arguments: list[str]) -> int:
+    """Classify images."""
+    import tyro
+
+    def classify(
+        student: Annotated[str, tyro.conf.Positional],
+        images: Annotated[tuple[str, ...], tyro.conf.Positional],
+        top: int = 3,
+        batch_size: int = 64,
+        format: Literal["text", "json", "csv"] = "text",
+    ) -> int:
+        """Classify images with a trained student.
+
+        Args:
+            student: A run's folder, or a student.safetensors.
+            images: Images, or folders of images.
+            top: How many classes are named for each image.
+            batch_size: Images per forward.
+            format: text, json (one object a line), or csv.
+        """
+        from softlabels.training.predict import find_images, load_student, predict
+
+        if not images:
+            raise UsageError("expected one or more images after the student")
+        if top < 1:
+            raise UsageError(f"top must be 1 or more, got {top}")
+        _check_batch_size(batch_size)
+        found = find_images(images)
+        network, record = load_student(student)
+        predictions = predict(network, record, found, top=top, batch_size=batch_size)
+        if format == "csv":
+            import csv
+
+            table = io.StringIO()
+            writer = csv.writer(table)
+            writer.writerow(["image", "rank", "class", "probability"])
+            for item in predictions:
+                for rank, (name, value) in enumerate(
+                    zip(item.classes, item.probabilities, strict=True), 1
+                ):
+                    writer.writerow([item.path, rank, name, f"{value:.6f}"])
+            put(table.getvalue().rstrip("\r\n"))
+            return 0
+        for item in predictions:
+            pairs = zip(item.classes, item.probabilities, strict=True)
+            if format == "json":
+                classes = [{"class": name, "probability": value} for name, value in pairs]
+                put(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
+            else:
+                shares = ", ".join(f"{name} {value:.1%}" for name, value in pairs)
+                put(printable(f"{item.path}: {shares}"))
+        return 0
+
+    return call(classify, arguments, "predict")
+
+
+def export(arguments: list[str]) -> int:
+    """Write a trained student for others."""
+    import tyro
+
+    def export_student(
+        run: Annotated[str, tyro.conf.Positional],
+        format: Literal["safetensors", "onnx"] = "safetensors",
+        output: str | None = None,
+        weights: Literal["last", "best"] = "last",
+        network: str | None = None,
+        license: str | None = None,
+        opset: int | None = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Write a trained student as one file with a model card, and check it by loading it back.
+
+        Args:
+            run: A run's folder, or a student.safetensors.
+            format: safetensors or onnx (which needs pip install 'softlabels[onnx]').
+            output: A file or a folder. Without it: export/FORMAT in the run's folder.
+            weights: Of the last epoch, or of the best one on the test set.
+            network: package.module:function of a network of your own, which no file may choose.
+            license: Of the weights, for the card, such as apache-2.0.
+            opset: Version of ONNX's operators; torch's choice.
+            overwrite: Replace an older file and card.
+        """
+        from softlabels.training.export import export_run
+
+        exported = export_run(
+            run,
+            format=format,
+            output=output,
+            weights=weights,
+            network=network,
+            license=license,
+            opset=opset,
+            overwrite=overwrite,
+        )
+        put(f"{exported.file}, with {exported.card.name}")
+        if exported.largest_difference is None:
+            print("its tensors equal those of the run; the network was not built")
+        else:
+            print(f"largest difference to the trained network: {exported.largest_difference:.2g}")
+        return 0
+
+    return call(export_student, arguments, "export")

@@ -1,0 +1,144 @@
+"""Residual networks of pre-activation blocks for 32x32 images, registered with timm.
+
+`wrn_16_2`, `wrn_40_1` and `wrn_40_2` are the Wide ResNets (Zagoruyko and Komodakis, BMVC 2016) that
+distillation papers compare on, as RepDistiller writes them. `preact_resnet18_cifar` is the
+ResNet-18 of the runs of Zipf's label smoothing on CIFAR-100 and TinyImageNet.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnetv2 import DownsampleConv, PreActBasic
+from torch import nn
+
+from softlabels.models.small_network import SmallNetwork, build, cifar_cfg, normal_weights, stage
+
+__all__ = ["PreActResNet", "WideResNet"]
+
+
+class WideResNet(SmallNetwork):
+    """A Wide ResNet: three stages of pre-activation blocks, then batch norm and ReLU.
+
+    Args:
+        depth: Number of layers with weights: 6n + 4, for n blocks a stage.
+        width_factor: How many times as wide as 16, 32 and 64 channels the stages are.
+        in_chans: Channels of the images.
+        **head: `num_classes`, `global_pool` and `drop_rate` of `SmallNetwork`.
+
+    Raises:
+        ValueError: If `depth` is not 6n + 4 with n at least 1.
+    """
+
+    def __init__(self, *, depth: int, width_factor: int, in_chans: int = 3, **head: Any) -> None:
+        if depth < 10 or (depth - 4) % 6 != 0:
+            raise ValueError(f"depth must be 6n + 4 (10, 16, 22, ...), got {depth}")
+        make = partial(stage, _block, (depth - 4) // 6)
+        first, second, third = (width * width_factor for width in (16, 32, 64))
+        super().__init__(
+            {
+                "conv1": nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
+                "layer1": make(16, first, 1),
+                "layer2": make(first, second, 2),
+                "layer3": make(second, third, 2),
+                "norm": BatchNormAct2d(third),
+            },
+            [("layer1", 1, first), ("layer2", 2, second), ("layer3", 4, third)],
+            num_features=third,
+            **head,
+        )
+        normal_weights(self)
+        if isinstance(self.fc, nn.Linear):
+            nn.init.zeros_(self.fc.bias)
+
+
+class PreActResNet(SmallNetwork):
+    """The pre-activation ResNet of the code of Zipf's label smoothing (`CIFAR_ResNet18`).
+
+    It differs from that of He et al., "Identity Mappings in Deep Residual Networks" (ECCV 2016):
+    every shortcut starts after a block's first batch norm and ReLU, the identity too; the first
+    convolution has batch norm and ReLU; and none come before the pooling. Weights start as
+    PyTorch's do.
+
+    Args:
+        num_blocks: Blocks in each of the four stages, of 64, 128, 256 and 512 channels.
+        in_chans: Channels of the images.
+        **head: `num_classes`, `global_pool` and `drop_rate` of `SmallNetwork`.
+    """
+
+    def __init__(self, *, num_blocks: int, in_chans: int = 3, **head: Any) -> None:
+        make = partial(stage, _activated_block, num_blocks)
+        super().__init__(
+            {
+                "conv1": nn.Conv2d(in_chans, 64, 3, padding=1, bias=False),
+                "norm1": BatchNormAct2d(64),
+                "layer1": make(64, 64, 1),
+                "layer2": make(64, 128, 2),
+                "layer3": make(128, 256, 2),
+                "layer4": make(256, 512, 2),
+            },
+            [("layer1", 1, 64), ("layer2", 2, 128), ("layer3", 4, 256), ("layer4", 8, 512)],
+            num_features=512,
+            **head,
+        )
+
+
+def _block(in_width: int, width: int, stride: int) -> PreActBasic:
+    return PreActBasic(
+        in_width,
+        width,
+        stride=stride,
+        conv_layer=create_conv2d,
+        norm_layer=BatchNormAct2d,
+        proj_layer=DownsampleConv,
+    )
+
+
+def _activated_block(in_width: int, width: int, stride: int) -> PreActBasic:
+    block = _block(in_width, width, stride)
+    if block.downsample is None:
+        block.downsample = nn.Identity()  # timm's block gives it what is normalised and rectified
+    return block
+
+
+_CFG = cifar_cfg()
+
+default_cfgs = generate_default_cfgs(
+    {
+        "wrn_16_2": _CFG,
+        "wrn_40_1": _CFG,
+        "wrn_40_2": _CFG,
+        "preact_resnet18_cifar": cifar_cfg(pool_size=(4, 4)),
+    }
+)
+
+_build_wide = partial(build, WideResNet, num_stages=3)
+
+
+@register_model
+def wrn_16_2(pretrained: bool = False, **settings: Any) -> WideResNet:
+    """WRN-16-2: 16 layers, widths 32, 64 and 128."""
+    return _build_wide("wrn_16_2", pretrained, settings, depth=16, width_factor=2)
+
+
+@register_model
+def wrn_40_1(pretrained: bool = False, **settings: Any) -> WideResNet:
+    """WRN-40-1: 40 layers, widths 16, 32 and 64."""
+    return _build_wide("wrn_40_1", pretrained, settings, depth=40, width_factor=1)
+
+
+@register_model
+def wrn_40_2(pretrained: bool = False, **settings: Any) -> WideResNet:
+    """WRN-40-2: 40 layers, widths 32, 64 and 128."""
+    return _build_wide("wrn_40_2", pretrained, settings, depth=40, width_factor=2)
+
+
+@register_model
+def preact_resnet18_cifar(pretrained: bool = False, **settings: Any) -> PreActResNet:
+    """ResNet-18 of pre-activation blocks, as in the runs of Zipf's label smoothing."""
+    return build(
+        PreActResNet, "preact_resnet18_cifar", pretrained, settings, num_stages=4, num_blocks=2
+    )

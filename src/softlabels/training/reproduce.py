@@ -1,0 +1,379 @@
+"""Runs the rows of a published table, their baselines and their teachers, and compares."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from softlabels.files import replace_file
+from softlabels.training.config import (
+    Config,
+    ConfigError,
+    PaperSettings,
+    dump,
+    load_recipe,
+    recipe_names,
+    resolve,
+)
+from softlabels.training.folder import fixed_settings
+from softlabels.training.recipe import merged
+from softlabels.training.several import PlannedRun, train_several
+from softlabels.training.smoke import shrunk
+
+__all__ = ["Reproduced", "describe_recipes", "recipes_of", "reproduce", "tables"]
+
+_SHARED = "shared"  # the folder of what recipes have in common, which is no table
+_PARTS = re.compile(r"\d+|\D+").findall  # table2 comes before table10
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A row of a table: what was published, and what came out here.
+
+    Attributes:
+        recipe: Its name.
+        paper: What was published.
+        top1: Test top-1 of each seed, %, of the epoch that the paper reports.
+        gains: Over the baseline's run of the same seed, points; empty without a baseline.
+        published_gain: The same in the paper; None where a figure is missing.
+        assumed: Settings that no source gives, with reasons.
+    """
+
+    recipe: str
+    paper: PaperSettings
+    top1: list[float]
+    gains: list[float]
+    published_gain: float | None
+    assumed: dict[str, str]
+
+    @property
+    def difference(self) -> float | None:
+        """Our mean top-1 minus the published one, points."""
+        if self.paper.top1 is None:
+            return None
+        return statistics.fmean(self.top1) - self.paper.top1
+
+
+def tables() -> list[str]:
+    """Names of the tables that the package has recipes for, with those of the embedded data."""
+    found = {name.partition("/")[0] for name in recipe_names()} - {_SHARED}
+    return sorted(found, key=lambda name: [int(p) if p.isdigit() else p for p in _PARTS(name)])
+
+
+def recipes_of(table: str) -> list[str]:
+    """Names of a table's recipes.
+
+    Raises:
+        ConfigError: No such table.
+    """
+    found = [name for name in recipe_names() if name.startswith(f"{table}/")]
+    if not found or table == _SHARED:
+        near = difflib.get_close_matches(table[:80], tables(), n=3)
+        raise ConfigError(
+            f"no table {table!r:.80}: expected one of {', '.join(tables())}"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
+    return found
+
+
+def describe_recipes(
+    *, data: str | None = None, method: str | None = None, table: str | None = None
+) -> list[str]:
+    """A line for each recipe: its name, what it runs, and what was published.
+
+    Args:
+        data: Only those on this data source.
+        method: Only those of this method; `"cross_entropy"` and `"label_smoothing"` count as such.
+        table: Only those of this table.
+
+    Raises:
+        ConfigError: No recipe has this table, data or method.
+    """
+    names = recipes_of(table) if table is not None else [n for t in tables() for n in recipes_of(t)]
+    found = [(name, resolve(load_recipe(name))) for name in names]
+    kinds: dict[str, set[str | None]] = {
+        "data": {config.data.source for _, config in found},
+        "method": {config.label for _, config in found},
+    }
+    for what, value in (("data", data), ("method", method)):
+        if value is not None and value not in kinds[what]:
+            known = sorted(str(kind) for kind in kinds[what] if kind)
+            raise ConfigError(f"no recipe with {what} {value!r:.80}: expected {', '.join(known)}")
+    kept = [
+        (name, config)
+        for name, config in found
+        if data in (None, config.data.source) and method in (None, config.label)
+    ]
+    width = max((len(name) for name, _ in kept), default=0)
+    return [f"{name:{width}}  {_in_words(config)}" for name, config in kept] or ["none"]
+
+
+def _in_words(config: Config) -> str:
+    paper = config.paper
+    if paper.row is None:
+        return f"{config.label} on {config.data.source}"
+    figure = "no figure is known"
+    if paper.top1 is not None:
+        figure = f"{paper.top1:.2f} %"
+    elif paper.gain is not None:
+        figure = f"{paper.gain:+.2f} over its baseline"
+    return f"{paper.row}: {figure}"
+
+
+class _Plan:
+    """The runs that rows need, each once, by a hash of what decides their numbers."""
+
+    def __init__(self, output: Path, changes: Mapping[str, Any], *, smoke: bool) -> None:
+        self._output = output
+        self._changes = changes
+        self._smoke = smoke
+        self._configs: dict[str, Config] = {}
+        self.teachers: dict[Path, PlannedRun] = {}
+        self.students: dict[Path, PlannedRun] = {}
+
+    def config(self, recipe: str) -> Config:
+        """A recipe's settings, with what the caller changes."""
+        if recipe not in self._configs:
+            values = merged(load_recipe(recipe), self._changes)
+            try:
+                config = resolve(values)
+            except ConfigError as error:
+                raise ConfigError(f"{recipe}: {error}") from error
+            self._configs[recipe] = shrunk(config) if self._smoke else config
+        return self._configs[recipe]
+
+    def add(self, recipe: str, seed: int) -> PlannedRun:
+        """Plan a row's run, and that of its teacher."""
+        config = self.config(recipe)
+        teacher = config.teacher
+        if teacher.recipe is not None and teacher.weights is None and not teacher.pretrained:
+            trained = self._planned(teacher.recipe, self.config(teacher.recipe), 0, self.teachers)
+            weights = str(trained.folder.student)
+            teacher = teacher.model_copy(update={"weights": weights})
+            config = config.model_copy(update={"teacher": teacher})
+        return self._planned(recipe, config, seed, self.students)
+
+    def _planned(
+        self, recipe: str, config: Config, seed: int, runs: dict[Path, PlannedRun]
+    ) -> PlannedRun:
+        values = fixed_settings(config.model_copy(update={"seed": 0}))
+        text = json.dumps(values, sort_keys=True, default=str)
+        digest = blake2b(text.encode(), digest_size=4).hexdigest()
+        method = config.label
+        student = (config.student.name or "default").rpartition(":")[2].replace("/", "_")
+        folder = self._output / "runs" / f"{student}-{method}-{digest}" / f"seed-{seed}"
+        if folder not in runs:
+            config = config.model_copy(update={"seed": seed, "output": str(folder)})
+            file = folder.with_suffix(".yaml")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(file) as handle:
+                handle.write(dump(config).encode())
+            runs[folder] = PlannedRun(f"{recipe} {seed}", config, (str(file),))
+        return runs[folder]
+
+
+def reproduce(
+    table: str,
+    *,
+    rows: Sequence[str] = (),
+    changes: Mapping[str, Any],
+    seeds: int,
+    output: Path,
+    jobs: int = 1,
+    threads: int | None = None,
+    processes: int = 1,
+    smoke: bool = False,
+    console: Console,
+) -> list[Reproduced]:
+    """Train what a table's rows need and is not complete yet, and compare with the paper.
+
+    A teacher without weights is trained by its own recipe first, with seed 0, once for all rows.
+    Runs of the same settings are shared, also between tables with the same `output`.
+
+    Args:
+        table: One of `tables`.
+        rows: Names of some of its recipes; empty: all. Their baselines are added.
+        changes: Settings that lie over each recipe, such as the data's path.
+        seeds: Each row runs with seeds 0 to this, without it.
+        output: Folder of the runs, and of TABLE.json and TABLE.md.
+        jobs: Runs at a time.
+        threads: CPU threads of each process; None: torch's choice.
+        processes: Of each run.
+        smoke: Shrink every run to seconds (`shrunk`); its figures mean nothing.
+        console: Where progress and the table are shown.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ConfigError: No such table or row, or a setting that does not fit.
+        RunError: A run failed; the same call goes on from there.
+    """
+    names = _chosen(table, rows)
+    plan = _Plan(output, changes, smoke=smoke)
+    planned = {
+        name: [plan.add(name, seed) for seed in range(seeds)] for name in _with_baselines(names)
+    }
+    for recipe in planned:
+        for key, reason in plan.config(recipe).assumed.items():
+            console.print(
+                f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
+            )
+    for runs in (plan.teachers, plan.students):
+        if runs:
+            train_several(
+                [*runs.values()], jobs=jobs, console=console, threads=threads, processes=processes
+            )
+    results = _results(names, planned, plan)
+    _write(table, results, changes, smoke, output)
+    console.print(_shown(table, results, smoke))
+    return results
+
+
+def _chosen(table: str, rows: Sequence[str]) -> list[str]:
+    known = recipes_of(table)
+    if not rows:
+        return known
+    chosen = [row if row.startswith(f"{table}/") else f"{table}/{row}" for row in rows]
+    for name in chosen:
+        if name not in known:
+            leaves = [other.partition("/")[2] for other in known]
+            raise ConfigError(
+                f"table {table!r} has no row {name.partition('/')[2]!r:.80}: expected some of "
+                f"{', '.join(leaves)}"
+            )
+    return chosen
+
+
+def _with_baselines(names: Sequence[str]) -> list[str]:
+    found = dict.fromkeys(names)
+    for name in names:
+        baseline = _paper(name).baseline
+        if baseline is not None:
+            found[baseline] = None
+    return [*found]
+
+
+def _paper(recipe: str) -> PaperSettings:
+    return PaperSettings.model_validate(load_recipe(recipe).get("paper") or {})
+
+
+def _results(
+    names: Sequence[str], planned: Mapping[str, Sequence[PlannedRun]], plan: _Plan
+) -> list[Reproduced]:
+    results = []
+    for name in names:
+        paper = _paper(name)
+        top1 = [_top1(run, paper) for run in planned[name]]
+        gains: list[float] = []
+        published: float | None = None
+        if paper.baseline is not None:
+            before = [_top1(run, paper) for run in planned[paper.baseline]]
+            gains = [ours - base for ours, base in zip(top1, before, strict=True)]
+            published = paper.gain
+            baseline = _paper(paper.baseline).top1
+            if paper.top1 is not None and baseline is not None:
+                published = paper.top1 - baseline
+        results.append(Reproduced(name, paper, top1, gains, published, plan.config(name).assumed))
+    return results
+
+
+def _top1(run: PlannedRun, paper: PaperSettings) -> float:
+    summary = json.loads(run.folder.summary.read_text(encoding="utf-8"))
+    return float(summary["best" if paper.reported == "best" else "final"]["top1"])
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation, as `70.1 +- 0.2`."""
+    if not values:
+        return ""
+    mean = format(statistics.fmean(values), f"{sign}.2f")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _cells(row: Reproduced) -> tuple[str, ...]:
+    paper, difference = row.paper, row.difference
+    published = "" if paper.top1 is None else f"{paper.top1:.2f}"
+    if paper.top1_std is not None:
+        published += f" ± {paper.top1_std:.2f}"
+    return (
+        row.recipe,
+        published,
+        _spread(row.top1),
+        "" if difference is None else f"{difference:+.2f}",
+        "" if row.published_gain is None else f"{row.published_gain:+.2f}",
+        _spread(row.gains, "+"),
+        paper.reported,
+    )
+
+
+_HEADINGS = (
+    "recipe",
+    "paper, top-1 %",
+    "ours",
+    "difference",
+    "paper, gain over its baseline",
+    "ours",
+    "epoch",
+)
+
+
+def _note(results: Sequence[Reproduced], smoke: bool) -> str:
+    seeds = len(results[0].top1)
+    count = "One seed: no spread." if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds."
+    return f"Smoke runs: these figures mean nothing. {count}" if smoke else count
+
+
+def _shown(table: str, results: Sequence[Reproduced], smoke: bool) -> Table:
+    shown = Table(title=table, caption=_note(results, smoke))
+    for number, heading in enumerate(_HEADINGS):
+        shown.add_column(heading, justify="left" if number == 0 else "right")
+    for row in results:
+        shown.add_row(*_cells(row))
+    return shown
+
+
+def _write(
+    table: str,
+    results: Sequence[Reproduced],
+    changes: Mapping[str, Any],
+    smoke: bool,
+    output: Path,
+) -> None:
+    content = {
+        "table": table,
+        "smoke": smoke,
+        "changed_settings": changes,
+        "rows": [
+            {**asdict(row), "paper": row.paper.model_dump(), "difference": row.difference}
+            for row in results
+        ],
+    }
+    lines = [
+        f"# {table}",
+        "",
+        _note(results, smoke),
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "| --- |" + " ---: |" * (len(_HEADINGS) - 1),
+        *("| " + " | ".join(_cells(row)) + " |" for row in results),
+    ]
+    lines += [
+        f"\n`{row.recipe}` assumes {key}: {reason}"
+        for row in results
+        for key, reason in row.assumed.items()
+    ]
+    with replace_file(output / f"{table}.json") as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    with replace_file(output / f"{table}.md") as file:
+        file.write(("\n".join(lines) + "\n").encode())

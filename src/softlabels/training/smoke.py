@@ -1,0 +1,135 @@
+"""Shrinks a run to seconds: the real network, loss and schedule on images made on the spot."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pydantic import Field
+from rich.console import Console
+
+from softlabels.data import DataInfo
+from softlabels.data.source import FIXED_FACTS, kind_of
+from softlabels.training.assemble import with_defaults
+from softlabels.training.config import Config, DataSettings
+from softlabels.training.export import Exported, export_run
+from softlabels.training.trainer import TrainResult, run
+
+__all__ = ["TrainConfig", "shrunk", "smoke"]
+
+_BATCH_SIZE = 4  # mixup needs an even number
+_STEPS = 2
+_PUBLIC = ("timm", "torchvision", "file")  # a student's file can say these by itself
+_CLASSES, _SIDE, _CHANNELS = 10, 224, 3  # where the data alone would say
+
+
+class TrainConfig(Config):
+    """Settings of a run."""
+
+    smoke: bool = Field(
+        False,
+        description="Shrink the run to seconds: two steps on images made on the spot, an "
+        "evaluation, an export. Its folder is temporary unless --output names one.",
+    )
+
+    @classmethod
+    def of(cls, config: Config) -> TrainConfig:
+        """A run's configuration, not shrunk."""
+        return cls(**dict(config))
+
+    def plain(self) -> Config:
+        """The run's own settings."""
+        return Config(**{name: getattr(self, name) for name in Config.model_fields})
+
+
+def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResult, Exported]:
+    """Train a shrunk run, evaluate it, export its student and load that back.
+
+    Args:
+        config: The run, not shrunk. Without an output its folder is removed at the end.
+        console: Where progress is shown; None: nowhere.
+
+    Returns:
+        What the run and the export gave.
+
+    Raises:
+        ValueError: Parts that do not fit.
+        RunError: The run failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="softlabels-smoke-") as temporary:
+        output = config.output or str(Path(temporary, "run"))
+        result = run(shrunk(config.model_copy(update={"output": output})), console=console)
+        builds_itself = (config.student.name or "timm:").partition(":")[0] in _PUBLIC
+        network = None if builds_itself else config.student.name
+        return result, export_run(result.folder, network=network, overwrite=True)
+
+
+def shrunk(config: Config) -> Config:
+    """A run of two steps and an evaluation in place of the one that is configured.
+
+    What stays: student, teacher, method, task's loss, optimiser, size of the images, number of
+    classes, mixing, averaging of weights, and the schedule, in which all epochs become one. Weights
+    are random where they would be downloaded or read. It proves that the parts fit, and nothing
+    about accuracy.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The small run, in the same folder.
+    """
+    kind = kind_of(config.data.source, config.data.path)
+    facts = FIXED_FACTS[kind]
+    given = config.data.model_dump()
+    side = given.get("image_size") or facts.image_size or _SIDE
+    classes = given.get("num_classes") or facts.num_classes or _CLASSES
+    channels = given.get("in_channels") or facts.in_channels or _CHANNELS
+    info = DataInfo(
+        kind,
+        tuple(map(str, range(classes))),
+        channels,
+        (side, side),
+        (0.5,) * channels,
+        (0.5,) * channels,
+    )
+    config = with_defaults(config, info)
+    schedule = config.schedule
+    warmup = schedule.warmup_epochs / config.epochs
+    return config.model_copy(
+        update={
+            "data": DataSettings.model_validate(
+                {
+                    "source": "noise",
+                    "num_classes": classes,
+                    "image_size": side,
+                    "in_channels": channels,
+                    "num_train": _STEPS * _BATCH_SIZE,
+                    "num_test": _BATCH_SIZE,
+                }
+            ),
+            "student": config.student.model_copy(update={"pretrained": False, "weights": None}),
+            "teacher": config.teacher.model_copy(
+                update={
+                    "cache": None,
+                    "check": "off",
+                    "pretrained": False,
+                    "recipe": None,
+                    "weights": None,
+                }
+            ),
+            "schedule": schedule.model_copy(
+                update={
+                    "decay_epochs": tuple(e / config.epochs for e in schedule.decay_epochs),
+                    "warmup_epochs": warmup,
+                    "warmup_steps": min(schedule.warmup_steps, 1),
+                }
+            ),
+            "accumulation": 1,
+            "batch_size": _BATCH_SIZE,
+            "epochs": 1,
+            "eval_batch_size": _BATCH_SIZE,
+            "gallery": min(config.gallery, 1),
+            "log_every": 1,
+            "precise_bn": None if config.precise_bn is None else _BATCH_SIZE,
+        }
+    )

@@ -1,0 +1,161 @@
+"""Whether a teacher knows the data, measured before a run is given to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from softlabels.data import DataSource
+from softlabels.distiller import Distiller
+from softlabels.signals import reads_teacher
+from softlabels.taps import undisturbed
+from softlabels.teacher import Teacher
+from softlabels.training.config import Config
+from softlabels.training.evaluate import evaluate
+
+__all__ = ["TeacherScore", "checked_teacher", "near_chance", "read_score"]
+
+_DEVIATIONS = 3.0
+
+
+class TeacherScore(BaseModel):
+    """How well a teacher does on the test images of a run.
+
+    Attributes:
+        name: The teacher's.
+        top1: Share of the images that it is right on, in percent.
+        test_images: How many there are.
+        num_classes: Of the data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    top1: float = Field(ge=0, le=100)
+    test_images: int = Field(ge=1)
+    num_classes: int = Field(ge=2)
+
+
+def read_score(path: Path) -> TeacherScore | None:
+    """Read what an earlier start of the run measured; None where there is nothing readable."""
+    try:
+        return TeacherScore.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def near_chance(score: TeacherScore) -> bool:
+    """Whether a teacher does no better than guessing, as far as its test images can tell.
+
+    With C classes guessing is right on a share 1 / C of the images, with a binomial deviation. A
+    teacher is near chance if its share is within three of these deviations, and below 2 / C. That
+    is said only of test sets that are large enough: on a small one a good teacher may look like
+    guessing. So for a teacher that is a quarter of the way from guessing to perfect, the range of
+    three deviations must lie above that of guessing: 43 images of 100 classes are enough, 105 of
+    10, and 558 of 2.
+
+    Args:
+        score: The teacher's.
+    """
+    guessing = 1 / score.num_classes
+    knowing = guessing + (1 - guessing) / 4
+    highest = guessing + _DEVIATIONS * _deviation(guessing, score.test_images)
+    lowest = knowing - _DEVIATIONS * _deviation(knowing, score.test_images)
+    return highest < lowest and score.top1 / 100 < min(highest, 2 * guessing)
+
+
+def _deviation(share: float, count: int) -> float:
+    return math.sqrt(share * (1 - share) / count)
+
+
+def checked_teacher(
+    config: Config,
+    distiller: Distiller,
+    source: DataSource,
+    accelerator: Accelerator,
+    *,
+    known: TeacherScore | None,
+    say: Callable[[str], None],
+) -> TeacherScore | None:
+    """Measure a teacher on the test images, and refuse one that is near chance.
+
+    It is measured as it teaches, with its class map, size and precision; a teacher in train mode
+    in eval mode all the same. Each process takes its share of the images.
+
+    Args:
+        config: The run's settings.
+        distiller: Has the teacher, on the accelerator's device.
+        source: The run's data.
+        accelerator: Of the run.
+        known: What an earlier start of the run measured.
+        say: Prints a line.
+
+    Returns:
+        The score; None if no network teaches, the settings turn the check off, or its answers are
+        of other classes than the data's, which a method that reads its features can do with.
+
+    Raises:
+        ValueError: The teacher is near chance or its answers are not finite, and the settings do
+            not say that this is a warning.
+    """
+    teacher = distiller.teacher
+    reads = getattr(distiller.method, "reads", {}).values()
+    if config.teacher.check == "off" or not isinstance(teacher, Teacher):
+        return None
+    if not any(map(reads_teacher, reads)):
+        return None
+    name, info = config.teacher.name or type(teacher.model).__name__, source.info
+    problem = None
+    score = known
+    if score is None:
+        num_classes = _num_classes_of(teacher, (info.in_channels, *info.image_size), accelerator)
+        if num_classes != info.num_classes:
+            say(
+                f"teacher {name}: not checked, it has {num_classes} classes and the data have "
+                f"{info.num_classes}"
+            )
+            return None
+        metrics = _measured(teacher, source, accelerator, config.eval_batch_size)
+        score = TeacherScore(
+            name=name,
+            top1=metrics["top1"],
+            test_images=source.num_test,
+            num_classes=info.num_classes,
+        )
+        if not math.isfinite(metrics["nll"]):
+            problem = f"the teacher's answers are not all finite: {name} on {info.name}"
+    say(f"teacher {name}: top-1 {score.top1:.2f} % on {score.test_images:,} test images")
+    if problem is None and near_chance(score):
+        problem = (
+            f"the teacher {name} is right on {score.top1:.2f} % of the {score.test_images:,} test "
+            f"images, and guessing on {100 / score.num_classes:.2f} %: it has no trained weights "
+            "(teacher.weights), or another order of classes (teacher.class_map) or normalisation "
+            "(teacher.mean, teacher.std)"
+        )
+    if problem is not None and config.teacher.check == "error":
+        raise ValueError(f"{problem}; teacher.check warn trains all the same")
+    if problem is not None:
+        say(f"warning: {problem}")
+    return score
+
+
+def _num_classes_of(teacher: Teacher, shape: tuple[int, int, int], accelerator: Accelerator) -> int:
+    with undisturbed(teacher):
+        return int(teacher(torch.zeros(1, *shape, device=accelerator.device)).shape[1])
+
+
+def _measured(
+    teacher: Teacher, source: DataSource, accelerator: Accelerator, batch_size: int
+) -> dict[str, float]:
+    batches = source.test_batches(
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    return evaluate(teacher, batches, source.info, accelerator.device, accelerator.autocast)

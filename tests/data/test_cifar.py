@@ -1,0 +1,145 @@
+import hashlib
+import os
+import pickle
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from files import write_cifar
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from softlabels.data import open_source
+from softlabels.data.cifar import cifar10, cifar100
+
+NAMES = ["apple", "baby", "pear"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    return write_cifar(tmp_path / "data", CIFAR100, monkeypatch, NAMES)
+
+
+class Stranger:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_images_labels_and_normalisation(folder):
+    source = cifar100(folder, mean=(0, 0, 0), std=(1, 1, 1))
+    (batch,) = source.test_batches(batch_size=6, device="cpu")
+    # The files have all red values of an image, then all green ones, row by row.
+    assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == list(range(101, 107))
+    assert batch.images[:, 0, 0, 1].tolist() == [0] * 6
+    assert (batch.images[:, 1:] == 1).all()
+    assert batch.target.tolist() == [0, 1, 2] * 2
+    set_by_hand = cifar100(folder, mean=(0.5, 0.25, 0), std=(0.5, 0.25, 1))
+    (other,) = set_by_hand.test_batches(batch_size=6, device="cpu")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.25, 0), (0.5, 0.25, 1)))
+    torch.testing.assert_close(other.images, (batch.images - mean) / std)
+
+
+def test_the_statistics_are_those_of_the_training_images_by_default(folder):
+    info = cifar100(folder).info
+    assert info.mean[0] == pytest.approx((255 * 1022 + 7.5) / 1024 / 255)
+    assert info.mean[1:] == pytest.approx((1, 1))
+
+
+def test_training_images_are_cut_out_of_a_border_of_4_and_mirrored(folder):
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    still = cifar100(folder, padding=0, flip=False, **plain)
+    moved = cifar100(folder, **plain)
+    seen = set()
+    for epoch in range(40):
+        (batch,) = moved.train_views(draw=(0, epoch), batch_size=14, device="cpu")
+        border = (batch.images[:, 1] == 0).float()
+        rows, columns = border.all(dim=2).sum(dim=1), border.all(dim=1).sum(dim=1)
+        seen |= {*rows.tolist(), *columns.tolist()}
+    assert seen == {0, 1, 2, 3, 4}
+    (batch,) = still.train_views(draw=(0, 0), batch_size=14, device="cpu")
+    assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == list(range(1, 15))
+
+
+def test_the_superclasses_are_groups(folder, tmp_path, monkeypatch):
+    groups = cifar100(folder).info.groups
+    assert groups[0] == groups[2] != groups[1]  # apples and pears
+    other = write_cifar(tmp_path / "other", CIFAR10, monkeypatch, ["cat", "ship"])
+    assert cifar10(other).info.groups is None
+
+
+def test_the_published_names_make_twenty_groups_of_five(tmp_path, monkeypatch):
+    from softlabels.data.cifar import _SUPERCLASSES
+
+    names = sorted(_SUPERCLASSES.split())
+    assert len({*names}) == 100
+    groups = cifar100(write_cifar(tmp_path, CIFAR100, monkeypatch, names)).info.groups
+    assert sorted(groups) == [group for group in range(20) for _ in range(5)]
+
+
+def test_the_folder_of_the_files_itself_is_read_too(folder):
+    assert open_source(path=str(folder / "cifar-100-python")).info.name == "cifar100"
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_a_pickle_of_a_stranger_is_refused_and_not_run(folder, tmp_path, name):
+    mark = tmp_path / "was here"
+    bad = pickle.dumps(Stranger(mark))
+    pickle.loads(bad)
+    assert mark.is_dir()  # so it would be seen
+    mark.rmdir()
+    (folder / "cifar-100-python" / name).write_bytes(bad)
+    with pytest.raises(
+        ValueError, match=r"is no CIFAR100 in Python's format: expected the files m"
+    ):
+        cifar100(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_missing_and_damaged_files_are_told(folder, name):
+    file = folder / "cifar-100-python" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cifar-100-python is no CIFAR100 .* published digests"):
+        cifar100(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"meta, train, test of cifar-100-python\.tar\.gz"):
+        cifar100(folder)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Address of a server of the files in a folder."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = partial(Handler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_it_is_downloaded_only_if_asked(folder, tmp_path, monkeypatch, server):
+    archive = tmp_path / CIFAR100.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder / "cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(CIFAR100, "url", f"{server}/{archive.name}")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="download=True fetches them"):
+        cifar100(tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+    assert cifar100(tmp_path / "fresh", download=True).num_train == 14
+    monkeypatch.setattr(CIFAR100, "url", f"{server}/nowhere")
+    with pytest.raises(
+        ValueError, match=r"100-python\.tar\.gz cannot be downloaded to .*: HTTP Err"
+    ):
+        cifar100(tmp_path / "another", download=True)
