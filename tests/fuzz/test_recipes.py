@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from softlabels.training.config import METHOD_SETTINGS, Config, recipe_names
+from softlabels.training.config import Config, recipe_names
+from softlabels.training.settings import METHOD_SETTINGS
 
 RECIPES = [(files("softlabels.recipes") / f"{name}.yaml").read_bytes() for name in recipe_names()]
 

@@ -89,7 +89,7 @@ def vit(build: Callable[[], nn.Module], middle: str, last: str, width: int, *, s
 # the class token after block 6 of 12 of DeiT.
 TABLE = {
     "timm resnet18": cnn(of_timm("resnet18"), ("layer3", 256, 14), ("layer4", 512, 7)),
-    "timm resnet34": cnn(of_timm("resnet34"), ("layer3", 256, 14), ("layer4", 512, 7)),
+    "timm resnet34": cnn(of_timm("resnet34"), ("layer3", 256, 14), ("layer4", 512, 7), slow=True),
     "timm resnet50": cnn(of_timm("resnet50"), ("layer3", 1024, 14), ("layer4", 2048, 7)),
     "timm resnet101": cnn(
         of_timm("resnet101"), ("layer3", 1024, 14), ("layer4", 2048, 7), slow=True),
@@ -122,31 +122,32 @@ TABLE = {
     "timm densenet121": cnn(
         of_timm("densenet121"), ("features.denseblock3", 1024, 14), ("features", 1024, 7)),
     "timm resnext50_32x4d": cnn(
-        of_timm("resnext50_32x4d"), ("layer3", 1024, 14), ("layer4", 2048, 7)),
+        of_timm("resnext50_32x4d"), ("layer3", 1024, 14), ("layer4", 2048, 7), slow=True),
     "timm resnext101_32x8d": cnn(
         of_timm("resnext101_32x8d"), ("layer3", 1024, 14), ("layer4", 2048, 7), slow=True),
     "timm vgg11_bn": cnn(
         of_timm("vgg11_bn"), ("features.27", 512, 14), ("features", 512, 7),
         slow=True),
     "torchvision resnet18": cnn(
-        of_torchvision("resnet18"), ("layer3", 256, 14), ("layer4", 512, 7)),
+        of_torchvision("resnet18"), ("layer3", 256, 14), ("layer4", 512, 7), slow=True),
     "torchvision mobilenet_v2": cnn(
         of_torchvision("mobilenet_v2"), ("features.17", 320, 7), ("features", 1280, 7)),
     "torchvision shufflenet_v2_x1_0": cnn(
         of_torchvision("shufflenet_v2_x1_0"), ("stage4", 464, 7), ("conv5", 1024, 7)),
     "torchvision densenet121": cnn(
-        of_torchvision("densenet121"), ("features.denseblock3", 1024, 14), ("features", 1024, 7)),
+        of_torchvision("densenet121"), ("features.denseblock3", 1024, 14), ("features", 1024, 7), slow=True),
     "torchvision vit_b_16": vit(
         of_torchvision("vit_b_16"), "encoder.layers.encoder_layer_5", "encoder", 768, slow=True),
     "torchvision swin_t": Row(
         of_torchvision("swin_t"),
         TapPoint("features.5", "NHWC", 384, 14, 14, layer_norm=True),
-        TapPoint("permute", "NCHW", 768, 7, 7)),
+        TapPoint("permute", "NCHW", 768, 7, 7),
+        slow=True),
     "torchvision convnext_tiny": cnn(
-        of_torchvision("convnext_tiny"), ("features.5", 384, 14), ("features", 768, 7)),
+        of_torchvision("convnext_tiny"), ("features.5", 384, 14), ("features", 768, 7), slow=True),
     "torchvision regnet_x_1_6gf": cnn(
         of_torchvision("regnet_x_1_6gf"), ("trunk_output.block3", 408, 14),
-        ("trunk_output", 912, 7)),
+        ("trunk_output", 912, 7), slow=True),
     "small-image resnet20": cnn(
         of_timm("resnet20"), ("layer2", 32, 16), ("layer3", 64, 8), own_size=32, step_size=32),
     "small-image resnet8x4": cnn(

@@ -29,9 +29,10 @@ from softlabels.data.memory import InMemorySource, Split
 from softlabels.report import write_report
 from softlabels.training.assemble import build_teacher
 from softlabels.training.cache import answer_error, build_cache
-from softlabels.training.config import Config, TeacherSettings, resolve
+from softlabels.training.config import Config, resolve
 from softlabels.training.fingerprints import teacher_fingerprint
 from softlabels.training.guards import Interrupted, RunError
+from softlabels.training.settings import TeacherSettings
 from softlabels.weights import save_weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

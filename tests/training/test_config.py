@@ -8,10 +8,8 @@ import yaml
 from softlabels.data.source import SOURCES
 from softlabels.losses import METHODS
 from softlabels.training.config import (
-    METHOD_SETTINGS,
     Config,
     ConfigError,
-    DataSettings,
     build_method,
     describe_method,
     dump,
@@ -19,6 +17,7 @@ from softlabels.training.config import (
     recipe_names,
     resolve,
 )
+from softlabels.training.settings import METHOD_SETTINGS, DataSettings
 
 TEACHER = {"name": "timm:resnet20"}
 

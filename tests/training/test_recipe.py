@@ -54,7 +54,7 @@ def refused(path, content: str | bytes) -> str:
         ("a: !!python/name:os.system", "no YAML"),
         ("a: !!python/object/new:os.system [true]", "no YAML"),
         ("1: 2", "name must be text, got '1'"),
-        ("yes: 2", "name must be text, got 'yes'"),
+        ("true: 2", "name must be text, got 'true'"),
         ("~: 2", "name must be text, got '~'"),
         ("[a]: 2", "name must be text, got a sequence"),
         ("epochs: 1\nseed: 3\nepochs: 2", "'epochs' stands here twice"),
@@ -140,6 +140,17 @@ def test_settings_of_a_network_are_no_gigantic_whole_numbers(part):
     values = getattr(resolve({part: {"settings": settings}}), part).settings
     assert values == settings
     assert [type(value) for value in values.values()] == [float, int, float, bool, str]
+
+
+def test_no_and_off_are_words(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "precision: no\nteacher: {check: off}\noptimizer: {nesterov: yes}\ncompile: false"
+    )
+    config = resolve(load_recipe(str(path)))
+    assert (config.precision, config.teacher.check) == ("no", "off")
+    assert config.optimizer.nesterov is True
+    assert config.compile is False
 
 
 def test_a_recipe_lies_over_its_base(tmp_path):

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from softlabels.training.config import ConfigError, ScheduleSettings, resolve
+from softlabels.training.config import ConfigError, resolve
 from softlabels.training.schedule import build_schedule
+from softlabels.training.settings import ScheduleSettings
 
 
 def rates(

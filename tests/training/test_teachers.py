@@ -18,7 +18,8 @@ from softlabels.data.folder import FolderSource
 from softlabels.models import build_model, model_metadata
 from softlabels.training.assemble import build_distiller, build_teacher, with_defaults
 from softlabels.training.class_names import map_by_names, read_class_names
-from softlabels.training.config import ConfigError, TeacherSettings, resolve
+from softlabels.training.config import ConfigError, resolve
+from softlabels.training.settings import TeacherSettings
 from softlabels.weights import save_weights
 
 DATA = ("bars", "checks", "columns", "dots", "plain", "ramp")

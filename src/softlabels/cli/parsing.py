@@ -78,13 +78,8 @@ def configured(
     """
     import tyro
 
-    from softlabels.training.config import (
-        METHOD_SETTINGS,
-        checked,
-        load_recipe,
-        parse,
-        with_method,
-    )
+    from softlabels.training.config import checked, load_recipe, parse, with_method
+    from softlabels.training.settings import METHOD_SETTINGS
 
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):

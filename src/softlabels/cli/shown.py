@@ -16,7 +16,8 @@ def methods(arguments: list[str]) -> int:
         Args:
             kind: Show this one alone.
         """
-        from softlabels.training.config import METHOD_SETTINGS, describe_method
+        from softlabels.training.config import describe_method
+        from softlabels.training.settings import METHOD_SETTINGS
 
         if kind is not None and kind not in METHOD_SETTINGS:
             raise UsageError(f"no method {kind!r}: expected one of {', '.join(METHOD_SETTINGS)}")

@@ -27,12 +27,8 @@ from softlabels.taps import undisturbed
 from softlabels.teacher import Teacher
 from softlabels.teacher_cache import TeacherCache
 from softlabels.training.class_names import map_by_names, read_class_names
-from softlabels.training.config import (
-    Config,
-    OptimizerSettings,
-    TeacherSettings,
-    build_method,
-)
+from softlabels.training.config import Config, build_method
+from softlabels.training.settings import OptimizerSettings, TeacherSettings
 from softlabels.weights import UNREADABLE, load_weights
 
 __all__ = [

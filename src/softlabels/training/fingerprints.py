@@ -15,7 +15,8 @@ from softlabels.models import model_metadata
 from softlabels.teacher import Teacher
 from softlabels.teacher_cache import TeacherCache
 from softlabels.training.assemble import build_teacher
-from softlabels.training.config import Config, TeacherSettings
+from softlabels.training.config import Config
+from softlabels.training.settings import TeacherSettings
 
 __all__ = ["check_cache", "check_fingerprints", "teacher_fingerprint"]
 

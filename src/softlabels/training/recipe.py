@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -35,8 +36,14 @@ _CONSTRUCTORS = {
     for tag, construct in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag in _PLAIN
 }
+# As in YAML 1.2: `precision: no` and `check: off` are texts.
+_TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 _RESOLVERS = {
-    first: [entry for entry in entries if entry[0] in _PLAIN]
+    first: [
+        (tag, _TRUTH if tag == _TAG + "bool" else pattern)
+        for tag, pattern in entries
+        if tag in _PLAIN
+    ]
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

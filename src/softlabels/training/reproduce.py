@@ -19,7 +19,6 @@ from softlabels.files import replace_file
 from softlabels.training.config import (
     Config,
     ConfigError,
-    PaperSettings,
     dump,
     load_recipe,
     recipe_names,
@@ -27,6 +26,7 @@ from softlabels.training.config import (
 )
 from softlabels.training.folder import fixed_settings
 from softlabels.training.recipe import merged
+from softlabels.training.settings import PaperSettings
 from softlabels.training.several import PlannedRun, train_several
 from softlabels.training.smoke import shrunk
 

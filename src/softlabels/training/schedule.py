@@ -8,7 +8,7 @@ import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
-from softlabels.training.config import ScheduleSettings
+from softlabels.training.settings import ScheduleSettings
 
 __all__ = ["build_schedule"]
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from softlabels.data import DataInfo
 from softlabels.data.source import FIXED_FACTS, kind_of
 from softlabels.training.assemble import with_defaults
-from softlabels.training.config import Config, DataSettings
+from softlabels.training.config import Config
 from softlabels.training.export import Exported, export_run
+from softlabels.training.settings import DataSettings
 from softlabels.training.trainer import TrainResult, run
 
 __all__ = ["TrainConfig", "shrunk", "smoke"]

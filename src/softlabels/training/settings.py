@@ -1,0 +1,287 @@
+"""The sections of a run's settings: every setting, its default and its range.
+
+The settings of methods and of data sources are declared once, by the keyword-only arguments of
+their own constructors; their sections are made from those.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, TypeAlias
+
+import docstring_parser
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from torch import nn
+
+from softlabels.data.source import SOURCES
+from softlabels.losses import METHODS
+from softlabels.losses.label_smoothing import SmoothOver
+
+__all__ = [
+    "LARGEST_FACTOR",
+    "METHOD_SETTINGS",
+    "MOST",
+    "CheckpointSettings",
+    "DataSettings",
+    "MethodSettings",
+    "MixSettings",
+    "NoMethod",
+    "OptimizerSettings",
+    "PaperSettings",
+    "ScheduleSettings",
+    "Section",
+    "StudentSettings",
+    "TaskSettings",
+    "TeacherSettings",
+]
+
+# More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
+MOST = 1_000_000
+_MOST_PIXELS = 16_384
+LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
+
+# A whole number beyond the limit becomes a fraction, which no depth and no width can be.
+Setting: TypeAlias = bool | Annotated[int, Field(ge=-MOST, le=MOST)] | float | str
+
+
+class Section(BaseModel):
+    """Base of all parts of the schema: unknown keys are errors, nothing changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
+    """Type, default and description of each keyword-only argument of a constructor."""
+    bases = [*reversed(inspect.getmro(target))] if inspect.isclass(target) else [target]
+    documented = [docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")) for base in bases]
+    texts = {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for doc in documented
+        for parameter in doc.params
+    }
+    call = target.__init__ if inspect.isclass(target) else target
+    parameters = inspect.signature(call, eval_str=True).parameters
+    return {
+        name: (parameter.annotation, parameter.default, texts.get(name, ""))
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+class MethodSettings(Section):
+    """Base of the methods' settings; `kind` tells them apart."""
+
+    kind: str
+
+
+def _method_settings(kind: str, method: type[nn.Module]) -> type[MethodSettings]:
+    fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    for name, (annotation, default, text) in _keyword_settings(method).items():
+        if name != "reduction":  # a step's loss is a batch mean
+            fields[name] = (annotation, Field(default, description=text))
+    return create_model(f"{kind}_settings", __base__=MethodSettings, **fields)
+
+
+class NoMethod(MethodSettings):
+    """Train with the task's own loss alone."""
+
+    kind: Literal["none"] = "none"
+
+
+METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
+    "none": NoMethod,
+    **{kind: _method_settings(kind, method) for kind, method in METHODS.items()},
+}
+
+
+def _data_fields() -> dict[str, Any]:
+    """All settings of all sources; None stands for the source's own default."""
+    found: dict[str, list[tuple[str, Any, Any, str]]] = {}
+    for source, constructor in SOURCES.items():
+        for name, (annotation, default, text) in _keyword_settings(constructor).items():
+            found.setdefault(name, []).append((source, annotation, default, text))
+    fields: dict[str, Any] = {}
+    for name, uses in found.items():
+        if name == "path":
+            continue
+        types = [*dict.fromkeys(use[1] for use in uses), type(None)]
+        annotation = reduce(or_, types)
+        by_default: dict[str, list[str]] = {}
+        for source, _, default, _ in uses:
+            by_default.setdefault(str(default), []).append(source)
+        defaults = "; ".join(f"{', '.join(names)}: {value}" for value, names in by_default.items())
+        text = uses[0][3].rstrip(".")
+        fields[name] = (annotation, Field(None, description=f"{text}. [{defaults}]"))
+    return fields
+
+
+class _DataChoice(Section):
+    source: str | None = Field(
+        None,
+        description=f"Kind of data: {', '.join(SOURCES)}. None: by what `path` holds; without a "
+        "path, glyphs100.",
+    )
+    path: str | None = Field(None, description="Folder of the data.")
+
+
+DataSettings: type[_DataChoice] = create_model(
+    "DataSettings", __base__=_DataChoice, **_data_fields()
+)
+
+
+class StudentSettings(Section):
+    """The network that is trained."""
+
+    name: str | None = Field(
+        None,
+        description="timm:NAME, torchvision:NAME, file:PATH or package.module:function. None: "
+        "resnet20 for images up to 64 pixels, else resnet18.",
+    )
+    settings: dict[str, Setting] = Field({}, description="Further arguments of the model.")
+    weights: str | None = Field(None, description="File of weights to start from, strictly.")
+    pretrained: bool = Field(False, description="Start from the published weights.")
+
+
+class TeacherSettings(Section):
+    """The frozen network that a method may read from."""
+
+    name: str | None = Field(None, description="As the student's name; needed by some methods.")
+    cache: str | None = Field(
+        None,
+        description="Folder that `softlabels cache-teacher` filled: its answers are used in place "
+        "of the network's, and its draws of the augmentation are shown again.",
+    )
+    recipe: str | None = Field(
+        None, description="Recipe that trains it, for `softlabels reproduce`."
+    )
+    settings: dict[str, Setting] = Field({}, description="Further arguments of the model.")
+    weights: str | None = Field(
+        None,
+        description="File of its weights, loaded strictly; package:PATH ships with softlabels.",
+    )
+    pretrained: bool = Field(False, description="Use the published weights.")
+    num_classes: int | None = Field(
+        None, ge=2, le=MOST, description="Classes of its logits, if others."
+    )
+    class_map: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] | Literal["names"] | None = Field(
+        None,
+        description="For each class of the data, the teacher's index of it; or names: found by the "
+        "names of the classes.",
+    )
+    class_names: str | None = Field(
+        None,
+        description="File with the names of the teacher's classes, one a line or a JSON list. "
+        "None: from the header of its weights, or ImageNet's if they are the published ones.",
+    )
+    input_size: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_PIXELS,
+        description="Pixels; None: what its weights were trained for, else the data's size.",
+    )
+    mean: tuple[float, ...] | None = Field(None, description="Its mean per channel, 0 to 1.")
+    std: tuple[float, ...] | None = Field(None, description="Its deviation per channel, 0 to 1.")
+    mode: Literal["eval", "train"] = Field(
+        "eval", description="train: batch statistics, as the reference code of NKD ran."
+    )
+    check: Literal["error", "warn", "off"] = Field(
+        "error",
+        description="What an accuracy near chance on the test images does, which is measured "
+        "before training; off: it is not measured.",
+    )
+
+
+class TaskSettings(Section):
+    """The task's own loss, which every method is added to."""
+
+    weight: float = Field(1.0, ge=0, le=LARGEST_FACTOR, description="Weight of the task's loss.")
+    label_smoothing: float = Field(0.0, ge=0, le=1, description="0: plain cross-entropy.")
+    smooth_over: SmoothOver = Field("all", description="Classes that share the smoothing.")
+
+
+class OptimizerSettings(Section):
+    """The optimiser, built by timm's factory."""
+
+    name: str = Field("sgd", description="sgd, adamw, or another name of timm's factory.")
+    lr: float = Field(
+        0.1,
+        gt=0,
+        le=LARGEST_FACTOR,
+        description="Peak learning rate, for the global batch as it is.",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, or the first beta.")
+    nesterov: bool = Field(False, description="Nesterov momentum, for sgd.")
+    weight_decay: float = Field(5e-4, ge=0, le=MOST, description="Weight decay.")
+    decay_norm_and_bias: bool = Field(
+        True, description="Whether vectors (norms, biases, tokens) decay too."
+    )
+    decay_norm: bool = Field(
+        True, description="False: of the vectors, those of norms alone do not decay."
+    )
+
+
+class ScheduleSettings(Section):
+    """The learning rate's schedule, per step, built by timm's factory."""
+
+    name: Literal["cosine", "linear", "step", "multistep", "constant"] = Field(
+        "cosine", description="Form."
+    )
+    warmup: Literal["linear", "constant"] = Field(
+        "linear", description="Rising from warmup_lr to the form's rate, or at warmup_lr."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, le=MOST, description="Epochs of warm-up.")
+    warmup_steps: int = Field(0, ge=0, le=2**31, description="In place of warmup_epochs: steps.")
+    warmup_lr: float = Field(
+        1e-6, ge=0, le=LARGEST_FACTOR, description="Learning rate at the first step of a warm-up."
+    )
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        le=LARGEST_FACTOR,
+        description="Lowest learning rate of the cosine and of the linear fall.",
+    )
+    decay_epochs: tuple[Annotated[float, Field(ge=0, le=MOST)], ...] = Field(
+        (), description="multistep: epochs of the drops; step: one number, epochs per drop."
+    )
+    decay_rate: float = Field(0.1, gt=0, le=1, description="Factor of a drop.")
+
+
+class MixSettings(Section):
+    """Mixup and cutmix, by timm."""
+
+    mixup: float = Field(0.0, ge=0, le=MOST, description="Alpha of mixup; 0: off.")
+    cutmix: float = Field(0.0, ge=0, le=MOST, description="Alpha of cutmix; 0: off.")
+    probability: float = Field(1.0, ge=0, le=1, description="Share of batches that are mixed.")
+    switch_probability: float = Field(0.5, ge=0, le=1, description="Cutmix's share if both are on.")
+
+
+class CheckpointSettings(Section):
+    """What is kept for going on after a stop."""
+
+    every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints. None: one after each epoch alone."
+    )
+    keep: int = Field(
+        2, ge=1, description="How many are kept; older ones serve if the newest is damaged."
+    )
+
+
+class PaperSettings(Section):
+    """Which published result a recipe is for. It changes nothing in the run."""
+
+    table: str | None = Field(None, description="Paper and table.")
+    row: str | None = Field(None, description="The row, and the column where there are several.")
+    top1: float | None = Field(None, ge=0, le=100, description="Published top-1, %.")
+    top1_std: float | None = Field(
+        None, ge=0, le=100, description="Published standard deviation over runs, points."
+    )
+    top5: float | None = Field(None, ge=0, le=100, description="Published top-5, %.")
+    gain: float | None = Field(
+        None, ge=-100, le=100, description="Published gain over the baseline, points."
+    )
+    reported: Literal["last", "best"] = Field("last", description="The epoch that was published.")
+    baseline: str | None = Field(None, description="Recipe of the row that it is compared with.")
+    hardware: str | None = Field(None, description="What the published run was meant for.")
