@@ -14,7 +14,7 @@ from softlabels.models.named_code import import_builder
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """Write a module into the working folder, which Python does not look into by itself."""
-    before = [*sys.path]
+    before, loaded_before = [*sys.path], {*sys.modules}
     monkeypatch.chdir(tmp_path)
     names = []
 
@@ -27,8 +27,9 @@ def own_module(tmp_path, monkeypatch):
     yield write
     sys.path[:] = before
     for name in names:
-        for loaded in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
-            del sys.modules[loaded]
+        for loaded in {*sys.modules} - loaded_before:
+            if loaded == name or loaded.startswith(f"{name}."):
+                del sys.modules[loaded]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_a_row_runs_with_its_baseline_and_its_teacher(reproduced):
     assert row["difference"] == pytest.approx(statistics.fmean(row["top1"]) - 76.35)
     assert content["changed_settings"]["data"]["source"] == "noise"
     assert content["smoke"] is False
+    assert {"torch", "commit", "processor", "processes"} <= content["environment"].keys()
 
     folders = {path.parent for path in (reproduced / "runs").glob("*/*/summary.json")}
     kinds = sorted(f"{path.parent.name.rpartition('-')[0]} {path.name}" for path in folders)

@@ -135,7 +135,8 @@ TABLE = {
     "torchvision shufflenet_v2_x1_0": cnn(
         of_torchvision("shufflenet_v2_x1_0"), ("stage4", 464, 7), ("conv5", 1024, 7)),
     "torchvision densenet121": cnn(
-        of_torchvision("densenet121"), ("features.denseblock3", 1024, 14), ("features", 1024, 7), slow=True),
+        of_torchvision("densenet121"), ("features.denseblock3", 1024, 14), ("features", 1024, 7),
+        slow=True),
     "torchvision vit_b_16": vit(
         of_torchvision("vit_b_16"), "encoder.layers.encoder_layer_5", "encoder", 768, slow=True),
     "torchvision swin_t": Row(

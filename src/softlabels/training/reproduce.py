@@ -156,22 +156,31 @@ class _Plan:
         """Plan a row's run, and that of its teacher."""
         config = self.config(recipe)
         teacher = config.teacher
-        if teacher.recipe is not None and teacher.weights is None and not teacher.pretrained:
-            trained = self._planned(teacher.recipe, self.config(teacher.recipe), 0, self.teachers)
-            weights = str(trained.folder.student)
-            teacher = teacher.model_copy(update={"weights": weights})
-            config = config.model_copy(update={"teacher": teacher})
-        return self._planned(recipe, config, seed, self.students)
+        if teacher.recipe is None or teacher.weights is not None or teacher.pretrained:
+            return self._planned(recipe, config, seed, self.students)
+        trained = self._planned(teacher.recipe, self.config(teacher.recipe), 0, self.teachers)
+        weights = {"weights": str(trained.folder.student)}
+        taught = config.model_copy(update={"teacher": teacher.model_copy(update=weights)})
+        # The folder is named by what decides the teacher, not by where it lies.
+        by = str(trained.folder.path.relative_to(self._output))
+        return self._planned(recipe, taught, seed, self.students, teacher=by)
 
     def _planned(
-        self, recipe: str, config: Config, seed: int, runs: dict[Path, PlannedRun]
+        self,
+        recipe: str,
+        config: Config,
+        seed: int,
+        runs: dict[Path, PlannedRun],
+        *,
+        teacher: str | None = None,
     ) -> PlannedRun:
         values = fixed_settings(config.model_copy(update={"seed": 0}))
+        if teacher is not None:
+            values["teacher"]["weights"] = teacher
         text = json.dumps(values, sort_keys=True, default=str)
         digest = blake2b(text.encode(), digest_size=4).hexdigest()
-        method = config.label
         student = (config.student.name or "default").rpartition(":")[2].replace("/", "_")
-        folder = self._output / "runs" / f"{student}-{method}-{digest}" / f"seed-{seed}"
+        folder = self._output / "runs" / f"{student}-{config.label}-{digest}" / f"seed-{seed}"
         if folder not in runs:
             config = config.model_copy(update={"seed": seed, "output": str(folder)})
             file = folder.with_suffix(".yaml")
@@ -235,7 +244,9 @@ def reproduce(
                 [*runs.values()], jobs=jobs, console=console, threads=threads, processes=processes
             )
     results = _results(names, planned, plan)
-    _write(table, results, changes, smoke, output)
+    first = planned[names[0]][0].folder
+    environment = json.loads(first.environment.read_text(encoding="utf-8"))
+    _write(table, results, changes, smoke, environment, output)
     console.print(_shown(table, results, smoke))
     return results
 
@@ -348,12 +359,14 @@ def _write(
     results: Sequence[Reproduced],
     changes: Mapping[str, Any],
     smoke: bool,
+    environment: Mapping[str, Any],
     output: Path,
 ) -> None:
     content = {
         "table": table,
         "smoke": smoke,
         "changed_settings": changes,
+        "environment": environment,
         "rows": [
             {**asdict(row), "paper": row.paper.model_dump(), "difference": row.difference}
             for row in results
