@@ -94,7 +94,14 @@ def test_links_to_files_exist(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+EXAMPLES = [
+    # What fsdp.py shows is tested in test_fsdp.py, each part by itself.
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "fsdp" else ())
+    for path in sorted(ROOT.glob("examples/*.py"))
+]
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_example_runs(script, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert "loss" in capsys.readouterr().out

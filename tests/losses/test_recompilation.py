@@ -15,7 +15,9 @@ OTHERS = ("nkd_both_unnormalized", "zipf_ls_exits")
 
 every_loss = pytest.mark.parametrize("case", PLAIN_CASES, ids=case_id)
 every_loss_and_others = pytest.mark.parametrize(
-    "case", [*PLAIN_CASES, *(BY_NAME[name] for name in OTHERS)], ids=case_id
+    "case",
+    [*PLAIN_CASES, *(pytest.param(BY_NAME[name], marks=pytest.mark.slow) for name in OTHERS)],
+    ids=case_id,
 )
 
 

@@ -26,10 +26,10 @@ every_case_and_main_kind = pytest.mark.parametrize(
     ("case", "kind"), CASES_AND_MAIN_KINDS, ids=case_id
 )
 
-# Compiling takes long: mixed labels only where they take another path, and the plain cases with
-# class indices are in test_recompilation.py.
+# Compiling takes long: mixed labels only where they take another path, the plain cases with class
+# indices are in test_recompilation.py, and the other cases in the slow tests.
 COMPILED = [
-    (case, kind)
+    pytest.param(case, kind, marks=() if case in PLAIN_CASES else pytest.mark.slow)
     for case, kind in CASES_AND_MAIN_KINDS
     if (case not in PLAIN_CASES if kind != MIXED else case in PLAIN_CASES)
     or case.name == "uskd_teacher"

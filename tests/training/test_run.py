@@ -252,6 +252,17 @@ def test_not_finite_gradient_of_a_finite_loss_stops_too(source, tmp_path):
     assert found.value.parts == ("gradient",)
 
 
+@pytest.mark.parametrize("target_from", ["self", "teacher"])
+def test_a_term_alone_has_a_gallery_too(source, tmp_path, target_from):
+    """Without the terms that read weak logits there is no weak head."""
+    method = {"kind": "uskd", "non_target_weight": 0.0, "weak_weight": 0.0}
+    result = train(
+        source, tmp_path / "run", method={**method, "target_from": target_from}, epochs=1,
+        **(teacher_for("nkd") if target_from == "teacher" else {}),
+    )  # fmt: skip
+    assert (result.folder / "gallery.json").is_file()
+
+
 class WithBadImages(InMemorySource):
     """A source some of whose training images are not finite in one epoch."""
 

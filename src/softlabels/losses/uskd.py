@@ -493,8 +493,7 @@ class USKDLoss(nn.Module):
             TypeError: No target.
             ValueError: A teacher is missing though it gives the target label, or the reverse.
         """
-        if target is None:
-            raise TypeError("target must be a tensor, got None")
+        target = self._checked_target(target)
         self._check_teacher(teacher_logits)
         compute = partial(
             uskd_loss,
@@ -515,6 +514,12 @@ class USKDLoss(nn.Module):
         )
         return compute(return_parts=True) if return_parts else compute()
 
+    @staticmethod
+    def _checked_target(target: Tensor | None) -> Tensor:
+        if target is None:
+            raise TypeError("target must be a tensor, got None")
+        return target
+
     def _check_teacher(self, teacher_logits: Tensor | None) -> None:
         if (teacher_logits is None) == (self.target_from == "teacher"):
             got = "none" if teacher_logits is None else "some"
@@ -526,11 +531,19 @@ class USKDLoss(nn.Module):
     def soft_labels(
         self,
         logits: Tensor,
-        weak_logits: Tensor | None,
-        target: Tensor,
+        weak_logits: Tensor | None = None,
+        target: Tensor | None = None,
         teacher_logits: Tensor | None = None,
     ) -> SoftLabels:
-        """A value from the network's own confidence, and Zipf's law over its own ranking."""
+        """A value from the network's own confidence, and Zipf's law over its own ranking.
+
+        `weak_logits` may be left out, as in `forward`: the ranking is that of `logits` then.
+
+        Raises:
+            TypeError: No target.
+            ValueError: As `forward`.
+        """
+        target = self._checked_target(target)
         self._check_teacher(teacher_logits)
         # Never synchronised: a gallery is drawn on one process alone.
         return uskd_targets(
