@@ -35,7 +35,7 @@ test-survival: $(STAMP) ## Kill runs again and again, and compare what they end 
 fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input (10 minutes)
 	HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz
 
-smoke: $(STAMP) ## Run every recipe, shrunk to seconds (20 minutes, 3 GB a process)
+smoke: $(STAMP) ## Run every recipe, shrunk to seconds (15 minutes, 3 GB a process)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m smoke
 
 check: $(STAMP) ## Check format, style, types and spelling
