@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -175,3 +177,21 @@ def test_a_shrunk_run_keeps_the_network_the_loss_and_the_size(tmp_path, capsys):
     ours = build_model(f"file:{output / 'student.safetensors'}", num_classes=100)
     assert sum(p.numel() for p in ours.parameters()) > 1_000_000
     assert (output / "export" / "safetensors" / "MODEL_CARD.md").is_file()
+
+
+@pytest.mark.distributed
+def test_a_shrunk_run_takes_several_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "softlabels", "train", "table2/cifar100_resnet18_uskd", "--smoke"]
+    command += [
+        "--student.name",
+        "timm:resnet8",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("smoke: two steps") == 1
+    assert resolve(load_recipe(str(tmp_path / "r" / "config.yaml"))).batch_size == 8

@@ -15,8 +15,8 @@ def train(arguments: list[str]) -> int:
 
     config = configured(arguments, "train", TrainConfig.of)
     if config.smoke:
-        result, exported = smoke(config.plain(), console=console())
-        if speaks():
+        _, exported = smoke(config.plain(), console=console())
+        if exported is not None:
             print(
                 f"smoke: two steps, an evaluation and an export ran; the exported student is "
                 f"within {exported.largest_difference or 0.0:.1g} of the trained one. Accuracies "

@@ -133,10 +133,13 @@ def _in_words(config: Config) -> str:
 class _Plan:
     """The runs that rows need, each once, by a hash of what decides their numbers."""
 
-    def __init__(self, output: Path, changes: Mapping[str, Any], *, smoke: bool) -> None:
+    def __init__(
+        self, output: Path, changes: Mapping[str, Any], *, smoke: bool, processes: int
+    ) -> None:
         self._output = output
         self._changes = changes
         self._smoke = smoke
+        self._processes = processes
         self._configs: dict[str, Config] = {}
         self.teachers: dict[Path, PlannedRun] = {}
         self.students: dict[Path, PlannedRun] = {}
@@ -149,7 +152,9 @@ class _Plan:
                 config = resolve(values)
             except ConfigError as error:
                 raise ConfigError(f"{recipe}: {error}") from error
-            self._configs[recipe] = shrunk(config) if self._smoke else config
+            if self._smoke:
+                config = shrunk(config, processes=self._processes)
+            self._configs[recipe] = config
         return self._configs[recipe]
 
     def add(self, recipe: str, seed: int) -> PlannedRun:
@@ -229,7 +234,7 @@ def reproduce(
         RunError: A run failed; the same call goes on from there.
     """
     names = _chosen(table, rows)
-    plan = _Plan(output, changes, smoke=smoke)
+    plan = _Plan(output, changes, smoke=smoke, processes=processes)
     planned = {
         name: [plan.add(name, seed) for seed in range(seeds)] for name in _with_baselines(names)
     }

@@ -13,12 +13,13 @@ from softlabels.data.source import FIXED_FACTS, kind_of
 from softlabels.training.assemble import with_defaults
 from softlabels.training.config import Config
 from softlabels.training.export import Exported, export_run
+from softlabels.training.processes import start
 from softlabels.training.settings import DataSettings
 from softlabels.training.trainer import TrainResult, run
 
 __all__ = ["TrainConfig", "shrunk", "smoke"]
 
-_BATCH_SIZE = 4  # mixup needs an even number
+_IMAGES_A_PROCESS = 4  # mixup needs an even number
 _STEPS = 2
 _PUBLIC = ("timm", "torchvision", "file")  # a student's file can say these by itself
 _CLASSES, _SIDE, _CHANNELS = 10, 224, 3  # where the data alone would say
@@ -43,7 +44,7 @@ class TrainConfig(Config):
         return Config(**{name: getattr(self, name) for name in Config.model_fields})
 
 
-def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResult, Exported]:
+def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResult, Exported | None]:
     """Train a shrunk run, evaluate it, export its student and load that back.
 
     Args:
@@ -51,7 +52,7 @@ def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResul
         console: Where progress is shown; None: nowhere.
 
     Returns:
-        What the run and the export gave.
+        What the run gave, and the export, which the first of several processes makes.
 
     Raises:
         ValueError: Parts that do not fit.
@@ -59,13 +60,17 @@ def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResul
     """
     with tempfile.TemporaryDirectory(prefix="softlabels-smoke-") as temporary:
         output = config.output or str(Path(temporary, "run"))
-        result = run(shrunk(config.model_copy(update={"output": output})), console=console)
+        accelerator = start(config)
+        small = shrunk(config, processes=accelerator.num_processes)
+        result = run(small.model_copy(update={"output": output}), console=console)
+        if not accelerator.is_main_process:
+            return result, None
         builds_itself = (config.student.name or "timm:").partition(":")[0] in _PUBLIC
         network = None if builds_itself else config.student.name
         return result, export_run(result.folder, network=network, overwrite=True)
 
 
-def shrunk(config: Config) -> Config:
+def shrunk(config: Config, *, processes: int = 1) -> Config:
     """A run of two steps and an evaluation in place of the one that is configured.
 
     What stays: student, teacher, method, task's loss, optimiser, size of the images, number of
@@ -75,10 +80,12 @@ def shrunk(config: Config) -> Config:
 
     Args:
         config: The run.
+        processes: That will train it; each gets four images a step.
 
     Returns:
         The small run, in the same folder.
     """
+    batch_size = _IMAGES_A_PROCESS * processes
     kind = kind_of(config.data.source, config.data.path)
     facts = FIXED_FACTS[kind]
     given = config.data.model_dump()
@@ -104,8 +111,8 @@ def shrunk(config: Config) -> Config:
                     "num_classes": classes,
                     "image_size": side,
                     "in_channels": channels,
-                    "num_train": _STEPS * _BATCH_SIZE,
-                    "num_test": _BATCH_SIZE,
+                    "num_train": _STEPS * batch_size,
+                    "num_test": batch_size,
                 }
             ),
             "student": config.student.model_copy(update={"pretrained": False, "weights": None}),
@@ -126,11 +133,11 @@ def shrunk(config: Config) -> Config:
                 }
             ),
             "accumulation": 1,
-            "batch_size": _BATCH_SIZE,
+            "batch_size": batch_size,
             "epochs": 1,
-            "eval_batch_size": _BATCH_SIZE,
+            "eval_batch_size": batch_size,
             "gallery": min(config.gallery, 1),
             "log_every": 1,
-            "precise_bn": None if config.precise_bn is None else _BATCH_SIZE,
+            "precise_bn": None if config.precise_bn is None else batch_size,
         }
     )
