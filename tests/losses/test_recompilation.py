@@ -13,7 +13,16 @@ NUM_CLASSES = 10
 BATCH_SIZES = (128, 96, 64, 33)
 OTHERS = ("nkd_both_unnormalized", "zipf_ls_exits")
 
-every_loss = pytest.mark.parametrize("case", PLAIN_CASES, ids=case_id)
+MAIN = ("nkd", "uskd")
+
+every_loss = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name in MAIN else pytest.mark.slow)
+        for case in PLAIN_CASES
+    ],
+    ids=case_id,
+)
 every_loss_and_others = pytest.mark.parametrize(
     "case",
     [*PLAIN_CASES, *(pytest.param(BY_NAME[name], marks=pytest.mark.slow) for name in OTHERS)],

@@ -165,7 +165,7 @@ def test_the_cards_code_loads_the_network(
     ("name", "size", "channels"),
     [
         ("timm:resnet8", 16, 1),
-        ("timm:vit_mini_patch4_32", 32, 3),
+        pytest.param("timm:vit_mini_patch4_32", 32, 3, marks=pytest.mark.slow),
         pytest.param("torchvision:shufflenet_v2_x1_0", 64, 3, marks=pytest.mark.slow),
         pytest.param("torchvision:mobilenet_v2", 64, 3, marks=pytest.mark.slow),
         pytest.param("torchvision:swin_t", 64, 3, marks=pytest.mark.slow),

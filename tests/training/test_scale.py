@@ -405,6 +405,7 @@ def slurm(folder: Path, command: list[str]) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", ["vit"], indirect=True)
 def test_a_slurm_job_that_is_asked_to_go_is_queued_again_and_goes_on(runs, folder, tmp_path):
     output = tmp_path / "run"
