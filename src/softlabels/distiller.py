@@ -5,79 +5,41 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from softlabels.losses.checks import check_logits, check_target
 from softlabels.losses.nontarget import SoftLabels, in_float32, label_probabilities
 from softlabels.signals import (
+    Again,
     CacheReader,
+    FromBatch,
+    PeerLogits,
     Signal,
     TeacherLogits,
     TeacherReader,
     Value,
     checked_reads,
     given_values,
-    provider_for,
+    images_key,
     reads_teacher,
+    teachers_of,
 )
+from softlabels.step_output import StepOutput
 from softlabels.taps import Layout, undisturbed
-from softlabels.teacher import Teacher
+from softlabels.teacher import Teacher, Teachers
 from softlabels.teacher_cache import TeacherCache
-from softlabels.trainable import Trainable
+from softlabels.trainable import Trainable, provided
 
 __all__ = ["Distiller", "StepOutput"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _MOST_KEPT = 256  # batches between two optimiser steps; more means that nobody calls after_step
-
-
-@dataclass
-class StepOutput:
-    """What one forward of a `Distiller` gives.
-
-    Attributes:
-        loss: Scalar to call `backward()` on.
-        logits: [B, C], the student's.
-        parts: Detached scalars: `"task"` and `"method"`, each before its weight, and what the
-            signals report.
-        terms: The summands of `loss`, after their weights, with their gradient: `"task"` and
-            `"method"`, or, from a detailed distiller, `"method/NAME"` for each part of the method.
-        heads: The student's logits, and those of other heads that the method reads: what the
-            terms pull at.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    heads: tuple[Tensor, ...] = ()
-
-    def gradient_shares(self) -> dict[str, Tensor]:
-        """Each term's share of the gradient norms on the logits, detached scalars in [0, 1].
-
-        The norm of a term is that of its gradient with respect to all of `heads` together; a
-        share is that norm over the sum of all terms' norms. So weights can be set by looking.
-        Call it before `loss.backward()`.
-        """
-        norms: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
-            found: Sequence[Tensor | None] = (None,)
-            if term.requires_grad:
-                found = torch.autograd.grad(term, self.heads, retain_graph=True, allow_unused=True)
-            squares = [
-                gradient.float().square().sum() for gradient in found if gradient is not None
-            ]
-            norms[name] = torch.stack(squares).sum().sqrt() if squares else term.new_zeros(())
-        total = torch.stack(list(norms.values())).sum()
-        tiny = torch.finfo(total.dtype).tiny
-        return {name: norm / total.clamp(min=tiny) for name, norm in norms.items()}
 
 
 class Distiller(nn.Module):
@@ -97,28 +59,33 @@ class Distiller(nn.Module):
             trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
             It is moved to the student's device. Or a `TeacherCache`, whose answers are looked up:
-            `distiller(images, target, index=batch.index, draw=batch.draw)`.
+            `distiller(images, target, index=batch.index, draw=batch.draw)`. Several networks, as a
+            sequence or `Teachers`, teach by their mean prediction, unless the method reads them
+            one by one.
         task_loss: (logits, target) -> scalar; cross-entropy if None, which leaves out the samples
             of the method's `ignore_index`.
         task_weight: Weight of the task's loss.
         method_weight: Weight of the method's loss.
         taps: Dotted paths to use in place of what is found: `{"middle": ..., "last": ...}`;
-            for the teacher `"teacher.middle"`, `"teacher.last"`.
+            for the (first) teacher `"teacher.middle"`, `"teacher.last"`.
+        peer: A second network that is trained along with the student, for a method that reads its
+            logits. It is part of `trainable`, and no part of `export()`.
         example_shape: (C, H, W) of the images, for the dry run that finds layers and widths.
             None: from the first convolution and the student's own configuration, or 224.
 
     Attributes:
         trainable: The module to compile, wrap and optimise.
         method: The method's module.
-        teacher: The `Teacher` or `TeacherCache`, or None.
+        teacher: The `Teacher`, `Teachers` or `TeacherCache`, or None.
         detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
             its forward has that). It costs a second run of the method, and changes nothing of the
             loss; False at first.
 
     Raises:
         TypeError: The student or the method is no module.
-        ValueError: A teacher is missing or does not give what the method reads, the class counts
-            differ, a layer is not found, or the method's `reads` does not fit its forward.
+        ValueError: A teacher or peer is missing, superfluous or does not give what the method
+            reads, the class counts differ, a layer is not found, or the method's `reads` does not
+            fit its forward.
 
     Example:
         >>> from softlabels import Distiller, ZipfLSLoss
@@ -131,7 +98,7 @@ class Distiller(nn.Module):
     """
 
     trainable: nn.Module
-    teacher: Teacher | TeacherCache | None
+    teacher: Teacher | Teachers | TeacherCache | None
     method: nn.Module | None
     task_loss: Loss
 
@@ -140,46 +107,52 @@ class Distiller(nn.Module):
         student: nn.Module,
         method: nn.Module | None = None,
         *,
-        teacher: Teacher | TeacherCache | nn.Module | None = None,
+        teacher: TeacherCache | nn.Module | Sequence[nn.Module] | None = None,
         task_loss: Loss | None = None,
         task_weight: float = 1.0,
         method_weight: float = 1.0,
         taps: Mapping[str, str] | None = None,
+        peer: nn.Module | None = None,
         example_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
         reads = checked_reads(method)
-        if teacher is not None and not isinstance(teacher, Teacher | TeacherCache):
+        if isinstance(teacher, Sequence):
+            teacher = Teachers(teacher)
+        elif teacher is not None and not isinstance(teacher, Teacher | Teachers | TeacherCache):
             teacher = Teacher(teacher)
         reads_a_teacher = any(reads_teacher(signal) for signal in reads.values())
-        if reads_a_teacher and teacher is None:
-            raise ValueError(
-                f"{type(method).__name__} reads from a teacher: pass teacher=Teacher(model)"
-            )
-        network = teacher if isinstance(teacher, Teacher) else None
-        if network is not None and {*map(id, network.parameters())} & {
-            *map(id, student.parameters())
-        }:
-            raise ValueError("teacher and student share parameters: pass a copy as teacher")
+        _check_needed(method, "teacher", teacher, reads_a_teacher, "teacher=Teacher(model)")
+        peer_arguments = tuple(name for name, s in reads.items() if isinstance(s, PeerLogits))
+        _check_needed(method, "peer", peer, bool(peer_arguments), "peer=network")
+        network = teacher if isinstance(teacher, Teacher | Teachers) else None
+        for name, other in (("teacher", network), ("peer", peer)):
+            if other is not None and {*map(id, other.parameters())} & {
+                *map(id, student.parameters())
+            }:
+                raise ValueError(f"{name} and student share parameters: pass a copy as {name}")
         parameter = next(student.parameters(), None)
-        if network is not None and parameter is not None:
-            network.to(parameter.device)
+        for other in (network, peer):
+            if other is not None and parameter is not None:
+                other.to(parameter.device)
         student_taps, teacher_taps = _split_taps(taps or {}, network)
-        layouts: dict[str, Layout] = {}
+        layouts: dict[int | None, Layout] = {}
 
         def student_layout() -> Layout:
-            if "student" not in layouts:
-                layouts["student"] = Layout(student, example_shape, student_taps)
-            return layouts["student"]
+            if None not in layouts:
+                layouts[None] = Layout(student, example_shape, student_taps)
+            return layouts[None]
 
-        def teacher_layout() -> Layout:
+        def teacher_layout(number: int = 0) -> Layout:
             assert network is not None
-            if "teacher" not in layouts:
-                example = network.prepared(student_layout().example())
-                layouts["teacher"] = Layout(network.model, example.shape[1:], teacher_taps)
-            return layouts["teacher"]
+            if number not in layouts:
+                one = teachers_of(network)[number]
+                example = one.prepared(student_layout().example())
+                overrides = teacher_taps if number == 0 else {}
+                layouts[number] = Layout(one.model, example.shape[1:], overrides)
+            return layouts[number]
 
         # Paths that the user names are checked, whether or not the method reads there.
         if student_taps:
@@ -188,12 +161,10 @@ class Distiller(nn.Module):
             teacher_layout()
         # A fork: the learned parts take their own draws, and the caller's stream is unchanged.
         with torch.random.fork_rng(devices=[]):
-            providers = {
-                argument: provider
-                for argument, signal in reads.items()
-                if (provider := provider_for(signal, student_layout)) is not None
-            }
-            self.trainable = Trainable(student, providers)
+            providers, passes = provided(reads, student_layout)
+            self.trainable = Trainable(
+                student, providers, passes=passes, peer=peer, peer_arguments=peer_arguments
+            )
             # Unregistered: neither trained nor stored. `_apply` moves them along.
             self.__dict__["teacher"] = teacher
             self.__dict__["method"] = method
@@ -215,7 +186,7 @@ class Distiller(nn.Module):
             self._add_heads(student_layout, needed=example_shape is not None)
         # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
         self.training = self._core.training = student.training
-        for part in (self._core.providers, self._core.heads):
+        for part in (self._core.providers, self._core.heads, peer):
             if part is not None:
                 part.train(student.training)
 
@@ -225,11 +196,12 @@ class Distiller(nn.Module):
         build_heads = getattr(self.method, "build_heads", None)
         if build_heads is not None or (self._reader is not None and needed):
             example = layout().example()
-            models = [core, *([self.teacher] if isinstance(self.teacher, Teacher) else [])]
+            models = [core, *([self.teacher] if isinstance(self.teacher, nn.Module) else [])]
             with undisturbed(*models):
                 from_teacher = self._reader.example(example) if self._reader is not None else {}
                 given = given_values(self._from_teacher_alone(), example, {}, from_teacher)
-                outputs = core(example, given)
+                further = {images_key(name): example for name in self._further_images()}
+                outputs = core(example, {**given, **further})
             self._check_classes(outputs["logits"], given)
             if build_heads is not None:
                 values = {**given, **_read_values(outputs)}
@@ -242,6 +214,17 @@ class Distiller(nn.Module):
 
     def _from_teacher_alone(self) -> dict[str, Signal]:
         return {name: signal for name, signal in self._reads.items() if reads_teacher(signal)}
+
+    def _further_images(self) -> list[str]:
+        """Names of the batch's extras that are images for a further forward of the student."""
+        return [*dict.fromkeys(s.images for s in self._reads.values() if isinstance(s, Again))]
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of what the batch must bring besides images and labels, for `forward`."""
+        named = [s.name for s in self._reads.values() if isinstance(s, FromBatch)]
+        stored = ["index", "draw"] if isinstance(self._reader, CacheReader) else []
+        return (*dict.fromkeys([*named, *self._further_images(), *stored]),)
 
     @property
     def _core(self) -> Trainable:
@@ -280,7 +263,7 @@ class Distiller(nn.Module):
                 another number of classes and no class map.
         """
         given = self._given(images, target, extras)
-        outputs = self.trainable(images, given if self._core.heads is not None else None)
+        outputs = self.trainable(images, self._for_trainable(given))
         logits: Tensor = outputs["logits"]
         self._check_classes(logits, given)
         task = self.task_loss(logits, target)
@@ -290,7 +273,7 @@ class Distiller(nn.Module):
         heads = [logits]
         if self.method is not None:
             read = _read_values(outputs)
-            values = {**given, **read}
+            values = {**self._arguments(given), **read}
             distilled = self.method(**values)
             if self.detailed and self._gives_parts:
                 # Beside the loss itself, so that a look at its parts changes not one bit of it.
@@ -323,6 +306,17 @@ class Distiller(nn.Module):
         from_teacher = self._reader.read(images, extras) if self._reader is not None else {}
         return given_values(self._reads, target, extras, from_teacher)
 
+    def _for_trainable(self, given: Mapping[str, Value]) -> Mapping[str, Value] | None:
+        """What the trained module needs of the values from outside."""
+        if self._core.heads is not None:
+            return given
+        further = {key: given[key] for key in map(images_key, self._further_images())}
+        return further or None
+
+    def _arguments(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The values from outside that the method reads itself."""
+        return {name: value for name, value in given.items() if name in self._reads}
+
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
         for argument, signal in self._reads.items():
             value = given.get(argument)
@@ -344,18 +338,20 @@ class Distiller(nn.Module):
                 f"{type(self.method).__name__} has a memory, and {_MOST_KEPT} batches wait for it: "
                 "call distiller.after_step() after each optimizer.step()"
             )
-        self._kept.append({name: _detached(value) for name, value in values.items()})
+        names = getattr(self._core.heads, "remembers", None) or values
+        self._kept.append({name: _detached(values[name]) for name in names})
 
     def after_step(self) -> None:
         """Let the method's memory take in the batches since the last call.
 
-        Call it after `optimizer.step()`; only methods with a memory need it.
+        Call it after `optimizer.step()`; only methods with a memory need it. On several processes,
+        whose batches must be of one size then, it takes in those of all.
         """
         update = getattr(self._core.heads, "after_step", None)
         if update is not None:
             with torch.no_grad():
                 for values in self._kept:
-                    update(values)
+                    update(_of_all_processes(values))
         self._kept = []
 
     def forget_step(self) -> None:
@@ -384,14 +380,13 @@ class Distiller(nn.Module):
             **extras: As in `forward`.
         """
         with torch.no_grad():
-            given = self._given(images, target, extras)
-            outputs = self._core(images, given)
-            logits = outputs["logits"]
-            assert isinstance(logits, Tensor)
             of_method = getattr(self.method, "soft_labels", None)
             if of_method is not None:
-                values = {**given, **_read_values(outputs), "target": target}
+                given = self._given(images, target, extras)
+                outputs = self._core(images, given)
+                values = {**self._arguments(given), **_read_values(outputs), "target": target}
                 return cast("SoftLabels", of_method(**values))
+            logits = self.student(images)
             of_task = getattr(self.task_loss, "soft_labels", None)
             if of_task is not None:
                 return cast("SoftLabels", of_task(logits, target))
@@ -445,6 +440,33 @@ def _cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None = No
     return summed / kept
 
 
+def _check_needed(
+    method: nn.Module | None, what: str, given: object, needed: bool, remedy: str
+) -> None:
+    name = "training without a method" if method is None else type(method).__name__
+    if needed and given is None:
+        raise ValueError(f"{name} reads from a {what}: pass {remedy}")
+    if given is not None and not needed:
+        raise ValueError(f"{name} reads from no {what}, but one is given: leave it out")
+
+
+def _of_all_processes(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values of the batches of all processes together, in the order of the processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return dict(values)
+
+    def gathered(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    return {
+        name: gathered(value) if isinstance(value, Tensor) else [gathered(v) for v in value]
+        for name, value in values.items()
+    }
+
+
 def _logits_among(read: Mapping[str, Value]) -> list[Tensor]:
     """What the method reads from the student that is [B, C] and has a gradient."""
     logits = cast("Tensor | None", read.get("logits"))
@@ -461,7 +483,7 @@ def _logits_among(read: Mapping[str, Value]) -> list[Tensor]:
 
 
 def _split_taps(
-    taps: Mapping[str, str], network: Teacher | None
+    taps: Mapping[str, str], network: Teacher | Teachers | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     of_student = {k: v for k, v in taps.items() if not k.startswith("teacher.")}
     of_teacher = {k.removeprefix("teacher."): v for k, v in taps.items() if k not in of_student}

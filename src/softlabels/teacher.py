@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from softlabels.weights import load_weights
 
-__all__ = ["Normalization", "Teacher"]
+__all__ = ["Normalization", "Teacher", "Teachers", "ensembled"]
 
 Normalization: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
@@ -132,6 +133,58 @@ class Teacher(nn.Module):
                 f"class_map names class {int(self.class_index.max())}, "
                 f"the teacher has {num_classes} classes"
             )
+
+
+class Teachers(nn.Module):
+    """Several teachers of one student.
+
+    Args:
+        teachers: One or more; plain modules are wrapped in a `Teacher`.
+
+    Raises:
+        TypeError: One of them is no module.
+        ValueError: There is none.
+    """
+
+    teachers: nn.ModuleList
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not teachers:
+            raise ValueError("teachers must be one or more, got none")
+        self.teachers = nn.ModuleList(
+            each if isinstance(each, Teacher) else Teacher(each) for each in teachers
+        )
+
+    @property
+    def all(self) -> list[Teacher]:
+        """The teachers, in their order."""
+        return [cast("Teacher", teacher) for teacher in self.teachers]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What all teachers together say, [B, C]; see `ensembled`."""
+        return ensembled([teacher(images) for teacher in self.teachers])
+
+
+def ensembled(logits: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean prediction, [B, C]; the logits themselves if there is one.
+
+    Args:
+        logits: [B, C] of each teacher.
+
+    Raises:
+        ValueError: They differ in their classes.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    widths = [each.shape[1] for each in logits]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"teachers must have the same classes, got {widths}: pass "
+            "Teacher(model, class_map=[...]) with the student's classes for each"
+        )
+    predictions = torch.stack([each.float().log_softmax(1) for each in logits])
+    return predictions.logsumexp(0) - math.log(len(logits))
 
 
 def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

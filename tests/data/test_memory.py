@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from softlabels.data import DataInfo
+from softlabels.data import Batch, DataInfo
 from softlabels.data.augment import Noise
 from softlabels.data.memory import InMemorySource, Split, channel_statistics
 
@@ -59,6 +59,34 @@ def test_two_processes_read_what_one_reads(memory_source):
     for w, a, b in zip(whole, first, second, strict=True):
         assert torch.equal(torch.cat((a.images[:2], b.images, a.images[2:])), w.images)
         assert torch.equal(torch.cat((a.target[:2], b.target, a.target[2:])), w.target)
+
+
+def test_further_images_are_those_that_they_should_be(memory_source):
+    for batch in read(memory_source, extras=("second_view", "partner")):
+        second, partner = (
+            Batch(batch.extras[name], batch.target, batch.index)
+            for name in ("second_view", "partner")
+        )
+        assert torch.equal(names(second), batch.index)
+        assert torch.equal(names(partner) % 4, batch.target)
+        assert (names(partner) != batch.index).all()
+
+
+def test_further_images_follow_the_epoch_and_the_draw(memory_source):
+    def second_view(epoch, draw):
+        (batch,) = read(
+            memory_source, epoch=epoch, draw=draw, batch_size=26, extras=["second_view"]
+        )
+        order = batch.index.argsort()
+        return batch.images[order], batch.extras["second_view"][order]
+
+    (images, first), (same, other), (_, third) = (
+        second_view(*place) for place in ((0, (7, 0)), (1, (7, 0)), (0, (7, 1)))
+    )
+    assert torch.equal(images, same)  # a draw that returns shows the same images beside new ones
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, third)
+    assert torch.equal(second_view(2, None)[1], second_view(2, (3, 2))[1])
 
 
 def test_reading_leaves_the_running_generators_alone(memory_source):

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from softlabels.data import Batch, MixupCutmix
+from softlabels.data import Batch, MixupCutmix, mixup_extras
 from softlabels.data.batch import rank_positions
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -95,6 +98,79 @@ def test_batches_that_cannot_be_mixed_are_refused():
         mixer(Batch(BATCH.images[:7], BATCH.target[:7], BATCH.index[:7]), **PLACE)
     with pytest.raises(ValueError, match=r"needs class indices \[B\], got a target of \(8, 5\)"):
         mixer(mixer(BATCH, **PLACE), **PLACE)
+
+
+def test_second_views_are_mixed_as_the_images_are():
+    mixer = MixupCutmix(num_classes=5)
+    second = replace(BATCH, images=BATCH.images.flip(3).square())
+    for step in range(6):
+        place = {**PLACE, "step": step}
+        extras = {"second_view": second.images, "more": BATCH.index}
+        mixed = mixer(replace(BATCH, extras=extras), **place)
+        assert torch.equal(mixed.images, mixer(BATCH, **place).images)
+        assert torch.equal(mixed.extras["second_view"], mixer(second, **place).images)
+        assert mixed.extras["more"] is BATCH.index
+        assert extras["second_view"] is second.images
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("partner", "a partner needs images of one class each, mixed images have two"),
+        ("mixup", "expected mixup_extras after this mixing"),
+    ],
+)
+def test_further_images_that_cannot_be_mixed_are_refused(name, message):
+    mixer = MixupCutmix(num_classes=5)
+    with pytest.raises(ValueError, match=message):
+        mixer(replace(BATCH, extras={name: BATCH.images}), **PLACE)
+
+
+def test_mixup_extras_stand_beside_the_batch():
+    before = BATCH.images.clone()
+    batch = mixup_extras(replace(BATCH, extras={"more": BATCH.index}), alpha=0.4, **PLACE)
+    assert torch.equal(batch.images, before)
+    assert batch.target is BATCH.target
+    assert batch.extras["more"] is BATCH.index
+    weight, index = batch.extras["mixup_weight"], batch.extras["mixup_index"]
+    assert index.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert (weight.shape, weight.dtype, len(weight.unique())) == ((8,), torch.float32, 1)
+    share = weight[:, None, None, None]
+    expected = share * before + (1 - share) * before[index]
+    torch.testing.assert_close(batch.extras["mixup"], expected)
+
+
+def test_two_processes_make_the_mixup_extras_of_one():
+    whole = mixup_extras(BATCH, alpha=0.4, **PLACE)
+    for rank in (0, 1):
+        positions = rank_positions(8, rank, 2)
+        part = mixup_extras(share(rank, 2), alpha=0.4, **PLACE).extras
+        assert torch.equal(part["mixup"], whole.extras["mixup"][positions])
+        assert torch.equal(positions[part["mixup_index"]], 7 - positions)
+        assert torch.equal(part["mixup_weight"], whole.extras["mixup_weight"][:4])
+
+
+def test_the_weights_of_mixup_extras_are_beta_distributed_and_belong_to_the_place():
+    def weight(alpha, **place):
+        return mixup_extras(TINY, alpha=alpha, **{**PLACE, **place}).extras["mixup_weight"][0]
+
+    TINY = Batch(torch.zeros(2, 1, 1, 1), torch.zeros(2).long(), torch.arange(2))
+    for alpha in (0.2, 1.0):
+        weights = np.array([weight(alpha, step=step) for step in range(400)])
+        # A Beta distribution of two equal parameters has the variance 1 / (4 * (2 * alpha + 1)).
+        assert weights.mean() == pytest.approx(0.5, abs=0.07)
+        assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
+    places = ({}, {"seed": 2}, {"epoch": 3}, {"step": 4})
+    assert len({float(weight(0.4, **place)) for place in places}) == 4
+    assert weight(0.4) == weight(0.4)
+
+
+def test_mixup_extras_refuse_what_cannot_be_mixed():
+    with pytest.raises(ValueError, match=r"alpha must be above 0, got 0\.0"):
+        mixup_extras(BATCH, alpha=0.0, **PLACE)
+    odd = Batch(BATCH.images[:7], BATCH.target[:7], BATCH.index[:7])
+    with pytest.raises(ValueError, match="batch of even size, got 7 images"):
+        mixup_extras(odd, alpha=0.4, **PLACE)
 
 
 @pytest.mark.parametrize(

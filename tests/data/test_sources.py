@@ -12,6 +12,7 @@ from files import (
     write_cifar,
     write_imagenet,
     write_inat21,
+    write_shards,
     write_tiny_imagenet,
 )
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -26,11 +27,19 @@ NAMES = {
     "imagenet": tuple(f"n{index:08}" for index in range(1000)),
     "inat21": SPECIES,
     "hf": ("ant", "bee"),
+    "webdataset": ("0", "1"),
     "cifar10": ("airplane", "automobile"),
     "cifar100": ("apple", "baby", "pear"),
 }
-FILES = ("tiny_imagenet", "imagenet", "inat21", "hf")  # sources that read images one by one
+FILES = (
+    "tiny_imagenet",
+    "imagenet",
+    "inat21",
+    "hf",
+    "webdataset",
+)  # sources that read images one by one
 MEMORY = ("cifar10", "cifar100")
+FURTHER = ("second_view", "partner")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +53,14 @@ def places(tmp_path_factory):
             "imagenet": write_imagenet(root / "imagenet"),
             "inat21": write_inat21(root / "inat"),
             "hf": root / "hf",
+            "webdataset": write_shards(root / "shards"),
             "cifar10": write_cifar(root / "c10", CIFAR10, patch, list(NAMES["cifar10"])),
             "cifar100": write_cifar(root / "c100", CIFAR100, patch, list(NAMES["cifar100"])),
         }
 
 
 def read(source, **changes):
-    settings = {"seed": 3, "epoch": 1, "batch_size": 4, "device": "cpu"}
+    settings = {"seed": 3, "epoch": 1, "batch_size": 4, "extras": FURTHER, "device": "cpu"}
     return list(source.train_batches(**{**settings, **changes}))
 
 
@@ -59,14 +69,16 @@ def assert_equal(ours, theirs):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.target, b.target)
         assert torch.equal(a.index, b.index)
+        assert a.extras.keys() == b.extras.keys()
+        assert all(torch.equal(x, b.extras[name]) for name, x in a.extras.items())
 
 
 # ImageNet's thousand images take long to read and are files as those of TinyImageNet.
-@pytest.fixture(params=["tiny_imagenet", "inat21", "hf", *MEMORY, "noise"])
+@pytest.fixture(params=["tiny_imagenet", "inat21", "hf", "webdataset", *MEMORY, "noise"])
 def source(request, places):
     kind = request.param
     if kind == "noise":
-        opened = open_source("noise", num_train=14, num_test=6, image_size=16)
+        opened = open_source("noise", num_classes=5, num_train=14, num_test=6, image_size=16)
     elif kind in MEMORY:
         opened = open_source(kind, str(places[kind]))
     else:
@@ -86,7 +98,7 @@ def test_facts(places, kind):
     assert source.info.image_size == (size, size)
 
 
-@pytest.mark.parametrize("kind", ["tiny_imagenet", "inat21", "hf"])
+@pytest.mark.parametrize("kind", ["tiny_imagenet", "inat21", "hf", "webdataset"])
 def test_every_image_is_read_with_its_own_label(places, kind):
     source = open_source(kind, str(places[kind]), workers=0, **PLAIN)
     train, test = (
@@ -101,6 +113,7 @@ def test_every_image_is_read_with_its_own_label(places, kind):
         "tiny_imagenet": [halves[0], [0, 1] * 3],
         "inat21": halves,
         "hf": [[0, 1] * 7, [0, 1] * 3],
+        "webdataset": [[0, 1] * 7, [0, 1] * 3],
     }
     assert targets == expected[kind]
 
@@ -110,7 +123,8 @@ def test_workers_do_not_change_what_is_read(places, kind):
     results = []
     for workers in (0, 1, 2):
         source = open_source(kind, str(places[kind]), workers=workers, lighting=0.1, **RANDOM)
-        steps = source.train_batches(seed=3, epoch=1, batch_size=4, device="cpu")
+        extras = FURTHER if kind != "imagenet" else FURTHER[:1]  # it has one image a class
+        steps = source.train_batches(seed=3, epoch=1, batch_size=4, extras=extras, device="cpu")
         results.append([next(steps) for _ in range(3)])
         source.close()
     for other in results[1:]:
@@ -136,6 +150,53 @@ def test_two_processes_read_what_one_reads(source):
     for w, a, b in zip(whole, first, second, strict=True):
         assert torch.equal(torch.cat((a.images[:1], b.images, a.images[1:])), w.images)
         assert torch.equal(torch.cat((a.target[:1], b.target, a.target[1:])), w.target)
+        for name in FURTHER:
+            x, y = a.extras[name], b.extras[name]
+            assert torch.equal(torch.cat((x[:1], y, x[1:])), w.extras[name])
+
+
+def test_further_images_leave_the_images_as_they_are(source):
+    for plain, full in zip(read(source, extras=()), read(source), strict=True):
+        assert plain.extras == {}
+        assert torch.equal(plain.images, full.images)
+
+
+def test_a_second_view_is_another_draw_of_the_same_images(source):
+    ours = torch.cat([batch.images for batch in read(source)])
+    second = torch.cat([batch.extras["second_view"] for batch in read(source)])
+    assert second.shape == ours.shape
+    assert (second != ours).flatten(1).any(dim=1).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("kind", ["tiny_imagenet", "inat21", "hf", "webdataset"])
+def test_partners_are_other_images_of_the_class(places, kind):
+    source = open_source(kind, str(places[kind]), workers=0, **PLAIN)
+    (views,) = source.train_views(draw=(0, 0), batch_size=50, device="cpu")
+    for epoch in range(3):
+        (batch,) = read(source, batch_size=14, epoch=epoch)
+        assert torch.equal(batch.extras["second_view"], batch.images)  # no draw is made
+        partners = (batch.extras["partner"].amin(dim=(1, 2, 3)) * 255).round().long()
+        assert torch.equal(views.target[partners], batch.target)
+        assert (partners != batch.index).all()
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "noise"])
+def test_a_class_with_one_image_has_no_partners(places, kind):
+    path, settings = str(places["imagenet"]), {}
+    if kind == "noise":
+        path, settings = None, {"num_train": 10, "num_classes": 9}
+    source = open_source(kind, path, **settings)
+    name = "n00000000" if kind == "imagenet" else "1"
+    message = rf"needs two training images of each class, class '{name}' has 1, and so have"
+    with pytest.raises(ValueError, match=message):
+        source.train_batches(
+            seed=0, epoch=0, batch_size=4, extras=["partner"], device="cpu"
+        )  # the call, not the first batch
+
+
+def test_unknown_further_images_are_told(source):
+    with pytest.raises(ValueError, match=r"further images 'third_view', .* second_view, partner"):
+        source.train_batches(seed=0, epoch=0, batch_size=4, extras=["third_view"], device="cpu")
 
 
 def test_the_test_set_is_read_once(source):

@@ -1,7 +1,7 @@
 """Data sources, augmentation, mixing and randomness."""
 
 from softlabels.data.batch import Batch, DataInfo, DataSource
-from softlabels.data.mixup import MixupCutmix
+from softlabels.data.mixup import MixupCutmix, mixup_extras
 from softlabels.data.source import open_source
 
-__all__ = ["Batch", "DataInfo", "DataSource", "MixupCutmix", "open_source"]
+__all__ = ["Batch", "DataInfo", "DataSource", "MixupCutmix", "mixup_extras", "open_source"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -21,12 +21,15 @@ class Batch:
         index: [B] int64 on the CPU, the samples' indices in their split.
         draw: [B] int64 on the CPU, the number of the augmentation's draw that each image shows;
             None for test images.
+        extras: Further tensors by name, on the images' device, such as the `extras` that
+            `DataSource.train_batches` was asked for.
     """
 
     images: Tensor
     target: Tensor
     index: Tensor
     draw: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ class DataInfo:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        for field in ("mean", "std"):
-            values: tuple[float, ...] = getattr(self, field)
+        for name in ("mean", "std"):
+            values: tuple[float, ...] = getattr(self, name)
             if len(values) != self.in_channels:
                 raise ValueError(
-                    f"{field} must have one number for each of {self.in_channels} channels,"
+                    f"{name} must have one number for each of {self.in_channels} channels,"
                     f" got {values}"
                 )
         if min(self.std) <= 0:
@@ -123,9 +126,12 @@ class DataSource(Protocol):
         world_size: int = 1,
         start_step: int = 0,
         draw: tuple[int, int] | None = None,
+        extras: Collection[str] = (),
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read this process's share of each training batch of an epoch.
+
+        A source that takes no `extras` serves all methods that ask for none.
 
         Args:
             seed: The run's seed.
@@ -136,13 +142,19 @@ class DataSource(Protocol):
             world_size: Number of processes.
             start_step: First step to read; those before it are skipped without reading.
             draw: (seed, number) that the augmentation's draws belong to; None: (seed, epoch).
+            extras: Names of further images, normalised as the images and of their shape, that each
+                batch carries in `Batch.extras`. They too are functions of the seed, the epoch and
+                the sample's index, and of `draw`. `"second_view"`: the same images under another
+                draw of the augmentation. `"partner"`: for each image another training image of
+                its class, each of them with the same probability, under a draw of its own.
             device: Where the batches shall lie.
 
         Yields:
             Batches of `batch_size / world_size` samples.
 
         Raises:
-            ValueError: If a size, the rank or the step makes no sense.
+            ValueError: If a size, the rank or the step makes no sense, the source does not give
+                such further images, or partners are asked for where a class has a single image.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 # The fields' types are also read where subclasses are defined, so they are not deferred to text.
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.further_images import NOTHING_FURTHER, FurtherImages, check_further_images
 from softlabels.data.randomness import permutation
 from softlabels.data.reading import BadImages, ImageReader, Images, Split, View
 from softlabels.data.transforms import (
@@ -51,7 +52,9 @@ class ImageSource:
         mean: Mean of the red, green and blue channel, for images in 0..1.
         std: Standard deviation of the three channels, for images in 0..1.
         bad_images: What to do about an image that cannot be read. `"error"`: stop. `"skip"`:
-            warn once; in training read the next good image instead, in testing leave it out.
+            warn once; in training read the next good image instead, in testing leave it out. For a
+            partner that cannot be read, another image of the class stands in; where there is none,
+            the next good image that has a partner is read in place of the two.
         max_bad_images: How many different ones may be skipped before the run stops after all.
         max_worker_restarts: How many times worker processes that died are replaced by new ones.
 
@@ -177,9 +180,11 @@ class ImageSource:
         world_size: int = 1,
         start_step: int = 0,
         draw: tuple[int, int] | None = None,
+        extras: Collection[str] = (),
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read training batches; see `DataSource`."""
+        check_further_images(extras, self._images["train"].targets, self._info.class_names)
         steps = train_indices(
             self._order(seed, epoch),
             batch_size=batch_size,
@@ -187,7 +192,8 @@ class ImageSource:
             world_size=world_size,
             start_step=start_step,
         )
-        return self._read("train", steps, draw or (seed, epoch), torch.device(device))
+        further = FurtherImages(tuple(extras), seed, epoch)
+        return self._read("train", steps, draw or (seed, epoch), torch.device(device), further)
 
     def train_views(
         self,
@@ -216,12 +222,19 @@ class ImageSource:
         self._reader.close()
 
     def _read(
-        self, what: str, steps: Iterator[Tensor], draw: tuple[int, int], device: torch.device
+        self,
+        what: str,
+        steps: Iterator[Tensor],
+        draw: tuple[int, int],
+        device: torch.device,
+        further: FurtherImages = NOTHING_FURTHER,
     ) -> Iterator[Batch]:
         """Let the workers read, and move what they send to the device."""
         split: Split = "test" if what == "test" else "train"
         replaced = what == "train"
-        views = ([View(split, *draw, i, replaced) for i in step.tolist()] for step in steps)
+        views = (
+            [View(split, *draw, i, replaced, further) for i in step.tolist()] for step in steps
+        )
         for samples in self._reader.read(views, pin=device.type == "cuda"):
             if samples.images is None:
                 if what == "train":
@@ -232,4 +245,5 @@ class ImageSource:
                 samples.targets.to(device, non_blocking=True),
                 samples.indices,
                 None if what == "test" else torch.full_like(samples.indices, draw[1]),
+                {n: x.to(device, non_blocking=True) for n, x in samples.extras.items()},
             )

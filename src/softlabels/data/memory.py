@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Protocol
 
@@ -14,6 +15,13 @@ from torch import Tensor
 
 from softlabels.data.augment import Augmentation
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.further_images import (
+    NOTHING_FURTHER,
+    PARTNER,
+    FurtherImages,
+    Partners,
+    check_further_images,
+)
 from softlabels.data.randomness import permutation
 
 _CHUNK = 256
@@ -224,9 +232,12 @@ class InMemorySource:
         world_size: int = 1,
         start_step: int = 0,
         draw: tuple[int, int] | None = None,
+        extras: Collection[str] = (),
         device: torch.device | str,
     ) -> Iterator[Batch]:
         """Read training batches; see `DataSource`."""
+        if extras:
+            check_further_images(extras, self._train_targets, self._info.class_names)
         steps = train_indices(
             permutation(seed, epoch, self.num_train),
             batch_size=batch_size,
@@ -236,7 +247,8 @@ class InMemorySource:
         )
         self._train = self._train.to(torch.device(device))
         view = (seed, epoch) if draw is None else draw
-        return (self._batch(self._train, index, self._augmentation, view) for index in steps)
+        further = FurtherImages(tuple(extras), seed, epoch)
+        return (self._train_batch(index, view, further) for index in steps)
 
     def train_views(
         self,
@@ -250,7 +262,7 @@ class InMemorySource:
         """Read training images in the order of their indices; see `DataSource`."""
         self._train = self._train.to(torch.device(device))
         parts = torch.arange(self.num_train)[start:stop].split(batch_size)
-        return (self._batch(self._train, part, self._augmentation, draw) for part in parts)
+        return (self._train_batch(part, draw, NOTHING_FURTHER) for part in parts)
 
     def fingerprints(self) -> dict[str, str]:
         """What the training views depend on; see `DataSource`."""
@@ -269,25 +281,46 @@ class InMemorySource:
             self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
         )
         self._test = self._test.to(torch.device(device))
-        return (self._batch(self._test, index, None) for index in parts)
+        return (self._test_batch(index) for index in parts)
 
     def close(self) -> None:
         """Do nothing: there are no workers to end."""
 
-    def _batch(
-        self,
-        split: Part,
-        index: Tensor,
-        augmentation: Augmentation | None,
-        view: tuple[int, int] | None = None,
-    ) -> Batch:
-        """Gather, augment and normalise some samples of a split on its device."""
-        rows = index.to(split.target.device)
-        images = split.read(rows)
-        if augmentation is not None and view is not None:
-            images = augmentation(images, rows, *view)
+    @property
+    def _train_targets(self) -> NDArray[np.int64]:
+        targets: NDArray[np.int64] = self._train.target.cpu().numpy()
+        return targets
+
+    @cached_property
+    def _partners(self) -> Partners:
+        return Partners(self._train_targets)
+
+    def _train_batch(self, index: Tensor, draw: tuple[int, int], further: FurtherImages) -> Batch:
+        """Gather, augment and normalise training samples on their device."""
+        rows = index.to(self._train.target.device)
+        images = self._train.read(rows)
+        extras = {}
+        for name in further.names:
+            shown = images
+            if name == PARTNER:
+                partners = self._partners.of(index, seed=further.seed, epoch=further.epoch)
+                shown = self._train.read(partners.to(rows.device))
+            extras[name] = self._augmented(shown, rows, *further.key(name, draw))
+        images = self._augmented(images, rows, *draw)
+        target = self._train.target[rows]
+        return Batch(images, target, index, torch.full_like(index, draw[1]), extras)
+
+    def _test_batch(self, index: Tensor) -> Batch:
+        rows = index.to(self._test.target.device)
+        return Batch(self._normalised(self._test.read(rows)), self._test.target[rows], index)
+
+    def _augmented(self, images: Tensor, rows: Tensor, *key: int | str) -> Tensor:
+        if self._augmentation is not None:
+            images = self._augmentation(images, rows, *key)
+        return self._normalised(images)
+
+    def _normalised(self, images: Tensor) -> Tensor:
         shape = (1, self._info.in_channels, 1, 1)
         mean = images.new_tensor(self._info.mean).view(shape)
         std = images.new_tensor(self._info.std).view(shape)
-        draw = None if view is None else torch.full_like(index, view[1])
-        return Batch((images - mean).div_(std), split.target[rows], index, draw)
+        return (images - mean).div_(std)

@@ -9,7 +9,8 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabels.data.decoding import DECODING_ERRORS
+from softlabels.data.further_images import NOTHING_FURTHER, PARTNER, FurtherImages, Partners
 from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 
@@ -64,6 +66,7 @@ class View:
         index: The image.
         replaced: Whether the next good image stands in for one that cannot be read, so that
             batches keep their size; else it is left out.
+        further: What the sample carries besides; of training images alone.
     """
 
     split: Split
@@ -71,6 +74,7 @@ class View:
     draw: int
     index: int
     replaced: bool = False
+    further: FurtherImages = NOTHING_FURTHER
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class _Sample:
     target: int
     index: int
     bad: list[tuple[str, str]]
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Samples(NamedTuple):
@@ -90,6 +95,7 @@ class Samples(NamedTuple):
     targets: Tensor
     indices: Tensor
     bad: list[tuple[str, str]]
+    extras: dict[str, Tensor]
 
 
 def _collate(samples: list[_Sample]) -> Samples:
@@ -100,6 +106,9 @@ def _collate(samples: list[_Sample]) -> Samples:
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
         [entry for sample in samples for entry in sample.bad],
+        {name: torch.stack([s.extras[name] for s in good]) for name in good[0].extras}
+        if good
+        else {},
     )
 
 
@@ -128,19 +137,61 @@ class _Views(Dataset[_Sample]):
 
     def __getitem__(self, view: View) -> _Sample:
         images, bad = self._images[view.split], list[tuple[str, str]]()
-        tries = min(len(images), 1 + self._replacements) if view.replaced else 1
+        # So many that there are more unreadable ones than allowed if all are in vain: of an image
+        # and its partner, each of which may be the unreadable one, one stands for two tries.
+        most = (1 + self._replacements) * (2 if PARTNER in view.further.names else 1)
+        tries = min(len(images), most) if view.replaced else 1
         for offset in range(tries):
             index = (view.index + offset) % len(images)
-            try:
-                image = images.read(index)
-            except DECODING_ERRORS as error:
-                bad.append((images.name(index), f"{type(error).__name__}: {error}"))
+            image = _image(images, index, bad)
+            if image is None:
+                continue
+            further = self._further(view, index, image, bad)
+            if further is None:
                 continue
             # The draws are the image's own, also where it stands in for another.
             with seeded(view.seed, view.draw, index, "augment"):
                 tensor = self._transforms[view.split](image)
-            return _Sample(tensor, int(images.targets[index]), index, bad)
+            return _Sample(tensor, int(images.targets[index]), index, bad, further)
         return _Sample(None, -1, view.index, bad)
+
+    def _further(
+        self, view: View, index: int, image: Image.Image, bad: list[tuple[str, str]]
+    ) -> dict[str, Tensor] | None:
+        """What an image's sample carries besides; None if no partner of it can be read."""
+        made = {}
+        for name in view.further.names:
+            shown = self._partner(view, index, bad) if name == PARTNER else image
+            if shown is None:
+                return None
+            with seeded(*view.further.key(name, (view.seed, view.draw)), index):
+                made[name] = self._transforms[view.split](shown)
+        return made
+
+    def _partner(self, view: View, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
+        """The first readable one of the other images of a class, from the partner on."""
+        place = view.further
+        for skip in range(min(self._partners.num_others(index), 1 + self._replacements)):
+            partner = self._partners.of(
+                torch.tensor([index]), seed=place.seed, epoch=place.epoch, skip=skip
+            )
+            image = _image(self._images[view.split], int(partner), bad)
+            if image is not None:
+                return image
+        return None
+
+    @cached_property
+    def _partners(self) -> Partners:
+        return Partners(self._images["train"].targets)
+
+
+def _image(images: Images, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
+    """Read an image, or note why it cannot be read."""
+    try:
+        return images.read(index)
+    except DECODING_ERRORS as error:
+        bad.append((images.name(index), f"{type(error).__name__}: {error}"))
+        return None
 
 
 class ImageReader:

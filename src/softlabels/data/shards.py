@@ -243,6 +243,7 @@ class ShardSource(ImageSource):
     Order: the shards are permuted, and the images are permuted within each `shuffle_shards`
     consecutive ones. Reading stays within few shards at a time, which file systems and their
     caches like; with shards that hold sorted classes, take more, up to all for a full shuffle.
+    Partners (see `DataSource.train_batches`) are read from all shards.
 
     The further settings are those of every `ImageSource`.
 

@@ -22,7 +22,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Record:
-    """One call of one module in the dry run; `started` and `finished` count events."""
+    """One call of one module in the dry run; `started` and `finished` count events.
+
+    Outputs with the same `address` are one tensor, or views of it.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -30,6 +33,7 @@ class Record:
     has_parameters: bool
     started: int
     finished: int
+    address: int
 
 
 _Call: TypeAlias = tuple[Record, Tensor]
@@ -136,6 +140,7 @@ class DryRun:
                         next(module.parameters(), None) is not None,
                         start,
                         num_events,
+                        output.data_ptr(),
                     )
                     calls.append((record, output))
 

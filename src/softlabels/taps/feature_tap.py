@@ -14,6 +14,8 @@ __all__ = ["FeatureTap", "TapPoint", "find_module"]
 
 Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
 
+_INPUT = ":input"  # no dotted name has a colon
+
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
     """Return the module of `model` at the dotted `path`.
@@ -40,6 +42,10 @@ class _Recorder:
         self.tap = tap
         self.value: Tensor | None = None
 
+    def hooked(self, module: nn.Module) -> RemovableHandle:
+        """Hook the module."""
+        return module.register_forward_hook(self.record)
+
     def record(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if not self.tap.enabled:
             return
@@ -59,6 +65,19 @@ class _Recorder:
         return {**self.__dict__, "value": None}
 
 
+class _InputRecorder(_Recorder):
+    """Keeps one module's input, that of its last call: an activation may run more than once."""
+
+    def hooked(self, module: nn.Module) -> RemovableHandle:
+        """Hook the module."""
+        return module.register_forward_pre_hook(self.record_input)
+
+    def record_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.tap.enabled and args and isinstance(args[0], Tensor):
+            # What works in place would overwrite it.
+            self.value = args[0].clone() if getattr(module, "inplace", False) else args[0]
+
+
 class FeatureTap:
     """Collects the outputs of inner modules by forward hooks.
 
@@ -68,7 +87,8 @@ class FeatureTap:
 
     Args:
         model: Any module; it is not edited.
-        paths: Dotted names of inner modules, as in `model.named_modules()`.
+        paths: Dotted names of inner modules, as in `model.named_modules()`. `PATH:input` stands for
+            what goes into the module when it runs for the last time.
 
     Attributes:
         enabled: While False, forwards are not recorded.
@@ -89,12 +109,14 @@ class FeatureTap:
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         if isinstance(paths, str):
             paths = [paths]
-        modules = {path: find_module(model, path) for path in paths}
+        modules = {path: find_module(model, path.removesuffix(_INPUT)) for path in paths}
         self.enabled = True
-        self._recorders = {path: _Recorder(path, self) for path in modules}
+        self._recorders = {
+            path: (_InputRecorder if path.endswith(_INPUT) else _Recorder)(path, self)
+            for path in modules
+        }
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._recorders[path].record)
-            for path, module in modules.items()
+            self._recorders[path].hooked(module) for path, module in modules.items()
         ]
 
     @property
@@ -149,6 +171,7 @@ class TapPoint:
         class_token: Whether the first token is a class token.
         layer_norm: Whether a head on it begins with a LayerNorm over the channels, as in the
             published runs of Swin.
+        of_input: Whether the feature is what goes into the module.
     """
 
     path: str
@@ -159,6 +182,21 @@ class TapPoint:
     prefix_tokens: int = 0
     class_token: bool = False
     layer_norm: bool = False
+    of_input: bool = False
+
+    @property
+    def key(self) -> str:
+        """What a `FeatureTap` calls the feature."""
+        return f"{self.path}{_INPUT}" if self.of_input else self.path
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the feature has positions in rows and columns."""
+        positions = self.height * self.width
+        # Patch tokens whose number fits no grid are in one row.
+        return self.kind in ("NCHW", "NHWC") or (
+            self.kind == "tokens" and positions > 0 and (self.height > 1 or positions == 1)
+        )
 
     def pooled(self, feature: Tensor) -> Tensor:
         """[B, D]: mean over a map's positions; the class token, or the mean of the tokens."""

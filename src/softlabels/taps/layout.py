@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,8 +15,18 @@ from softlabels.taps.dry_run import DryRun, Record, example_shape_of, inside, un
 from softlabels.taps.feature_tap import FeatureTap, Kind, TapPoint, find_module
 from softlabels.taps.position_head import PositionHead
 from softlabels.taps.published import published_tap
+from softlabels.taps.stages import (
+    activation_after,
+    is_stage_name,
+    last_classifier,
+    norm_before,
+    numbered,
+    pyramid,
+)
 
 __all__ = ["Layout"]
+
+_NUM_SPACED = 4  # as many as the stages of most pyramids
 
 
 class Layout:
@@ -55,17 +65,113 @@ class Layout:
         self.example_shape = example_shape_of(model, example_shape)
         self.dry_run = DryRun(model, self.example_shape)
         self.num_classes = self.dry_run.num_classes
+        self._stages: list[str] | None = None
 
     def example(self) -> Tensor:
         """Two images of noise on the model's device, in its dtype."""
         return self.dry_run.example()
 
+    def expanded(self, stages: Sequence[str]) -> list[str]:
+        """Names of single stages, with `"stages"` replaced by all of the network."""
+        names: list[str] = []
+        for stage in stages:
+            count = range(len(self.stages())) if stage == "stages" else ()
+            names += [f"stage:{k}" for k in count] if stage == "stages" else [stage]
+        return names
+
+    def stages(self) -> list[str]:
+        """Paths of the stages, shallow to deep: one a resolution, or evenly spaced blocks.
+
+        Raises:
+            ValueError: No rule finds any.
+        """
+        if self._stages is None:
+            last = self._require_last()
+            if self.dry_run.size(last) is None:
+                blocks = self.blocks()
+                ends = (math.ceil(len(blocks) * k / _NUM_SPACED) for k in range(1, _NUM_SPACED + 1))
+                self._stages = [blocks[end - 1] for end in dict.fromkeys(ends)]
+            else:
+                self._stages = pyramid(self._model, self.dry_run, last, self._child_of_size)
+        return self._stages
+
+    def blocks(self) -> list[str]:
+        """Paths of the longest run of blocks of one class that return tokens.
+
+        Raises:
+            ValueError: There is no such run.
+        """
+        blocks = self._longest_run()
+        if len(blocks) < 2:
+            raise ValueError(
+                f"found no run of blocks with tokens in {type(self._model).__name__}, as vision "
+                "transformers have"
+            )
+        return blocks
+
+    def before_activation(self, stage: str) -> TapPoint:
+        """The tap for a stage, before the activation that ends it, if one does.
+
+        Where a network normalises a stage's output before it goes on (pre-activation networks),
+        it is what comes out of that norm.
+
+        Raises:
+            ValueError: As `point`.
+        """
+        point = self.point(stage)
+        place = self.dry_run.place(point.path)
+        norm = norm_before(self._model, self.dry_run, point.path)
+        follows = norm is not None and place is not None and self._starts_after(norm, place)
+        if norm is not None and follows:
+            point = self.at(norm)
+        activation = activation_after(self._model, self.dry_run, point.path)
+        if activation is None:
+            return point
+        return replace(point, path=activation, of_input=True)
+
+    def _starts_after(self, path: str, place: Record) -> bool:
+        record = self.dry_run.place(path)
+        return record is not None and record.started > place.finished
+
+    def norm(self, stage: str) -> nn.BatchNorm2d:
+        """The BatchNorm that the map of a stage before its activation comes out of.
+
+        Raises:
+            ValueError: There is none, or as `point`.
+        """
+        point = self.point(stage)
+        path = norm_before(self._model, self.dry_run, point.path)
+        module = None if path is None else find_module(self._model, path)
+        if not isinstance(module, nn.BatchNorm2d) or not module.affine:
+            raise ValueError(
+                f"needs a BatchNorm with weight and bias at the end of {point.path!r} of "
+                f"{type(self._model).__name__}, found none"
+            )
+        return module
+
+    def classifier(self) -> nn.Linear:
+        """The last layer, which makes the logits of the pooled feature.
+
+        Raises:
+            ValueError: The logits do not come out of a linear layer.
+        """
+        path = last_classifier(self._model, self.dry_run)
+        module = None if path is None else find_module(self._model, path)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"needs a linear classifier at the end of {type(self._model).__name__}, found none"
+            )
+        return module
+
     def point(self, stage: str) -> TapPoint:
-        """The tap for `"middle"`, `"last"`, or a dotted path.
+        """The tap for `"middle"`, `"last"`, `"stage:K"`, `"block:K"`, or a dotted path.
 
         Raises:
             ValueError: No such module, it gives no feature, or no rule finds the stage.
         """
+        if is_stage_name(stage):
+            of_blocks = stage.startswith("block:")
+            return self.at(numbered(stage, self.blocks() if of_blocks else self.stages()))
         path = self._overrides.get(stage)
         if path is not None or stage != "middle":
             return self.at(path or self.found(stage))
@@ -162,9 +268,15 @@ class Layout:
 
         return sorted(paths, key=finished)
 
-    def _child_of_size(self, size: tuple[int, int]) -> str | None:
+    def _child_of_size(
+        self, size: tuple[int, int], among: Collection[str] | None = None
+    ) -> str | None:
         """The last child with a map of this size, at the first level that has one."""
-        paths = [r.path for r in self.dry_run.places if self.dry_run.size(r) == size]
+        paths = [
+            r.path
+            for r in self.dry_run.places
+            if self.dry_run.size(r) == size and (among is None or r.path in among)
+        ]
         level = ""
         while True:
             children = self._children(level)
@@ -214,8 +326,8 @@ class Layout:
                 )
             level = stages[0] if stages and stages[0] in inner else inner[0]
 
-    def _middle_block(self) -> str:
-        """Block L/2 - 1 of the longest run of L blocks of one class that return tokens."""
+    def _longest_run(self) -> list[str]:
+        """Paths of the longest run of blocks of one class that return tokens."""
         best: list[str] = []
         for path, module in self._model.named_modules():
             run: list[str] = []
@@ -231,6 +343,11 @@ class Layout:
                 previous = type(child)
                 if len(run) > len(best):
                     best = run
+        return best
+
+    def _middle_block(self) -> str:
+        """Block L/2 - 1 of the longest run of L blocks of one class that return tokens."""
+        best = self._longest_run()
         if len(best) < 2:
             raise ValueError(
                 f"found no run of blocks in {type(self._model).__name__}; name a middle with "

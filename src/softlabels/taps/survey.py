@@ -16,6 +16,7 @@ from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module
 from softlabels.taps.layout import Layout
 from softlabels.taps.position_head import PositionHead
 from softlabels.taps.published import published_tap
+from softlabels.taps.stages import num_layers
 
 __all__ = ["Classifier", "Finding", "TapSurvey", "describe_taps"]
 
@@ -205,7 +206,7 @@ def _words(model: nn.Module, point: TapPoint) -> str:
         token = "class token and " if point.class_token else ""
         return f"{token}{size} patch tokens, {width}"
     module = find_module(model, point.path)
-    if _num_layers(module) < 2:
+    if num_layers(module) < 2:
         kind = "map"
     else:
         kind = "CNN stage" if _is_container(module) else "CNN block"
@@ -282,9 +283,9 @@ def _places(model: nn.Module, run: DryRun, classifier: Classifier | None) -> lis
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             child_path = f"{path}.{name}" if path else name
-            if _num_layers(child):
+            if num_layers(child):
                 paths.append(child_path)
-            if _num_layers(child) > 1 and _is_container(child):
+            if num_layers(child) > 1 and _is_container(child):
                 visit(child_path, child)
 
     visit("", model)
@@ -294,14 +295,6 @@ def _places(model: nn.Module, run: DryRun, classifier: Classifier | None) -> lis
         path for path in paths if path in finished and path != head and not inside(head, path)
     ]
     return sorted(places, key=finished.__getitem__)
-
-
-def _num_layers(module: nn.Module) -> int:
-    """Convolutions, linear layers and others with a matrix of weights."""
-    return sum(
-        any(parameter.dim() > 1 for parameter in part.parameters(recurse=False))
-        for part in module.modules()
-    )
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -320,7 +313,7 @@ def _is_row(modules: Sequence[nn.Module], least: int = 2) -> bool:
     blocks = Counter(
         type(module)
         for module in modules
-        if _num_layers(module) > 1 and not isinstance(module, nn.Sequential)
+        if num_layers(module) > 1 and not isinstance(module, nn.Sequential)
     )
     return max(blocks.values(), default=0) >= least
 

@@ -1,0 +1,430 @@
+"""CRD: each sample is told from many others by what the teacher makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softlabels.losses.checks import check_number, values_can_be_read
+from softlabels.losses.memory import Memory
+from softlabels.losses.nontarget import LossOutput, in_float32, reduce_parts
+from softlabels.losses.reads import Features, FromBatch, Signal, Target
+from softlabels.losses.vectors import check_vectors, the_only, unit_vectors
+
+__all__ = ["CRDLoss", "crd_loss", "crd_scores", "draw_negatives"]
+
+Value: TypeAlias = "Tensor | list[Tensor]"
+
+_EPSILON = 1e-7
+_GIB = 2**30
+
+
+def crd_scores(
+    embedding: Tensor,
+    memory: Tensor,
+    index: Tensor,
+    negative_index: Tensor,
+    *,
+    temperature: float = 0.07,
+) -> Tensor:
+    r"""Logarithms of CRD's scores before normalisation: :math:`v \cdot m_j / \tau`.
+
+    Args:
+        embedding: [B, D], of unit length (v). Gets the gradient.
+        memory: [n, D], what is remembered of each training sample (m). Gets none.
+        index: [B], the samples' own places in the memory, the positives.
+        negative_index: [B, K], places of the samples that each is told from.
+        temperature: tau, above 0.
+
+    Returns:
+        [B, 1 + K], the positive first; at least float32.
+
+    Raises:
+        TypeError: An embedding of a wrong dtype.
+        ValueError: A wrong shape or temperature.
+
+    Numerics: computed in float32 or wider, also under autocast. All n products are made where
+    that takes less memory than a copy of K rows for each sample.
+    """
+    check_number("temperature", temperature, positive=True)
+    if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
+        raise TypeError("embedding must be a floating-point tensor")
+    if embedding.dim() != 2 or memory.dim() != 2 or memory.shape[1] != embedding.shape[1]:
+        raise ValueError(
+            "embedding and memory must be [B, D] and [n, D], got "
+            f"{tuple(embedding.shape)} and {tuple(memory.shape)}"
+        )
+    batch_size = len(embedding)
+    fits = negative_index.dim() == 2 and negative_index.shape[0] == batch_size
+    if index.shape != (batch_size,) or not fits or negative_index.shape[1] < 1:
+        raise ValueError(
+            f"index and negative_index must be [{batch_size}] and [{batch_size}, K], got "
+            f"{tuple(index.shape)} and {tuple(negative_index.shape)}"
+        )
+    embedding = in_float32(embedding)
+    memory = in_float32(memory.detach()).to(embedding.dtype)
+    contrast = torch.cat((index.unsqueeze(1), negative_index), 1)
+    with torch.autocast(device_type=embedding.device.type, enabled=False):
+        if len(memory) <= contrast.shape[1] * memory.shape[1]:
+            products = (embedding @ memory.T).gather(1, contrast)
+        else:
+            products = (memory[contrast] @ embedding.unsqueeze(2)).squeeze(2)
+    return products / temperature
+
+
+@overload
+def crd_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    num_samples: int,
+    log_normalizers: Tensor | None = None,
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def crd_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    num_samples: int,
+    log_normalizers: Tensor | None = None,
+    return_parts: Literal[True],
+) -> LossOutput: ...
+
+
+def crd_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    num_samples: int,
+    log_normalizers: Tensor | None = None,
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
+    r"""CRD: each sample is told from many others by what the teacher makes of it.
+
+    Tian et al., "Contrastive Representation Distillation", ICLR 2020 (arXiv 1910.10699),
+    equations 9-19; code HobbitLong/RepDistiller.
+
+    .. math::
+        L = \sum_{v \in \{S, T\}} -\frac{1}{B} \sum_b \Big[ \log \frac{P_{b0}}{P_{b0} + c}
+        + \sum_{k=1}^K \log \frac{K / n}{P_{bk} + c} \Big], \quad
+        P_{bk} = \frac{e^{s_{bk}}}{Z}, \quad c = \frac{K}{n} + 10^{-7}
+
+    ==========  =====================================================================
+    symbol      meaning
+    ==========  =====================================================================
+    s           scores; 0 is the sample itself, 1 to K the negatives
+    v           the student's embedding with the teacher's memory, and the reverse
+    n           `num_samples`
+    Z           normaliser of each v: n times the mean of exp(s) over the first batch
+    ==========  =====================================================================
+
+    Args:
+        student_scores: [B, 1 + K], of `crd_scores`: the student's embedding with the teacher's
+            memory, the positive first. Gets the gradient.
+        teacher_scores: [B, 1 + K], the teacher's with the student's memory. Gets the gradient,
+            which trains the teacher's embedding.
+        num_samples: Size of the training set.
+        log_normalizers: [2], logarithms of Z for the student and the teacher; None: of this
+            batch, without gradient.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"student"` and
+            `"teacher"`.
+
+    Returns:
+        A scalar: the mean over B of the sum over all 1 + K entries; in nats, at least float32.
+
+    Raises:
+        TypeError: Scores of a wrong dtype, or a `num_samples` that is no whole number.
+        ValueError: Scores that are not [B, 1 + K] of one shape, or a wrong size of the set.
+
+    Deviations: none in the value. The published code keeps exp(s) itself, which overflows in
+    float32 for temperatures below 0.0113; here everything stays a logarithm.
+
+    Numerics: computed in float32 or wider, also under autocast; finite for all finite scores.
+    Distributed: each sample by itself.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.zeros(1, 3)  # Z = n: each P is 1 / n, and c is 2 / n
+        >>> crd_loss(scores, scores, num_samples=8)  # 2 (log 3 + 2 log(3 / 2))
+        tensor(3.8191)
+    """
+    check_vectors(
+        student_scores, teacher_scores, ("student_scores", "teacher_scores"), same_widths=True
+    )
+    _check_count("num_samples", num_samples)
+    num_negatives = student_scores.shape[1] - 1
+    if num_negatives < 1:
+        raise ValueError("student_scores must hold a positive and at least one negative, got 1")
+    both = (in_float32(student_scores), in_float32(teacher_scores))
+    if log_normalizers is None:
+        log_normalizers = _log_normalizers(_log_means(both), num_samples)
+    elif log_normalizers.shape != (2,):
+        raise ValueError(f"log_normalizers must be [2], got {tuple(log_normalizers.shape)}")
+    log_noise = math.log(num_negatives / num_samples)
+    log_floor = math.log(num_negatives / num_samples + _EPSILON)
+    parts = {}
+    for name, scores, normalizer in zip(("student", "teacher"), both, log_normalizers, strict=True):
+        over = scores - normalizer.detach() - log_floor
+        found = -functional.logsigmoid(over[:, 0])
+        refused = -functional.logsigmoid(-over[:, 1:]) + (log_floor - log_noise)
+        parts[name] = (found + refused.sum(1)).mean()
+    output = reduce_parts(parts, "sum")
+    return output if return_parts else output.loss
+
+
+def _log_means(scores: Sequence[Tensor]) -> Tensor:
+    """Logarithm of each sample's mean of exp(s), [B, 2], without gradient."""
+    means = [of_one.detach().logsumexp(1) - math.log(of_one.shape[1]) for of_one in scores]
+    return torch.stack(means, 1)
+
+
+def _log_normalizers(log_means: Tensor, num_samples: int) -> Tensor:
+    """Logarithms of Z, [2], of all samples together."""
+    return log_means.logsumexp(0) + math.log(num_samples / len(log_means))
+
+
+def draw_negatives(labels: Tensor, classes: Tensor, index: Tensor, count: int) -> Tensor:
+    """Draw samples of other classes, each with the same probability, with torch's generator.
+
+    Args:
+        labels: [n] int64, the class of each training sample as far as it is known, else -1.
+        classes: [B] int64, the classes of the batch.
+        index: [B] int64, the batch's own places, which are left out in any case.
+        count: K.
+
+    Returns:
+        [B, K] int64. Where all samples are of one class, it is of that.
+    """
+    ordered, order = labels.scatter(0, index, classes).sort()
+    first = torch.searchsorted(ordered, classes).unsqueeze(1)
+    own = torch.searchsorted(ordered, classes, right=True).unsqueeze(1) - first
+    draws = torch.randint(2**62, (len(classes), count), device=labels.device)
+    place = draws % (len(labels) - own).clamp(min=1)
+    # The samples of a class lie side by side: step over them.
+    place = torch.where(place >= first, place + own, place)
+    return order[place.clamp(max=len(labels) - 1)]
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r:.60}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+class _Heads(Memory):
+    """Embeddings of both networks' features, and what is remembered of each sample."""
+
+    remembers = ("student_features", "teacher_features", "target", "index", "log_means")
+    student_memory: Tensor
+    teacher_memory: Tensor
+    labels: Tensor
+    log_normalizers: Tensor
+    begun: Tensor
+
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        *,
+        width: int,
+        num_samples: int,
+        num_negatives: int,
+        temperature: float,
+        momentum: float,
+    ) -> None:
+        super().__init__()
+        self.num_negatives = max(min(num_negatives, num_samples - 1), 1)
+        self.temperature = temperature
+        self.momentum = momentum
+        self.student_embedding = nn.Linear(widths[0], width)
+        self.teacher_embedding = nn.Linear(widths[1], width)
+        reach = math.sqrt(3 / width)  # rows of about unit length
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, torch.empty(num_samples, width).uniform_(-reach, reach))
+        self.register_buffer("labels", torch.full((num_samples,), -1))
+        self.register_buffer("log_normalizers", torch.zeros(2))
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        student_features = the_only("student_features", values["student_features"])
+        teacher_features = the_only("teacher_features", values["teacher_features"])
+        target, index = cast("Tensor", values["target"]), cast("Tensor", values["index"])
+        num_samples = len(self.labels)
+        if values_can_be_read(index) and not bool(((index >= 0) & (index < num_samples)).all()):
+            raise ValueError(
+                f"index must lie in [0, {num_samples}) for num_samples={num_samples}, got values "
+                f"from {int(index.min())} to {int(index.max())}"
+            )
+        student = unit_vectors(in_float32(self.student_embedding(student_features)))
+        teacher = unit_vectors(in_float32(self.teacher_embedding(teacher_features.detach())))
+        negatives = draw_negatives(self.labels, _classes(target), index, self.num_negatives)
+        scores = [
+            crd_scores(own, memory, index, negatives, temperature=self.temperature)
+            for own, memory in ((student, self.teacher_memory), (teacher, self.student_memory))
+        ]
+        log_means = _log_means(scores)
+        log_normalizers = torch.where(
+            self.begun, self.log_normalizers, _log_normalizers(log_means, num_samples)
+        )
+        return {
+            "student_features": [student],
+            "teacher_features": [teacher],
+            "scores": scores,
+            "log_normalizers": log_normalizers,
+            "log_means": log_means,
+        }
+
+    def after_step(self, values: Mapping[str, Value]) -> None:
+        """Draw the samples' rows to the new embeddings; the first batch sets the normalisers."""
+        index = cast("Tensor", values["index"])
+        # Of a sample that is there twice the last one counts, whatever the device's order.
+        places = torch.arange(len(index), device=index.device)
+        last = torch.where(index.unsqueeze(1) == index, places, 0).amax(1)
+        self.labels[index] = _classes(cast("Tensor", values["target"]))[last]
+        for name, memory in (
+            ("student_features", self.student_memory),
+            ("teacher_features", self.teacher_memory),
+        ):
+            new = the_only(name, values[name]).to(memory)
+            moved = self.momentum * memory[index] + (1 - self.momentum) * new[last]
+            memory[index] = unit_vectors(moved)
+        first = _log_normalizers(cast("Tensor", values["log_means"]), len(self.labels))
+        self.log_normalizers.copy_(torch.where(self.begun, self.log_normalizers, first))
+        self.begun.fill_(True)
+
+
+def _classes(target: Tensor) -> Tensor:
+    return target.argmax(1) if target.dim() == 2 else target.long()
+
+
+class CRDLoss(nn.Module):
+    """CRD as a module with its memory; see `crd_loss` for the equation.
+
+    The pooled last features of both networks are embedded by a linear layer each, trained with
+    the student, and brought to unit length. A memory holds such an embedding of each training
+    sample: a step moves those of its batch, `memory = unit(momentum * memory + (1 - momentum) *
+    new)`, after they were scored.
+
+    Deviations from the published code: negatives are drawn with replacement from all samples
+    that are not known to be of the anchor's class; there, without replacement, from all that are
+    of another. Classes are remembered as samples are seen (of mixed labels the largest), so that
+    in the first epoch some negatives may be of the anchor's class, never the anchor itself.
+    There are at most n - 1 negatives. On several processes Z is of the first batch of all of
+    them; in that very step each still uses its own.
+
+    Args:
+        num_negatives: K; at most one less than the training set.
+        temperature: Above 0.
+        momentum: What a step keeps of a remembered embedding, in [0, 1].
+        width: Features of an embedding.
+        num_samples: Size of the training set; the trainer fills it in.
+        most_memory: GiB that the memory may take.
+    """
+
+    recommended_weight: ClassVar[float] = 0.8
+    reads: ClassVar[Mapping[str, Signal]] = {
+        "student_features": Features(form="pooled"),
+        "teacher_features": Features(of="teacher", form="pooled"),
+        "target": Target(),
+        "index": FromBatch("index"),
+    }
+
+    def __init__(
+        self,
+        *,
+        num_negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        width: int = 128,
+        num_samples: int | None = None,
+        most_memory: float = 8.0,
+    ) -> None:
+        super().__init__()
+        _check_count("num_negatives", num_negatives)
+        _check_count("width", width)
+        if num_samples is not None:
+            _check_count("num_samples", num_samples)
+        check_number("temperature", temperature, positive=True)
+        check_number("momentum", momentum, at_most=1)
+        check_number("most_memory", most_memory, positive=True)
+        self.num_negatives = num_negatives
+        self.temperature = temperature
+        self.momentum = momentum
+        self.width = width
+        self.num_samples = num_samples
+        self.most_memory = most_memory
+
+    def build_heads(
+        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
+    ) -> nn.Module:
+        """The embeddings and the memory.
+
+        Raises:
+            ValueError: `num_samples` is not set, or the memory would be too large.
+        """
+        num_samples = self._size()
+        needed = num_samples * (2 * self.width * 4 + 8)
+        if needed > self.most_memory * _GIB:
+            raise ValueError(
+                f"CRD would remember {needed} bytes ({needed / _GIB:.1f} GiB) of {num_samples} "
+                f"samples, most_memory allows {self.most_memory} GiB: raise it, or lower width "
+                f"({self.width})"
+            )
+        of_student, of_teacher = (
+            cast("list[tuple[int, ...]]", shapes[name])[0][1]
+            for name in ("student_features", "teacher_features")
+        )
+        return _Heads(
+            (of_student, of_teacher),
+            width=self.width,
+            num_samples=num_samples,
+            num_negatives=self.num_negatives,
+            temperature=self.temperature,
+            momentum=self.momentum,
+        )
+
+    def _size(self) -> int:
+        if self.num_samples is None:
+            raise ValueError(
+                "CRD remembers each training sample: set num_samples to the size of that set"
+            )
+        return self.num_samples
+
+    def forward(
+        self,
+        student_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor],
+        target: Tensor,
+        index: Tensor,
+        scores: Sequence[Tensor] = (),
+        log_normalizers: Tensor | None = None,
+        log_means: Tensor | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
+        """Compute `crd_loss` from the scores that the heads give.
+
+        Raises:
+            ValueError: No scores: the values did not come through the heads.
+        """
+        if len(scores) != 2:
+            raise ValueError(
+                "CRD needs the scores of its heads, of the student and the teacher, "
+                f"got {len(scores)}"
+            )
+        output = crd_loss(
+            scores[0],
+            scores[1],
+            num_samples=self._size(),
+            log_normalizers=log_normalizers,
+            return_parts=True,
+        )
+        return output if return_parts else output.loss

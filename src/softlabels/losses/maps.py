@@ -1,0 +1,202 @@
+"""What losses on feature maps share: pairing levels, pooling to a common size, checks.
+
+Shapes: B samples, D channels, H x W positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, TypeVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from softlabels.losses.nontarget import LossOutput, in_float32, reduce_parts
+from softlabels.losses.reads import Features, Signal
+
+__all__ = [
+    "Shapes",
+    "Values",
+    "check_maps",
+    "check_stages",
+    "map_signals",
+    "paired_from_deepest",
+    "paired_maps",
+    "paired_shapes",
+    "pooled_to",
+    "pooled_to_each_other",
+    "sum_levels",
+    "tensors_of",
+    "wide_maps",
+]
+
+# What `build_heads` gets, and what the heads' forward gets, both by argument name.
+Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | list[tuple[int, ...]]"]
+Values: TypeAlias = Mapping[str, "Tensor | list[Tensor]"]
+
+Left = TypeVar("Left")
+Right = TypeVar("Right")
+
+
+def paired_from_deepest(
+    student: Sequence[Left], teacher: Sequence[Right]
+) -> list[tuple[Left, Right]]:
+    """Pairs of levels, shallow to deep: the deepest of both, the ones before them, and so on.
+
+    Shallow levels of the network that has more are left out.
+
+    Args:
+        student: One entry for each level, shallow to deep: maps, shapes, or anything else.
+        teacher: As for the student; another number of levels is allowed.
+    """
+    count = min(len(student), len(teacher))
+    first_student, first_teacher = len(student) - count, len(teacher) - count
+    return [*zip(student[first_student:], teacher[first_teacher:], strict=True)]
+
+
+def pooled_to(map: Tensor, size: Sequence[int]) -> Tensor:
+    """Average-pool a map [B, D, H, W] to at most `size`; a side that is no larger stays.
+
+    So two maps have one size after each is pooled to the size of the other.
+
+    Args:
+        map: [B, D, H, W].
+        size: Height and width.
+
+    Returns:
+        [B, D, min(H, size[0]), min(W, size[1])].
+    """
+    height, width = map.shape[2:]
+    wanted = (min(height, size[0]), min(width, size[1]))
+    if wanted == (height, width):
+        return map
+    if height % wanted[0] == 0 and width % wanted[1] == 0:
+        # The same as adaptive pooling, and its gradient is deterministic on every device.
+        return functional.avg_pool2d(map, (height // wanted[0], width // wanted[1]))
+    return functional.adaptive_avg_pool2d(map, wanted)
+
+
+def pooled_to_each_other(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller size: the larger one is average-pooled."""
+    return pooled_to(left, right.shape[2:]), pooled_to(right, left.shape[2:])
+
+
+def paired_maps(
+    student: Sequence[Tensor], teacher: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs from the deepest, in at least float32 and one dtype; the teacher's are constant."""
+    pairs = paired_from_deepest(wide_maps(student), wide_maps(teacher, constant=True))
+    return [(ours, theirs.to(ours.dtype)) for ours, theirs in pairs]
+
+
+def sum_levels(terms: Sequence[Tensor]) -> LossOutput:
+    """The sum of one scalar a level, and the parts `"level_0"` (the shallowest) and so on."""
+    return reduce_parts({f"level_{number}": term for number, term in enumerate(terms)}, "sum")
+
+
+def map_signals(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Signal]:
+    """The signals `student_maps` and `teacher_maps` at the same stages of both networks."""
+    return {
+        "student_maps": Features("student", stages, "map", before_activation),
+        "teacher_maps": Features("teacher", stages, "map", before_activation),
+    }
+
+
+def check_stages(stages: tuple[str, ...]) -> tuple[str, ...]:
+    """Check names of stages, and return them as a tuple.
+
+    Raises:
+        TypeError: Not a tuple or list of strings.
+        ValueError: None at all.
+    """
+    if not isinstance(stages, tuple | list) or not all(isinstance(name, str) for name in stages):
+        raise TypeError(f"stages must be a tuple of strings, got {stages!r:.60}")
+    if not stages:
+        raise ValueError("stages must name at least one stage, got none")
+    return tuple(stages)
+
+
+def tensors_of(values: Values, name: str) -> list[Tensor]:
+    """The list of tensors of an argument."""
+    value = values[name]
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def paired_shapes(shapes: Shapes) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of `student_maps` and `teacher_maps`, paired from the deepest.
+
+    Raises:
+        ValueError: A shape that is not [B, D, H, W].
+    """
+    lists: list[list[tuple[int, ...]]] = []
+    for name in ("student_maps", "teacher_maps"):
+        found = shapes[name]
+        levels = list(found) if isinstance(found, list) else [found]
+        for shape in levels:
+            if len(shape) != 4:
+                raise ValueError(f"{name} must be [B, D, H, W], got {tuple(shape)}")
+        lists.append([tuple(shape) for shape in levels])
+    return paired_from_deepest(*lists)
+
+
+def wide_maps(maps: Sequence[Tensor], *, constant: bool = False) -> list[Tensor]:
+    """Each map in at least float32; without gradient if they are `constant`."""
+    return [in_float32(map.detach() if constant else map) for map in maps]
+
+
+def check_maps(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    names: tuple[str, str] = ("student_maps", "teacher_maps"),
+    *,
+    same_widths: bool = False,
+    same_sizes: bool = False,
+) -> None:
+    """Check two lists of feature maps of one batch; they may differ in length.
+
+    Args:
+        student: List of floating [B, D, H, W], shallow to deep.
+        teacher: As for the student, of the same B.
+        names: What the two arguments are called, for the messages.
+        same_widths: Levels that are paired from the deepest must have the same D.
+        same_sizes: They must have the same H and W.
+
+    Raises:
+        TypeError: Not a list of floating-point tensors.
+        ValueError: An empty list, a map that is not [B, D, H, W], or maps that do not fit.
+    """
+    for name, maps in zip(names, (student, teacher), strict=True):
+        _check_list(name, maps)
+    for name, maps in zip(names, (student, teacher), strict=True):
+        for map in maps:
+            if map.shape[0] != student[0].shape[0]:
+                raise ValueError(
+                    f"{names[0]} and {names[1]} must be of one batch, got {len(student[0])} "
+                    f"samples in {names[0]}[0] and {len(map)} in one of {name}"
+                )
+    for ours, theirs in paired_from_deepest(student, teacher):
+        if same_widths and ours.shape[1] != theirs.shape[1]:
+            raise ValueError(
+                f"paired maps of {names[0]} and {names[1]} must have the same number of "
+                f"channels, got {tuple(ours.shape)} and {tuple(theirs.shape)}"
+            )
+        if same_sizes and ours.shape[2:] != theirs.shape[2:]:
+            raise ValueError(
+                f"paired maps of {names[0]} and {names[1]} must have the same height and "
+                f"width, got {tuple(ours.shape)} and {tuple(theirs.shape)}"
+            )
+
+
+def _check_list(name: str, maps: Sequence[Tensor]) -> None:
+    if not isinstance(maps, list | tuple):
+        raise TypeError(f"{name} must be a list of feature maps, got {type(maps).__name__}")
+    if not maps:
+        raise ValueError(f"{name} must hold at least one feature map, got none")
+    for number, map in enumerate(maps):
+        if not isinstance(map, Tensor) or not map.is_floating_point():
+            kind = f"a tensor of {map.dtype}" if isinstance(map, Tensor) else type(map).__name__
+            raise TypeError(f"{name}[{number}] must be a floating-point tensor, got {kind}")
+        if map.dim() != 4 or min(map.shape) < 1:
+            raise ValueError(
+                f"{name}[{number}] must be [B, D, H, W] and not empty, got {tuple(map.shape)}"
+            )

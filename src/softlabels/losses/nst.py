@@ -1,0 +1,137 @@
+"""NST: the student's channels are spread over an image as the teacher's are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softlabels.losses.maps import (
+    check_maps,
+    check_stages,
+    map_signals,
+    paired_maps,
+    pooled_to_each_other,
+    sum_levels,
+)
+from softlabels.losses.nontarget import LossOutput
+from softlabels.losses.reads import Signal
+
+__all__ = ["NSTLoss", "nst_loss"]
+
+
+@overload
+def nst_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def nst_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    return_parts: Literal[True],
+) -> LossOutput: ...
+
+
+def nst_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
+    r"""NST: the maximum mean discrepancy of the two networks' channels, as points.
+
+    Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017
+    (arXiv 1707.01219), equation 6 with the polynomial kernel (d = 2, c = 0), as in
+    HobbitLong/RepDistiller and megvii-research/mdistiller.
+
+    .. math::
+        L = \sum_l \mathrm{mean}_{b}\left[
+            \mathrm{mean}_{i,i'}\, k(t_i, t_{i'}) + \mathrm{mean}_{j,j'}\, k(s_j, s_{j'})
+            - 2\, \mathrm{mean}_{i,j}\, k(t_i, s_j)\right], \qquad k(x, y) = (x^\top y)^2
+
+    =======  ===================================================================
+    t, s     a channel of the teacher's and of the student's map of a sample, as
+             a vector over positions of length 1
+    i, j     number of the channel
+    l, b     level, sample
+    =======  ===================================================================
+
+    Args:
+        student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
+        teacher_maps: List of [B, E, H, W], of any width and size. Get none. Levels are paired
+            from the deepest; the larger map of a pair is average-pooled to the smaller.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"level_0"` (the
+            shallowest), ...
+
+    Returns:
+        A scalar, at least float32; the published weight 50 is not in it. The term of the teacher
+        alone is in it, though it has no gradient.
+
+    Raises:
+        TypeError: Not lists of floating-point tensors.
+        ValueError: Shapes that do not fit.
+
+    Numerics: float32 or wider, also under autocast. A channel of zeros stays zeros.
+    Distributed: mean over the samples of the process.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[[[1.0, 0.0]]]])
+        >>> nst_loss([student], [student.flip(3)])
+        tensor(2.)
+    """
+    check_maps(student_maps, teacher_maps)
+    terms = []
+    for pair in paired_maps(student_maps, teacher_maps):
+        student, teacher = (
+            functional.normalize(map.flatten(2), dim=2) for map in pooled_to_each_other(*pair)
+        )
+        own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
+        terms.append(own - 2 * _mean_kernel(student, teacher))
+    output = sum_levels(terms)
+    return output if return_parts else output.loss
+
+
+def _mean_kernel(left: Tensor, right: Tensor) -> Tensor:
+    """Mean of the squared products of all pairs of rows of [B, D, N] and [B, E, N]."""
+    with torch.autocast(device_type=left.device.type, enabled=False):
+        return torch.bmm(left, right.transpose(1, 2)).square().mean()
+
+
+class NSTLoss(nn.Module):
+    """NST as a module; see `nst_loss` for the equation.
+
+    Args:
+        stages: Names of stages, as of `Features`; both networks are read there.
+    """
+
+    recommended_weight: ClassVar[float] = 50.0
+
+    def __init__(self, *, stages: tuple[str, ...] = ("stages",)) -> None:
+        super().__init__()
+        self.stages = check_stages(stages)
+
+    @property
+    def reads(self) -> Mapping[str, Signal]:
+        """Maps of both networks."""
+        return map_signals(self.stages)
+
+    def forward(
+        self,
+        student_maps: list[Tensor],
+        teacher_maps: list[Tensor],
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
+        """Compute `nst_loss`."""
+        output = nst_loss(student_maps, teacher_maps, return_parts=True)
+        return output if return_parts else output.loss

@@ -1,0 +1,186 @@
+"""OLS: online label smoothing, with a soft label for each class that the network makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from softlabels.losses.checks import check_choice, check_logits, check_number
+from softlabels.losses.memory import Memory
+from softlabels.losses.nontarget import Reduction, SoftLabels, label_columns, reduce_parts
+from softlabels.losses.reads import Logits, Signal, Target
+from softlabels.losses.soft_target import (
+    from_heads,
+    log_softened,
+    soft_target_cross_entropy,
+    taken_apart,
+)
+
+__all__ = ["InitialLabels", "OLSLoss", "ols_loss"]
+
+InitialLabels: TypeAlias = Literal["zeros", "uniform"]
+
+
+def ols_loss(logits: Tensor, soft_target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""OLS: the cross-entropy with what the network predicted for the class an epoch ago.
+
+    Zhang et al., "Delving Deep into Label Smoothing", IEEE Transactions on Image Processing 2021
+    (arXiv 2011.12562); official code zhangchbin/OnlineLabelSmoothing.
+
+    .. math:: L = -\sum_i Q_{t,i} \log S_i
+
+    ========  ==================================================================
+    symbol    meaning
+    ========  ==================================================================
+    S         softmax of `logits`
+    t         the labelled class
+    Q         matrix [C, C] of soft labels, a row for each class; `soft_target` has
+              its row t: the mean softmax, in the epoch before, of the samples of
+              class t that were predicted correctly, or 1 / C if there was none
+    ========  ==================================================================
+
+    The published objective is :math:`\alpha \cdot` the task's cross-entropy
+    :math:`+ (1 - \alpha) L`, with alpha 0.5 (`OLSLoss.recommended_weight` and
+    `recommended_task_weight`); the script for fine-grained classes has both weights 1.
+
+    Args:
+        logits: [B, C], raw logits. Gets the gradient.
+        soft_target: [B, C], the soft label of each sample; a row of zeros counts nothing. Gets
+            none.
+        reduction: `"mean"` over B, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or [B] for `"none"`; in nats, at least float32.
+
+    Raises:
+        TypeError: Logits or soft labels of a wrong dtype.
+        ValueError: A wrong shape or reduction.
+
+    Deviations: none in the loss; those of the matrix are with `OLSLoss`.
+    Numerics: log-softmax, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, no batch statistics.
+
+    Example:
+        >>> import torch
+        >>> ols_loss(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
+        tensor(1.3863)
+    """
+    check_logits(logits)
+    check_logits(soft_target, "soft_target", like=logits)
+    per_sample = soft_target_cross_entropy(logits, soft_target)
+    return reduce_parts({"soft": per_sample}, reduction).loss
+
+
+class _ClassLabels(Memory):
+    """The soft label of every class, and the sums that will replace it."""
+
+    remembers = ("logits", "target")
+
+    soft_labels: Tensor
+    class_sum: Tensor
+    class_count: Tensor
+
+    def __init__(
+        self, num_classes: int, initial: InitialLabels, keep_confident: float | None
+    ) -> None:
+        super().__init__()
+        value = 1 / num_classes if initial == "uniform" else 0.0
+        matrix = torch.full((num_classes, num_classes), value, dtype=torch.float32)
+        self.register_buffer("soft_labels", matrix)
+        self.register_buffer("class_sum", torch.zeros_like(matrix))
+        self.register_buffer("class_count", torch.zeros(num_classes, dtype=torch.float32))
+        self.keep_confident = keep_confident
+
+    def forward(self, values: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
+        """Add the `soft_target` of the batch."""
+        target = cast("Tensor", values["target"])
+        if target.dim() == 1:
+            return {"soft_target": self.soft_labels[target.long()]}
+        with torch.autocast(device_type=target.device.type, enabled=False):
+            return {"soft_target": target.to(self.soft_labels.dtype) @ self.soft_labels}
+
+    def after_step(self, values: Mapping[str, Tensor | list[Tensor]]) -> None:
+        """Add the predictions that are right to the sums of their classes."""
+        logits = cast("Tensor", values["logits"])
+        probabilities = log_softened(logits).exp().to(self.class_sum)
+        target = cast("Tensor", values["target"])
+        classes = label_columns(target, probabilities, "largest").classes.squeeze(1)
+        correct = (logits.argmax(1) == classes).to(probabilities.dtype)
+        # Not index_add_, whose order of summation on accelerators is open: all processes must
+        # hold the same to the last bit.
+        self.class_sum.index_put_((classes,), probabilities * correct.unsqueeze(1), accumulate=True)
+        self.class_count.index_put_((classes,), correct, accumulate=True)
+
+    def after_epoch(self) -> None:
+        """Replace the soft labels by the means of the epoch."""
+        count = self.class_count.unsqueeze(1)
+        found = self.class_sum / count.clamp(min=1)
+        if self.keep_confident is not None:
+            confident = self.soft_labels.amax(1, keepdim=True) >= self.keep_confident
+            found = torch.where(confident, self.soft_labels, found)
+        self.soft_labels.copy_(torch.where(count > 0, found, 1 / len(count)))
+        self.class_sum.zero_()
+        self.class_count.zero_()
+
+
+class OLSLoss(nn.Module):
+    """OLS as a module; see `ols_loss` for the equation.
+
+    Its memory is the matrix of soft labels, used for a whole epoch, and the sums of the present
+    epoch. Deviations: labels may be mixed, which the published code does not take: the soft label
+    is then the mean of the rows, weighted with the labels, and a prediction counts for the class
+    with the largest label.
+
+    Args:
+        initial: The matrix of the first epoch. `"zeros"`, as in the script for CIFAR-100 and
+            ImageNet: the first epoch has the task's loss alone; `"uniform"`: 1 / C, as in the
+            script for fine-grained classes.
+        keep_confident: A class whose soft label has a value of at least this keeps it, unless
+            none of its samples was predicted correctly; in [0, 1]. None: no such rule. The
+            script for fine-grained classes has 0.88.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+    """
+
+    reads: ClassVar[Mapping[str, Signal]] = {"logits": Logits(), "target": Target()}
+    recommended_weight: ClassVar[float] = 0.5
+    recommended_task_weight: ClassVar[float] = 0.5
+
+    def __init__(
+        self,
+        *,
+        initial: InitialLabels = "zeros",
+        keep_confident: float | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_choice("initial", initial, ("zeros", "uniform"))
+        if keep_confident is not None:
+            check_number("keep_confident", keep_confident, at_most=1)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.initial: InitialLabels = initial
+        self.keep_confident = keep_confident
+        self.reduction: Reduction = reduction
+
+    def build_heads(
+        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
+    ) -> nn.Module:
+        """The matrix of soft labels, which makes the `soft_target` of a batch."""
+        num_classes = cast("tuple[int, ...]", shapes["logits"])[1]
+        return _ClassLabels(num_classes, self.initial, self.keep_confident)
+
+    def forward(self, logits: Tensor, target: Tensor, soft_target: Tensor | None = None) -> Tensor:
+        """Compute `ols_loss` with this module's settings.
+
+        Raises:
+            ValueError: No `soft_target`, which the module of `build_heads` gives.
+        """
+        return ols_loss(logits, from_heads("soft_target", soft_target), reduction=self.reduction)
+
+    def soft_labels(
+        self, logits: Tensor, target: Tensor, soft_target: Tensor | None = None
+    ) -> SoftLabels:
+        """What the network predicted for the class in the epoch before."""
+        return taken_apart(from_heads("soft_target", soft_target), target)

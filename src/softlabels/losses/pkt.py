@@ -1,0 +1,96 @@
+"""PKT: how likely one sample is another's neighbour is the same as for the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from softlabels.losses.nontarget import in_float32
+from softlabels.losses.reads import Features, Signal
+from softlabels.losses.vectors import check_vectors, the_only, unit_vectors
+
+__all__ = ["PKTLoss", "pkt_loss"]
+
+_EPSILON = 1e-7
+
+
+def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    r"""PKT: how likely one sample is another's neighbour is the same as for the teacher.
+
+    Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
+    ECCV 2018 (arXiv 1803.10837), equations 3-6 with the cosine kernel; code
+    passalis/probabilistic_kt, with the mean of megvii-research/mdistiller.
+
+    .. math::
+        K_{ij} = \tfrac{1}{2} (\cos(x_i, x_j) + 1), \quad p_{ij} = \frac{K_{ij}}{\sum_k K_{ik}},
+        \quad L = \frac{1}{B^2} \sum_{ij} p^T_{ij} \log \frac{p^T_{ij}}{p^S_{ij}}
+
+    ==========  =====================================================================
+    symbol      meaning
+    ==========  =====================================================================
+    x           a row of the features, of the student (S) or the teacher (T)
+    K           kernel, from 0 for opposite samples to 1
+    p           probability of being a neighbour; rows sum to 1
+    ==========  =====================================================================
+
+    The published weight is 30000, the `method_weight` by default.
+
+    Args:
+        student_features: [B, D], pooled. Gets the gradient.
+        teacher_features: [B, E], pooled; E may differ from D. Gets none.
+
+    Returns:
+        A scalar in nats, at least float32; 0 for a batch of one sample.
+
+    Raises:
+        TypeError: Features of a wrong dtype.
+        ValueError: Features that are not [B, D] of one batch.
+
+    Deviations: from the paper, as in the published code: a sample is its own neighbour too, the
+    mean is over all B^2 entries, and 1e-7 is added to lengths and inside the logarithm. From
+    that code, whose gradient is NaN there: a row of zeros, which has the kernel 1/2 with all
+    samples, gets no gradient.
+
+    Numerics: computed in float32 or wider, also under autocast.
+    Distributed: neighbours within the batch of each process.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> pkt_loss(features, features)
+        tensor(0.)
+    """
+    check_vectors(student_features, teacher_features)
+    student = in_float32(student_features)
+    log_student = (_neighbours(student) + _EPSILON).log()
+    teacher = _neighbours(in_float32(teacher_features.detach()).to(student.dtype))
+    return (teacher * ((teacher + _EPSILON).log() - log_student)).mean()
+
+
+def _neighbours(features: Tensor) -> Tensor:
+    units = unit_vectors(features, added=_EPSILON)
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        kernel = (units @ units.T + 1.0) / 2.0
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+class PKTLoss(nn.Module):
+    """PKT as a module, on the pooled last features; see `pkt_loss` for the equation."""
+
+    recommended_weight: ClassVar[float] = 30000.0
+    reads: ClassVar[Mapping[str, Signal]] = {
+        "student_features": Features(form="pooled"),
+        "teacher_features": Features(of="teacher", form="pooled"),
+    }
+
+    def forward(
+        self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
+    ) -> Tensor:
+        """Compute `pkt_loss`; each list holds one [B, D]."""
+        return pkt_loss(
+            the_only("student_features", student_features),
+            the_only("teacher_features", teacher_features),
+        )

@@ -1,0 +1,197 @@
+"""PS-KD: each sample is taught by the prediction that it had an epoch ago."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from softlabels.losses.checks import check_choice, check_logits, check_number
+from softlabels.losses.memory import Memory
+from softlabels.losses.nontarget import Reduction, SoftLabels, label_probabilities, reduce_parts
+from softlabels.losses.reads import FromBatch, Logits, Signal, Target
+from softlabels.losses.soft_target import (
+    from_heads,
+    log_softened,
+    soft_target_cross_entropy,
+    taken_apart,
+)
+
+__all__ = ["PSKDLoss", "ps_kd_loss"]
+
+_GIB = 2**30
+
+
+def ps_kd_loss(logits: Tensor, past_prediction: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""PS-KD: the cross-entropy with the sample's own prediction of an earlier epoch.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    (arXiv 2006.12000); official code lgcnsai/PS-KD-Pytorch.
+
+    .. math:: L = -\sum_i P_i \log S_i
+
+    ========  ==================================================================
+    symbol    meaning
+    ========  ==================================================================
+    S         softmax of `logits`
+    P         `past_prediction`
+    ========  ==================================================================
+
+    The published objective, one cross-entropy with the target
+    :math:`(1 - \alpha_t) y + \alpha_t P`, is :math:`(1 - \alpha_t) \cdot` the task's
+    cross-entropy :math:`+ \alpha_t L`. There :math:`\alpha_t = 0.8 \, e / E` in epoch e of E,
+    counted from 1: a method weight that grows to 0.8 (`PSKDLoss.recommended_weight`), beside a
+    task weight of one minus it.
+
+    Args:
+        logits: [B, C], raw logits. Gets the gradient.
+        past_prediction: [B, C], probabilities; the label where there is no earlier prediction.
+            Gets none.
+        reduction: `"mean"` over B, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or [B] for `"none"`; in nats, at least float32.
+
+    Raises:
+        TypeError: Logits or predictions of a wrong dtype.
+        ValueError: A wrong shape or reduction.
+
+    Deviations: none in the loss. The memory (`PSKDLoss.build_heads`) is on the device and in
+    each checkpoint; the published code keeps it on the host.
+    Numerics: log-softmax, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, no batch statistics.
+
+    Example:
+        >>> import torch
+        >>> ps_kd_loss(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
+        tensor(1.3863)
+    """
+    check_logits(logits)
+    check_logits(past_prediction, "past_prediction", like=logits)
+    per_sample = soft_target_cross_entropy(logits, past_prediction)
+    return reduce_parts({"past": per_sample}, reduction).loss
+
+
+class _Predictions(Memory):
+    """The last prediction of every sample of the training set."""
+
+    remembers = ("logits", "index")
+
+    predictions: Tensor
+    seen: Tensor
+
+    def __init__(self, num_samples: int, num_classes: int) -> None:
+        super().__init__()
+        # float32 whatever the default: half of it would not tell small probabilities apart.
+        store = torch.zeros(num_samples, num_classes, dtype=torch.float32)
+        self.register_buffer("predictions", store)
+        self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
+
+    def forward(self, values: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
+        """Add the `past_prediction` of the batch: of an unseen sample its label."""
+        index = cast("Tensor", values["index"]).long()
+        past = self.predictions[index]
+        label = label_probabilities(cast("Tensor", values["target"]), past)
+        return {"past_prediction": torch.where(self.seen[index].unsqueeze(1), past, label)}
+
+    def after_step(self, values: Mapping[str, Tensor | list[Tensor]]) -> None:
+        """Overwrite the rows of the batch with its predictions."""
+        predictions = log_softened(cast("Tensor", values["logits"])).exp()
+        index = cast("Tensor", values["index"]).long()
+        # A sample may come twice, where processes fill up the last batch: its last prediction
+        # is written both times, since the order of two writes is not defined.
+        order = index.argsort(stable=True)
+        last = order[torch.searchsorted(index[order], index, right=True) - 1]
+        self.predictions[index] = predictions[last].to(self.predictions)
+        self.seen[index] = True
+
+
+class PSKDLoss(nn.Module):
+    """PS-KD as a module; see `ps_kd_loss` for the equation.
+
+    Its memory holds a prediction of each training sample, taken in training mode when the sample
+    was last seen. Predictions of mixed images (mixup, cutmix) are remembered as those of the
+    sample whose index they have.
+
+    Args:
+        num_samples: Size of the training set; the trainer fills it in.
+        most_memory: GiB that the memory may take, above 0.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+    """
+
+    reads: ClassVar[Mapping[str, Signal]] = {
+        "logits": Logits(),
+        "target": Target(),
+        "index": FromBatch("index"),
+    }
+    recommended_weight: ClassVar[float] = 0.8
+    recommended_task_weight: ClassVar[float] = 0.2
+
+    def __init__(
+        self,
+        *,
+        num_samples: int | None = None,
+        most_memory: float = 8.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if num_samples is not None:
+            check_number("num_samples", num_samples, positive=True)
+            if not isinstance(num_samples, int):
+                raise TypeError(f"num_samples must be a whole number, got {num_samples!r}")
+        check_number("most_memory", most_memory, positive=True)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.num_samples = num_samples
+        self.most_memory = most_memory
+        self.reduction: Reduction = reduction
+
+    def build_heads(
+        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
+    ) -> nn.Module:
+        """The memory, [n, C] in float32 and who of the n samples was seen.
+
+        Raises:
+            ValueError: `num_samples` is not known, or the memory would take too much.
+        """
+        num_classes = cast("tuple[int, ...]", shapes["logits"])[1]
+        if self.num_samples is None:
+            raise ValueError(
+                "PS-KD remembers a prediction of each training sample: set num_samples to the "
+                "size of the training set"
+            )
+        num_bytes = self.num_samples * (4 * num_classes + 1)
+        if num_bytes > self.most_memory * _GIB:
+            raise ValueError(
+                f"PS-KD's memory of {self.num_samples} samples of {num_classes} classes takes "
+                f"{num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) on each device, more than "
+                f"most_memory={self.most_memory:g} GiB: raise most_memory if the device has room"
+            )
+        return _Predictions(self.num_samples, num_classes)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        index: Tensor,
+        past_prediction: Tensor | None = None,
+    ) -> Tensor:
+        """Compute `ps_kd_loss` with this module's settings.
+
+        Raises:
+            ValueError: No `past_prediction`, which the module of `build_heads` gives.
+        """
+        return ps_kd_loss(
+            logits, from_heads("past_prediction", past_prediction), reduction=self.reduction
+        )
+
+    def soft_labels(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        index: Tensor,
+        past_prediction: Tensor | None = None,
+    ) -> SoftLabels:
+        """The sample's earlier prediction, whose share in the target grows with the epochs."""
+        return taken_apart(from_heads("past_prediction", past_prediction), target)

@@ -1,0 +1,59 @@
+"""What the methods share that learn from one whole soft label, [B, C], not taken apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from softlabels.losses.checks import check_target
+from softlabels.losses.nontarget import (
+    SoftLabels,
+    finite_limit,
+    in_float32,
+    label_columns,
+    non_target_weights,
+    spread,
+)
+
+__all__ = ["from_heads", "log_softened", "soft_target_cross_entropy", "taken_apart"]
+
+
+def log_softened(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax at a temperature, at least float32, finite for all finite logits."""
+    logits = in_float32(logits)
+    # Shifted first, so that a small temperature overflows none.
+    top = logits.detach().amax(1, keepdim=True)
+    softened = ((logits - top) / temperature).log_softmax(1)
+    return softened.clamp(min=-finite_limit(logits.dtype))
+
+
+def soft_target_cross_entropy(
+    logits: Tensor, soft_target: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Cross-entropy of the softened prediction with a soft label, [B], in nats.
+
+    Args:
+        logits: [B, C], raw; gets the gradient.
+        soft_target: [B, C], non-negative; gets none. A row of zeros gives 0.
+        temperature: Of the prediction.
+    """
+    log_probabilities = log_softened(logits, temperature)
+    soft_target = soft_target.detach().to(log_probabilities.dtype)
+    return -(soft_target * log_probabilities).sum(1)
+
+
+def from_heads(name: str, value: Tensor | None) -> Tensor:
+    """A value that a method's heads add; ValueError if they did not."""
+    if value is None:
+        raise ValueError(f"{name} is missing: it comes from the module that build_heads returns")
+    return value
+
+
+def taken_apart(soft_target: Tensor, target: Tensor) -> SoftLabels:
+    """A soft label [B, C] as what it gives to the labelled classes, and how it shares the rest."""
+    check_target(target, soft_target)
+    soft_target = in_float32(soft_target.detach())
+    labels = label_columns(target, soft_target)
+    return SoftLabels(
+        spread(labels, soft_target.gather(1, labels.classes), soft_target),
+        non_target_weights(soft_target, labels).normalized(),
+    )

@@ -1,0 +1,102 @@
+"""SP: samples that are similar for the teacher are similar for the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from softlabels.losses.maps import check_maps, paired_from_deepest, wide_maps
+from softlabels.losses.reads import Features, Signal
+from softlabels.losses.vectors import unit_vectors
+
+__all__ = ["SPLoss", "sp_loss"]
+
+
+def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    r"""SP: samples that are similar for the teacher are similar for the student.
+
+    Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 (arXiv 1907.09682),
+    equations 1-4; there is no official code, written as in megvii-research/mdistiller and
+    HobbitLong/RepDistiller.
+
+    .. math::
+        \tilde G = Q Q^\top, \quad G_i = \tilde G_i / \lVert \tilde G_i \rVert_2, \quad
+        L = \sum_l \frac{1}{B^2} \lVert G^{T,l} - G^{S,l} \rVert_F^2
+
+    ==========  =====================================================================
+    symbol      meaning
+    ==========  =====================================================================
+    Q           the maps of a level, one flattened row for each sample
+    G           similarities of a sample with all of the batch, a row of unit length
+    l           pairs of levels
+    ==========  =====================================================================
+
+    The published weight is 3000, the `method_weight` by default.
+
+    Args:
+        student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
+        teacher_maps: As for the student; widths, sizes and the number of levels may differ.
+            Levels are paired from the deepest. Get none.
+
+    Returns:
+        A scalar, at least float32.
+
+    Raises:
+        TypeError: Not lists of floating-point tensors.
+        ValueError: No maps, or maps that are not [B, D, H, W] of one batch.
+
+    Deviations: a sample whose map is 0 everywhere has no direction, and its row is 0 as in the
+    published codes; here it gets no gradient of that row, where theirs is divided by 1e-12.
+
+    Numerics: computed in float32 or wider, also under autocast.
+    Distributed: similarities within the batch of each process.
+
+    Example:
+        >>> import torch
+        >>> maps = torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(2, 1, 1, 2)
+        >>> sp_loss([maps], [torch.ones(2, 3, 4, 4)])  # (1, 0) against (1, 1) / sqrt(2)
+        tensor(0.2929)
+    """
+    check_maps(student_maps, teacher_maps)
+    pairs = paired_from_deepest(wide_maps(student_maps), wide_maps(teacher_maps, constant=True))
+    total: Tensor | None = None
+    for ours, theirs in pairs:
+        similar = _similarities(ours)
+        level = (similar - _similarities(theirs.to(ours.dtype))).square().mean()
+        total = level if total is None else total + level
+    assert total is not None
+    return total
+
+
+def _similarities(maps: Tensor) -> Tensor:
+    rows = maps.flatten(1)
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        return unit_vectors(rows @ rows.T)
+
+
+class SPLoss(nn.Module):
+    """SP as a module; see `sp_loss` for the equation.
+
+    Args:
+        stages: Where maps are read in both networks, as of `Features`; the published codes take
+            the last one alone.
+    """
+
+    recommended_weight: ClassVar[float] = 3000.0
+
+    def __init__(self, *, stages: tuple[str, ...] = ("last",)) -> None:
+        super().__init__()
+        if not isinstance(stages, tuple | list):
+            raise TypeError(f"stages must be a tuple of names, got {stages!r:.60}")
+        self.stages = tuple(stages)
+        self.reads: Mapping[str, Signal] = {
+            "student_maps": Features(stages=self.stages, form="map"),
+            "teacher_maps": Features(of="teacher", stages=self.stages, form="map"),
+        }
+
+    def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        """Compute `sp_loss`."""
+        return sp_loss(student_maps, teacher_maps)

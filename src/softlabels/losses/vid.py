@@ -1,0 +1,242 @@
+"""VID: the teacher's map is likely under a normal law that the student's map predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softlabels.losses.checks import check_number
+from softlabels.losses.maps import (
+    Shapes,
+    Values,
+    check_maps,
+    check_stages,
+    map_signals,
+    paired_from_deepest,
+    paired_maps,
+    paired_shapes,
+    pooled_to,
+    pooled_to_each_other,
+    sum_levels,
+    tensors_of,
+)
+from softlabels.losses.nontarget import LossOutput, in_float32
+from softlabels.losses.reads import Signal
+
+__all__ = ["VIDLoss", "vid_loss"]
+
+
+@overload
+def vid_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    *,
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def vid_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    *,
+    return_parts: Literal[True],
+) -> LossOutput: ...
+
+
+def vid_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    *,
+    return_parts: bool = False,
+) -> Tensor | LossOutput:
+    r"""VID: minus the log-likelihood of the teacher's maps, with a learned mean and variance.
+
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019
+    (arXiv 1904.05835), equation 5 without its constant, as in HobbitLong/RepDistiller and
+    megvii-research/mdistiller.
+
+    .. math:: L = \sum_l \mathrm{mean}_{b,c,x}
+        \left[\frac{(t_{bcx} - \mu_{bcx})^2}{2 \sigma_c^2} + \frac{1}{2} \log \sigma_c^2\right]
+
+    ===========  ==========================================================
+    t            the teacher's map of the level
+    mu           the mean that is regressed from the student's map
+    sigma        standard deviation, one for each channel
+    l            level
+    b, c, x      sample, channel, position
+    ===========  ==========================================================
+
+    Args:
+        student_maps: List of [B, D, H, W], shallow to deep: the regressed means, of the teacher's
+            widths. Get the gradient.
+        teacher_maps: List of [B, D, H, W]. Get none. Levels are paired from the deepest; the
+            larger map of a pair is average-pooled to the smaller.
+        variances: List of [D], above 0, paired likewise. Get the gradient.
+        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"level_0"` (the
+            shallowest), ...
+
+    Returns:
+        A scalar, a mean over all elements of a level, in nats, at least float32. May be negative.
+
+    Raises:
+        TypeError: Not lists of floating-point tensors.
+        ValueError: Shapes that do not fit.
+
+    Numerics: float32 or wider, also under autocast.
+    Distributed: mean over the samples of the process.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.ones(2, 3, 4, 4)
+        >>> vid_loss([3 * teacher], [teacher], [torch.ones(3)])
+        tensor(2.)
+    """
+    check_maps(student_maps, teacher_maps, same_widths=True)
+    pairs = paired_maps(student_maps, teacher_maps)
+    variances = _checked_variances(variances, pairs)
+    terms = []
+    for (mean, teacher), variance in zip(pairs, variances, strict=True):
+        mean, teacher = pooled_to_each_other(mean, teacher)
+        variance = in_float32(variance).to(mean.dtype)
+        # The mean over the channels' logarithms, for positions and samples have one and the same.
+        squares = (mean - teacher).square() / variance[:, None, None]
+        terms.append(0.5 * (squares.mean() + variance.log().mean()))
+    output = sum_levels(terms)
+    return output if return_parts else output.loss
+
+
+def _checked_variances(
+    variances: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """Those of the paired levels."""
+    if not isinstance(variances, list | tuple):
+        raise TypeError(f"variances must be a list of tensors, got {type(variances).__name__}")
+    if len(variances) < len(pairs):
+        raise ValueError(
+            f"variances must hold one tensor for each of {len(pairs)} levels, got {len(variances)}"
+        )
+    deepest = list(variances[len(variances) - len(pairs) :])
+    for variance, (mean, _) in zip(deepest, pairs, strict=True):
+        if not isinstance(variance, Tensor) or not variance.is_floating_point():
+            raise TypeError("variances must be floating-point tensors")
+        if variance.shape != mean.shape[1:2]:
+            raise ValueError(
+                f"variances of a level of {mean.shape[1]} channels must be [{mean.shape[1]}], "
+                f"got {tuple(variance.shape)}"
+            )
+    return deepest
+
+
+class VIDLoss(nn.Module):
+    """VID as a module; see `vid_loss` for the equation.
+
+    Its heads regress each student map, pooled to the teacher's size if it is larger, to the
+    teacher's width: three 1x1 convolutions without bias, ReLU between. They hold one number a
+    channel besides, from which its variance comes: log(1 + exp(number)) + `min_variance`.
+
+    Deviations: the numbers are trained; mdistiller does not give them to its optimiser. The
+    softplus does not overflow.
+
+    Args:
+        stages: Names of stages, as of `Features`; both networks are read there.
+        initial_variance: What the variances begin with; above `min_variance`.
+        min_variance: Added to every variance, above 0.
+    """
+
+    recommended_weight: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        *,
+        stages: tuple[str, ...] = ("stages",),
+        initial_variance: float = 5.0,
+        min_variance: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        check_number("min_variance", min_variance, positive=True)
+        check_number("initial_variance", initial_variance, positive=True)
+        if initial_variance <= min_variance:
+            raise ValueError(
+                f"initial_variance must be above min_variance ({min_variance}), "
+                f"got {initial_variance}"
+            )
+        self.stages = check_stages(stages)
+        self.initial_variance = initial_variance
+        self.min_variance = min_variance
+
+    @property
+    def reads(self) -> Mapping[str, Signal]:
+        """Maps of both networks."""
+        return map_signals(self.stages)
+
+    def build_heads(self, shapes: Shapes) -> nn.Module:
+        """The regressors and the variances' numbers, one of each for each pair of levels."""
+        widths = [(student[1], teacher[1]) for student, teacher in paired_shapes(shapes)]
+        return _Regressors(widths, self.initial_variance, self.min_variance)
+
+    def forward(
+        self,
+        student_maps: list[Tensor],
+        teacher_maps: list[Tensor],
+        variances: list[Tensor] | None = None,
+        *,
+        return_parts: bool = False,
+    ) -> Tensor | LossOutput:
+        """Compute `vid_loss`; the heads give `variances`.
+
+        Raises:
+            ValueError: `variances` is None.
+        """
+        if variances is None:
+            raise ValueError("VIDLoss needs the variances that its heads give: see build_heads")
+        output = vid_loss(student_maps, teacher_maps, variances, return_parts=True)
+        return output if return_parts else output.loss
+
+
+class _Regressors(nn.Module):
+    """Means and variances of the teacher's maps, shallow to deep."""
+
+    def __init__(
+        self, widths: Sequence[tuple[int, int]], initial_variance: float, min_variance: float
+    ) -> None:
+        super().__init__()
+        self.min_variance = min_variance
+        self.regressors = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(student_width, teacher_width, 1, bias=False),
+                nn.ReLU(),
+                nn.Conv2d(teacher_width, teacher_width, 1, bias=False),
+                nn.ReLU(),
+                nn.Conv2d(teacher_width, teacher_width, 1, bias=False),
+            )
+            for student_width, teacher_width in widths
+        )
+        # The inverse of the softplus, in the form that does not overflow.
+        rest = initial_variance - min_variance
+        start = rest + math.log(-math.expm1(-rest))
+        self.scales = nn.ParameterList(
+            nn.Parameter(torch.full((teacher_width,), start)) for _, teacher_width in widths
+        )
+
+    def forward(self, values: Values) -> dict[str, Tensor | list[Tensor]]:
+        pairs = paired_from_deepest(
+            tensors_of(values, "student_maps"), tensors_of(values, "teacher_maps")
+        )
+        return {
+            "student_maps": [
+                regressor(pooled_to(student, teacher.shape[2:]))
+                for regressor, (student, teacher) in zip(self.regressors, pairs, strict=True)
+            ],
+            "variances": [
+                functional.softplus(in_float32(scale)) + self.min_variance for scale in self.scales
+            ],
+        }

@@ -1,0 +1,154 @@
+"""Rules that find a network's stages, and what ends one: its norm and its activation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+
+from torch import nn
+
+from softlabels.taps.dry_run import DryRun, Record, inside
+from softlabels.taps.feature_tap import find_module
+
+__all__ = [
+    "activation_after",
+    "is_stage_name",
+    "last_classifier",
+    "norm_before",
+    "num_layers",
+    "numbered",
+    "pyramid",
+]
+
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.ELU,
+    nn.PReLU,
+)
+_SHORTCUTS = ("downsample", "shortcut", "skip")
+_STAGE_NAME = re.compile(r"(stage|block):(-?\d+)")
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether a name is `"stage:K"` or `"block:K"`."""
+    return _STAGE_NAME.fullmatch(name) is not None
+
+
+def numbered(name: str, paths: Sequence[str]) -> str:
+    """The path that `"stage:K"` or `"block:K"` stands for.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    kind, number = name.split(":")
+    position = int(number)
+    if not -len(paths) <= position < len(paths):
+        raise ValueError(f"{name!r} does not exist: the network has {len(paths)} {kind}s")
+    return paths[position]
+
+
+def pyramid(
+    model: nn.Module,
+    run: DryRun,
+    last: Record,
+    child_of_size: Callable[[tuple[int, int], Collection[str]], str | None],
+) -> list[str]:
+    """Paths of a CNN's stages, shallow to deep: one for each resolution of its maps.
+
+    The deepest is the last map. Of the others single layers, such as stems, are none, unless the
+    network has nothing else.
+
+    Args:
+        model: The network.
+        run: Its dry run.
+        last: The last map.
+        child_of_size: Finds the last child with a map of a size among some paths.
+    """
+    final = run.size(last)
+    before = [record for record in run.places if record.finished < last.finished]
+    sizes = {size for record in before if (size := run.size(record)) is not None}
+    falling = sorted(sizes, key=math.prod, reverse=True)
+    larger = [size for size in falling if final is None or math.prod(size) > math.prod(final)]
+    paths = [record.path for record in before]
+    for among in ([p for p in paths if num_layers(find_module(model, p)) > 1], paths):
+        found = [path for size in larger if (path := child_of_size(size, among)) is not None]
+        if found:
+            return [*dict.fromkeys([*found, last.path])]
+    return [last.path]
+
+
+def activation_after(model: nn.Module, run: DryRun, path: str) -> str | None:
+    """Path of the activation whose output is that of the module at `path`, or None."""
+    place = run.place(path)
+    if place is None:
+        return None
+    for record in reversed(run.records):
+        same = record.address == place.address and record.shape == place.shape
+        if not same or record.finished > place.finished:
+            continue
+        if not (record.path == path or inside(record.path, path)):
+            continue
+        if isinstance(find_module(model, record.path), _ACTIVATIONS):
+            return record.path
+    return None
+
+
+def norm_before(model: nn.Module, run: DryRun, path: str) -> str | None:
+    """Path of the BatchNorm that the feature of `path` comes out of before its activation.
+
+    The next layer, if that is a BatchNorm; else the last one of the stage that is as wide as its
+    output, those of shortcuts left out.
+    """
+    place = run.place(path)
+    if place is None:
+        return None
+    leaves = (r for r in run.records if _is_layer(find_module(model, r.path)))
+    following = [record for record in leaves if record.started > place.finished]
+    following.sort(key=lambda record: record.started)
+    if following and _fits(model, following[0], place):
+        return following[0].path
+    within = [
+        record.path
+        for record in run.records
+        if (inside(record.path, path) or record.path == path)
+        and _fits(model, record, place)
+        and not any(name in record.path for name in _SHORTCUTS)
+    ]
+    if within:
+        return within[-1]
+    # A single activation after its norm: the layers are no children of the place.
+    earlier = [r for r in run.records if r.finished < place.started and _fits(model, r, place)]
+    return earlier[-1].path if earlier else None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    # timm's norms hold their activation.
+    return isinstance(module, nn.BatchNorm2d) or next(module.children(), None) is None
+
+
+def _fits(model: nn.Module, record: Record, place: Record) -> bool:
+    module = find_module(model, record.path)
+    return isinstance(module, nn.BatchNorm2d) and record.shape == place.shape
+
+
+def num_layers(module: nn.Module) -> int:
+    """Convolutions, linear layers and others with a matrix of weights."""
+    return sum(
+        any(parameter.dim() > 1 for parameter in part.parameters(recurse=False))
+        for part in module.modules()
+    )
+
+
+def last_classifier(model: nn.Module, run: DryRun) -> str | None:
+    """Path of the last linear layer, if it is as wide as the logits."""
+    for record in reversed(run.records):
+        module = find_module(model, record.path)
+        if isinstance(module, nn.Linear):
+            return record.path if module.out_features == run.num_classes else None
+    return None

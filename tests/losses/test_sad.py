@@ -1,0 +1,106 @@
+"""SAD against the reference's numbers, and against plain sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden_vectors import assert_close, cases_of
+
+from softlabels.losses.sad import SADLoss, sad_loss
+
+
+@pytest.mark.parametrize("case", cases_of("sad"))
+def test_the_reference(case):
+    maps = [case[f"map_{level}"].requires_grad_() for level in range(int(case["num_levels"]))]
+
+    loss = sad_loss(maps)
+    (float(case["weight"]) * loss).backward()
+
+    assert float(case["weight"]) == SADLoss.recommended_weight
+    assert_close(float(case["weight"]) * loss.detach(), case["loss"])
+    assert maps[-1].grad is None
+    assert not case[f"grad_map_{len(maps) - 1}"].any()
+    for level, map in enumerate(maps[:-1]):
+        assert_close(map.grad, case[f"grad_map_{level}"])
+        assert_close(sad_loss(maps[level : level + 2]).detach(), case[f"level_loss_{level}"])
+
+
+def attention_by_hand(map):
+    """A softmax over positions of the mean square, of a list [D][H][W]."""
+    height, width = len(map[0]), len(map[0][0])
+    squares = [
+        sum(channel[y][x] ** 2 for channel in map) / len(map)
+        for y in range(height)
+        for x in range(width)
+    ]
+    powers = [math.exp(square) for square in squares]
+    return [power / sum(powers) for power in powers]
+
+
+def test_plain_sums_with_a_row_doubled_by_hand():
+    generator = torch.Generator().manual_seed(6)
+    shallow = torch.randn(2, 3, 1, 4, generator=generator).double()
+    deep = torch.randn(2, 5, 1, 2, generator=generator).double()
+
+    # Doubled with half-pixel centres: a, 3/4 a + 1/4 b, 1/4 a + 3/4 b, b.
+    total = 0.0
+    for ours, theirs in zip(shallow.tolist(), deep.tolist(), strict=True):
+        doubled = [[[a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b]] for ((a, b),) in theirs]
+        gaps = zip(attention_by_hand(ours), attention_by_hand(doubled), strict=True)
+        total += sum((x - y) ** 2 for x, y in gaps)
+
+    assert float(sad_loss([shallow, deep])) == pytest.approx(total / 8, rel=1e-12)
+
+
+def test_the_module_is_the_function():
+    maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)]
+
+    assert torch.equal(SADLoss()(maps), sad_loss(maps))
+    assert SADLoss(stages=("stage:0", "last")).reads["student_maps"].stages == ("stage:0", "last")
+
+
+def test_equal_maps_cost_nothing():
+    map = torch.randn(2, 3, 4, 4)
+
+    assert float(sad_loss([map, -map, map])) == 0
+
+
+@pytest.mark.parametrize("sizes", [((7, 5), (4, 3)), ((4, 4), (4, 4)), ((2, 2), (5, 5))])
+def test_any_sizes_fit(sizes):
+    maps = [torch.randn(1, 2, *size, requires_grad=True) for size in sizes]
+
+    loss = sad_loss(maps)
+    loss.backward()
+
+    assert float(loss.detach()) > 0
+    assert maps[0].grad.isfinite().all()
+    assert maps[1].grad is None
+
+
+def test_zeros_and_large_halves_stay_finite():
+    large = (torch.eye(4).expand(1, 2, 4, 4) * 6e4).half().requires_grad_()
+
+    loss = sad_loss([large, torch.zeros(1, 2, 2, 2).half()])
+    loss.backward()
+
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert large.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "maps"),
+    [
+        (ValueError, "at least two maps", [torch.zeros(1, 2, 3, 3)]),
+        (ValueError, "at least one feature map", []),
+        (ValueError, "of one batch", [torch.zeros(1, 2, 3, 3), torch.zeros(2, 2, 3, 3)]),
+        (ValueError, r"must be \[B, D, H, W\]", [torch.zeros(1, 2), torch.zeros(1, 2)]),
+        (TypeError, "floating-point", [torch.zeros(1, 2, 3, 3).int()] * 2),
+        (TypeError, "list of feature maps", torch.zeros(2, 1, 2, 3, 3)),
+    ],
+)
+def test_errors(error, message, maps):
+    with pytest.raises(error, match=message):
+        sad_loss(maps)
