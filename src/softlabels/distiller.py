@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from softlabels.losses.checks import check_logits, check_target
+from softlabels.losses.memory import Memory
 from softlabels.losses.nontarget import SoftLabels, in_float32, label_probabilities
 from softlabels.signals import (
     Again,
@@ -340,6 +341,12 @@ class Distiller(nn.Module):
             )
         names = getattr(self._core.heads, "remembers", None) or values
         self._kept.append({name: _detached(values[name]) for name in names})
+
+    def memories(self) -> list[Memory]:
+        """What the method remembers from one step to the next."""
+        heads = self._core.heads
+        modules = [] if heads is None else heads.modules()
+        return [module for module in modules if isinstance(module, Memory)]
 
     def after_step(self) -> None:
         """Let the method's memory take in the batches since the last call.

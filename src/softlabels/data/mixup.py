@@ -15,6 +15,7 @@ from softlabels.data.further_images import PARTNER, SECOND_VIEW
 from softlabels.data.randomness import derive_seed, seeded
 
 _MIXUP = "mixup"
+MIXUP_EXTRAS = frozenset({_MIXUP, "mixup_index", "mixup_weight"})  # what `mixup_extras` adds
 
 
 class MixupCutmix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,8 @@ class PSKDLoss(nn.Module):
         "index": FromBatch("index"),
     }
     recommended_weight: ClassVar[float] = 0.8
-    recommended_task_weight: ClassVar[float] = 0.2
+    recommended_task_weight: ClassVar[Literal["rest"]] = "rest"
+    recommended_warmup: ClassVar[Literal["run"]] = "run"
 
     def __init__(
         self,

@@ -22,13 +22,26 @@ from softlabels.losses import LabelSmoothingLoss
 from softlabels.losses.table import METHODS
 from softlabels.models import InputSpec, build_model, model_input
 from softlabels.models.file_record import FileRecord, find_record, weights_file
-from softlabels.signals import TeacherLogits
+from softlabels.signals import PeerLogits, TeacherLogits, reads_teacher
 from softlabels.taps import undisturbed
-from softlabels.teacher import Teacher
+from softlabels.teacher import Teacher, Teachers
 from softlabels.teacher_cache import TeacherCache
 from softlabels.training.class_names import map_by_names, read_class_names
-from softlabels.training.config import Config, build_method
-from softlabels.training.settings import OptimizerSettings, TeacherSettings
+from softlabels.training.config import (
+    Config,
+    build_method,
+    task_weight_of,
+    warmup_of,
+    weight_of,
+)
+from softlabels.training.settings import (
+    METHOD_SETTINGS,
+    FurtherMethod,
+    OptimizerSettings,
+    PeerSettings,
+    StudentSettings,
+    TeacherSettings,
+)
 from softlabels.weights import UNREADABLE, load_weights
 
 __all__ = [
@@ -41,6 +54,7 @@ __all__ = [
     "with_defaults",
 ]
 
+_NUM_SAMPLES = "num_samples"  # the setting of methods that keep something for each image
 _SMALL_IMAGE = 64  # pixels; up to here a network for small images is the default student
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d)
 # timm's networks name their own in `no_weight_decay`; torchvision's do not.
@@ -57,17 +71,49 @@ def build_source(config: Config) -> DataSource:
     return open_source(config.data.source, config.data.path, **settings)
 
 
-def with_defaults(config: Config, info: DataInfo) -> Config:
-    """Fill in what a configuration leaves to the data and the method."""
+def with_defaults(
+    config: Config, info: DataInfo, num_train: int | None = None, method: nn.Module | None = None
+) -> Config:
+    """Fill in what a configuration leaves to the data and the methods.
+
+    Args:
+        config: As resolved.
+        info: Of the data.
+        num_train: Number of training images, for methods that keep something for each.
+        method: In place of the one that the configuration names.
+    """
     name = config.student.name
     if name is None:
         name = "timm:resnet20" if max(info.image_size) <= _SMALL_IMAGE else "timm:resnet18"
-    weight = config.method_weight
-    if weight is None:
-        method = METHODS.get(config.method.kind)
-        weight = float(getattr(method, "recommended_weight", 1.0))
-    student = config.student.model_copy(update={"name": name})
-    return config.model_copy(update={"student": student, "method_weight": weight})
+    of_method = METHODS.get(config.method.kind) if method is None else method
+    chosen: dict[str, Any] = {
+        "method_weight": weight_of(of_method),
+        "method_warmup_epochs": warmup_of(of_method),
+    }
+    filled = {key: value for key, value in chosen.items() if getattr(config, key) is None}
+    if config.task.weight is None:
+        weight = task_weight_of(of_method)
+        filled["task"] = config.task.model_copy(update={"weight": weight})
+    if num_train is not None and getattr(config.method, _NUM_SAMPLES, 0) is None:
+        filled["method"] = config.method.model_copy(update={_NUM_SAMPLES: num_train})
+    filled["further_methods"] = tuple(
+        _further_with_defaults(further, num_train) for further in config.further_methods
+    )
+    filled["student"] = config.student.model_copy(update={"name": name})
+    return config.model_copy(update=filled)
+
+
+def _further_with_defaults(further: FurtherMethod, num_train: int | None) -> FurtherMethod:
+    method = METHODS[further.kind]
+    filled: dict[str, Any] = {}
+    if further.weight is None:
+        filled["weight"] = weight_of(method)
+    if further.warmup_epochs is None:
+        filled["warmup_epochs"] = warmup_of(method)
+    keeps = _NUM_SAMPLES in METHOD_SETTINGS[further.kind].model_fields
+    if num_train is not None and keeps and further.settings.get(_NUM_SAMPLES) is None:
+        filled["settings"] = {**further.settings, _NUM_SAMPLES: num_train}
+    return further.model_copy(update=filled)
 
 
 def build_distiller(
@@ -93,36 +139,34 @@ def build_distiller(
         ValueError: A name, a setting or weights that do not fit.
     """
     if method is None:
-        method = build_method(config.method)
+        method = build_method(config)
+    shape = (info.in_channels, *info.image_size)
     if student is None:
         with seeded(config.seed, "student"):
-            student = build_model(
-                config.student.name or "",
-                num_classes=info.num_classes,
-                in_channels=info.in_channels,
-                image_size=info.image_size,
-                settings=config.student.settings,
-                pretrained=config.student.pretrained,
-            )
+            student = _built_student(config.student, info, config.student.pretrained)
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
-        shape = (info.in_channels, *info.image_size)
         try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
+    reads = getattr(method, "reads", {}).values()
+    peer = None
+    if any(isinstance(signal, PeerLogits) for signal in reads):
+        settings = config.student if config.peer.name is None else config.peer
+        with seeded(config.seed, "peer"):
+            peer = _built_student(settings, info)
+        try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
+    given = config.teacher.cache is not None or config.teacher.name is not None
+    if given and not any(map(reads_teacher, reads)):
+        label = config.label if method is None else type(method).__name__
+        raise ValueError(f"{label} reads from no teacher, but one is given: leave teacher out")
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)
     elif teacher is None and config.teacher.name is not None:
-        teacher = build_teacher(config.teacher, info)
-        shape = (info.in_channels, *info.image_size)
-        reads_logits = any(
-            isinstance(s, TeacherLogits) for s in getattr(method, "reads", {}).values()
-        )
-        try_out(
-            teacher,
-            f"the teacher {config.teacher.name!r}",
-            shape,
-            info.num_classes if reads_logits else None,
-            hint=": teacher.class_map names the classes of the data among the teacher's",
-        )
+        reads_logits = any(isinstance(signal, TeacherLogits) for signal in reads)
+        every = [
+            _tried_teacher(settings, info, info.num_classes if reads_logits else None)
+            for settings in (config.teacher, *config.further_teachers)
+        ]
+        teacher = every[0] if len(every) == 1 else Teachers(every)
     task = config.task
     task_loss = (
         LabelSmoothingLoss(smoothing=task.label_smoothing, smooth_over=task.smooth_over)
@@ -135,11 +179,35 @@ def build_distiller(
             method,
             teacher=teacher,
             task_loss=task_loss,
-            task_weight=task.weight,
-            method_weight=1.0 if config.method_weight is None else config.method_weight,
             taps=config.taps,
-            example_shape=(info.in_channels, *info.image_size),
+            peer=peer,
+            example_shape=shape,
         )
+
+
+def _built_student(
+    settings: StudentSettings | PeerSettings, info: DataInfo, pretrained: bool = False
+) -> nn.Module:
+    return build_model(
+        settings.name or "",
+        num_classes=info.num_classes,
+        in_channels=info.in_channels,
+        image_size=info.image_size,
+        settings=settings.settings,
+        pretrained=pretrained,
+    )
+
+
+def _tried_teacher(settings: TeacherSettings, info: DataInfo, num_classes: int | None) -> Teacher:
+    teacher = build_teacher(settings, info)
+    try_out(
+        teacher,
+        f"the teacher {settings.name!r}",
+        (info.in_channels, *info.image_size),
+        num_classes,
+        hint=": teacher.class_map names the classes of the data among the teacher's",
+    )
+    return teacher
 
 
 def try_out(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
-from softlabels.losses import METHODS
+from softlabels.losses import METHODS, WeightedSum
 from softlabels.signals import Signal, reads_teacher
 from softlabels.training.recipe import ConfigError, load_recipe, recipe_names
 from softlabels.training.settings import (
@@ -20,16 +20,19 @@ from softlabels.training.settings import (
     MOST,
     CheckpointSettings,
     DataSettings,
+    FurtherMethod,
     MethodSettings,
     MixSettings,
     NoMethod,
     OptimizerSettings,
     PaperSettings,
+    PeerSettings,
     ScheduleSettings,
     Section,
     StudentSettings,
     TaskSettings,
     TeacherSettings,
+    WarmupEpochs,
 )
 
 __all__ = [
@@ -45,6 +48,9 @@ __all__ = [
     "parse",
     "recipe_names",
     "resolve",
+    "task_weight_of",
+    "warmup_of",
+    "weight_of",
     "with_method",
 ]
 
@@ -66,6 +72,25 @@ class Config(Section):
         ge=0,
         le=LARGEST_FACTOR,
         description="Weight of the method's loss. None: what its paper uses most.",
+    )
+    method_warmup_epochs: WarmupEpochs = Field(
+        None,
+        description="In epoch e, from 1, the method's weight is multiplied by min(e / this, 1); "
+        "0: it is not; run: all epochs of the run. None: what its paper uses.",
+    )
+    further_methods: tuple[FurtherMethod, ...] = Field(
+        (), description="Methods that are added to the first one."
+    )
+    further_teachers: tuple[TeacherSettings, ...] = Field(
+        (), description="Teachers besides the first one; by default they teach by their mean."
+    )
+    peer: PeerSettings = Field(PeerSettings(), description="A network that is trained along.")
+    generations: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Trainings in a row; in each but the first the student of the one before is "
+        "the teacher. The first is without a method.",
     )
     task: TaskSettings = Field(TaskSettings(), description="The task's own loss.")
     optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimiser.")
@@ -125,25 +150,65 @@ class Config(Section):
     def label(self) -> str:
         """What a plot calls this run."""
         if self.method.kind != "none":
-            return str(self.method.kind)
+            kinds = [self.method.kind, *(further.kind for further in self.further_methods)]
+            return "+".join(map(str, kinds))
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
-def build_method(settings: MethodSettings) -> nn.Module | None:
-    """The method's module; None for `"none"`.
+def build_method(config: Config) -> nn.Module | None:
+    """The method's module, or the sum of several; None without one.
 
     Raises:
-        ValueError: A value that the method does not take.
+        ValueError: A value that a method does not take.
     """
-    if settings.kind == "none":
+    if config.method.kind == "none":
         return None
+    first = _built(config.method)
+    if not config.further_methods:
+        return first
+    methods, teachers = {config.method.kind: first}, dict[str, int]()
+    for number, further in enumerate(config.further_methods, 2):
+        name = further.kind if further.kind not in methods else f"{further.kind}_{number}"
+        methods[name] = _built(_settings_of(further))
+        if further.teacher is not None:
+            teachers[name] = further.teacher
+    return WeightedSum(methods, teachers=teachers)
+
+
+def _built(settings: MethodSettings) -> nn.Module:
     return METHODS[settings.kind](**settings.model_dump(exclude={"kind"}))
 
 
-def method_reads_teacher(settings: MethodSettings) -> bool:
-    """Whether a method with these settings reads from a teacher."""
-    reads: Mapping[str, Signal] = getattr(build_method(settings), "reads", {})
+def _settings_of(further: FurtherMethod) -> MethodSettings:
+    if further.kind == "none" or further.kind not in METHODS:
+        raise ValueError(f"no method {further.kind!r:.80}: expected one of {', '.join(METHODS)}")
+    try:
+        return METHOD_SETTINGS[further.kind](**further.settings)
+    except ValidationError as error:
+        raise ValueError(f"{further.kind}: {explain(error)}") from error
+
+
+def method_reads_teacher(config: Config) -> bool:
+    """Whether the method with these settings reads from a teacher."""
+    reads: Mapping[str, Signal] = getattr(build_method(config), "reads", {})
     return any(reads_teacher(signal) for signal in reads.values())
+
+
+def weight_of(method: type[nn.Module] | nn.Module | None) -> float:
+    """The weight that a method's paper uses most."""
+    return float(getattr(method, "recommended_weight", 1.0))
+
+
+def task_weight_of(method: type[nn.Module] | nn.Module | None) -> float | Literal["rest"]:
+    """The task's weight that a method's paper uses most."""
+    weight: float | Literal["rest"] = getattr(method, "recommended_task_weight", 1.0)
+    return weight
+
+
+def warmup_of(method: type[nn.Module] | nn.Module | None) -> float | Literal["run"]:
+    """The epochs over which the weight rises in a method's paper."""
+    epochs: float | Literal["run"] = getattr(method, "recommended_warmup", 0.0)
+    return epochs
 
 
 def describe_method(kind: str) -> str:
@@ -153,9 +218,16 @@ def describe_method(kind: str) -> str:
     method = METHODS[kind]
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
     reads: Mapping[str, Signal] = getattr(method(), "reads", {})
-    weight = float(getattr(method, "recommended_weight", 1.0))
+    weight = weight_of(method)
     lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, reads.values()))}"]
     lines.append(f"  method_weight: {weight:g} unless set")
+    warmup, of_task = warmup_of(method), task_weight_of(method)
+    if warmup:
+        over = "the run" if warmup == "run" else f"{warmup:g} epochs"
+        lines.append(f"  it rises over {over} unless method_warmup_epochs is set")
+    if of_task != 1.0:
+        what = "1 - method_weight" if of_task == "rest" else f"{of_task:g}"
+        lines.append(f"  task.weight: {what} unless set")
     for name, field in METHOD_SETTINGS[kind].model_fields.items():
         if name != "kind":
             lines.append(f"  {name} = {field.default!r}: {field.description}")
@@ -204,16 +276,13 @@ def checked(config: Config) -> Config:
         ConfigError: They do not.
     """
     try:
-        build_method(config.method)
+        build_method(config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
-    teacher = config.teacher
-    if method_reads_teacher(config.method) and teacher.name is None and teacher.cache is None:
-        raise ConfigError(
-            f"method {config.method.kind!r} reads from a teacher: give teacher.name and "
-            "teacher.weights, or teacher.cache"
-        )
-    if teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
+    if config.method.kind == "none" and config.further_methods:
+        raise ConfigError("further_methods are added to a method, and there is none")
+    _check_teachers(config)
+    if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
         raise ConfigError(
             f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
             f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
@@ -243,6 +312,30 @@ def checked(config: Config) -> Config:
             f"schedule {schedule.name} takes {wanted} in decay_epochs, got {schedule.decay_epochs}"
         )
     return config
+
+
+def _check_teachers(config: Config) -> None:
+    """Check that the teachers are those that the method needs, no more and no fewer."""
+    teacher, needed = config.teacher, method_reads_teacher(config)
+    given = teacher.name is not None or teacher.cache is not None
+    if config.generations > 1:
+        if not needed:
+            raise ConfigError(
+                f"generations {config.generations}: each teaches the next, but method "
+                f"{config.method.kind!r} reads from no teacher"
+            )
+        if given or config.further_teachers:
+            raise ConfigError(
+                f"generations {config.generations}: each is taught by the one before, leave the "
+                "teacher out"
+            )
+    elif needed and not given:
+        raise ConfigError(
+            f"method {config.method.kind!r} reads from a teacher: give teacher.name and "
+            "teacher.weights, or teacher.cache"
+        )
+    if config.further_teachers and (teacher.name is None or teacher.cache is not None):
+        raise ConfigError("further_teachers stand beside teacher.name, and there is none")
 
 
 def resolve(values: Mapping[str, Any]) -> Config:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from softlabels.data import Batch, DataSource
-from softlabels.data.mixup import MixupCutmix
+from softlabels.data.mixup import MIXUP_EXTRAS, MixupCutmix, mixup_extras
 from softlabels.data.randomness import derive_seed
 from softlabels.distiller import Distiller, StepOutput
+from softlabels.losses import Memory
 from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
+from softlabels.training.epoch_weights import set_weights
 from softlabels.training.evaluate import evaluate
 from softlabels.training.guards import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
@@ -34,6 +36,7 @@ from softlabels.training.processes import gathered
 __all__ = ["Engine", "Observer"]
 
 _STOP = "stop"
+_OF_EVERY_BATCH = ("index", "draw")
 
 
 class Observer(Protocol):
@@ -107,10 +110,12 @@ class Engine:
         self.ema = ModelEmaV3(self.core, decay=config.ema_decay) if config.ema_decay else None
         if config.compile:
             distiller.trainable = torch.compile(distiller.trainable)  # type: ignore[assignment]  # a module
-        # A method's memory is that of the first process. Batch statistics need not be, until an
-        # evaluation: sending them in every step costs more than the gradients of a small student.
-        memory = list(getattr(self.core.heads, "buffers", tuple)())
-        accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=bool(memory))
+        # A method's memory takes in what all processes saw, so it is the same on each. Batch
+        # statistics need not be, until an evaluation: sending them in every step costs more than
+        # the gradients of a small student.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._buffers = _outside_of_memory(self.core)
+        self._further = [name for name in distiller.extras if name not in _OF_EVERY_BATCH]
         distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
         self.distiller = distiller
         self.step = 0
@@ -170,9 +175,11 @@ class Engine:
     def _train_epoch(self, epoch: int, observer: Observer, interrupt: InterruptGuard) -> None:
         """Train from the present step to the end of an epoch."""
         self.distiller.train()
+        set_weights(self.distiller, self.config, epoch)
         first = self.step - epoch * self.steps_per_epoch
         since = time.perf_counter()
-        with closing(self._batches(self.config.seed, epoch, first)) as batches:
+        further = [name for name in self._further if name not in MIXUP_EXTRAS]
+        with closing(self._batches(self.config.seed, epoch, first, further)) as batches:
             for index, batch in enumerate(batches, first):
                 ends = index + 1 == self.steps_per_epoch
                 due = (self.step + 1) % self.config.log_every == 0 or ends
@@ -198,8 +205,12 @@ class Engine:
         # On an accelerator a wait for the device: only where there is one anyway.
         return (due or any_asked.device.type == "cpu") and bool(any_asked)
 
-    def _batches(self, seed: int, epoch: int, first: int) -> Generator[Batch]:
+    def _batches(
+        self, seed: int, epoch: int, first: int, further: Sequence[str] = ()
+    ) -> Generator[Batch]:
         draw = getattr(self.distiller.teacher, "draw", None)
+        # A source of one's own need not know of them.
+        extras: dict[str, Any] = {"extras": further} if further else {}
         yield from self.source.train_batches(
             seed=seed,
             epoch=epoch,
@@ -210,6 +221,7 @@ class Engine:
             device=self.accelerator.device,
             # Answers that are stored belong to views that are shown again.
             draw=None if draw is None else draw(epoch),
+            **extras,
         )
 
     def _laid_out(self, images: Tensor) -> Tensor:
@@ -249,9 +261,12 @@ class Engine:
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
         if self.mixer is not None:
             batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
+        if MIXUP_EXTRAS & {*self._further}:
+            alpha = self.config.mix.further_alpha
+            batch = mixup_extras(batch, alpha=alpha, seed=seed, epoch=epoch, step=index)
         batch.images = self._laid_out(batch.images)
         # A forward changes buffers too; a step that is skipped puts them back.
-        before = [b.clone() for b in self.core.buffers()] if self._may_skip else []
+        before = [b.clone() for b in self._buffers] if self._may_skip else []
         parts, details, finite, share = self._backward(batch, detailed=detailed)
         if self.config.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
@@ -266,7 +281,7 @@ class Engine:
             # Without gradients a step does nothing, but a scaler lowers its scale.
             self.optimizer.zero_grad(set_to_none=True)
             self.distiller.forget_step()
-            for buffer, value in zip(self.core.buffers(), before, strict=True):
+            for buffer, value in zip(self._buffers, before, strict=True):
                 buffer.copy_(value)
         if healthy or self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -292,6 +307,7 @@ class Engine:
         num_parts = min(self.config.accumulation, num_samples)
         mean_samples = self._samples_a_process(num_samples)
         extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
+        extras.update(batch.extras)
         shares: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]] = []
         finite: list[Tensor] = []
         for number, (images, target, *values) in enumerate(
@@ -379,6 +395,12 @@ class Engine:
             self.accelerator.autocast,
         )
         return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _outside_of_memory(module: nn.Module) -> list[Tensor]:
+    """The buffers that a forward may change."""
+    kept = {id(b) for part in module.modules() if isinstance(part, Memory) for b in part.buffers()}
+    return [buffer for buffer in module.buffers() if id(buffer) not in kept]
 
 
 def _largest_gradient(module: nn.Module) -> Tensor:

@@ -26,16 +26,19 @@ __all__ = [
     "MOST",
     "CheckpointSettings",
     "DataSettings",
+    "FurtherMethod",
     "MethodSettings",
     "MixSettings",
     "NoMethod",
     "OptimizerSettings",
     "PaperSettings",
+    "PeerSettings",
     "ScheduleSettings",
     "Section",
     "StudentSettings",
     "TaskSettings",
     "TeacherSettings",
+    "WarmupEpochs",
 ]
 
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
@@ -45,6 +48,10 @@ LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
 Setting: TypeAlias = bool | Annotated[int, Field(ge=-MOST, le=MOST)] | float | str
+
+
+# Epochs of a rise, the whole run, or None for what the method's paper uses.
+WarmupEpochs: TypeAlias = Annotated[float, Field(ge=0, le=MOST)] | Literal["run"] | None
 
 
 class Section(BaseModel):
@@ -197,7 +204,11 @@ class TeacherSettings(Section):
 class TaskSettings(Section):
     """The task's own loss, which every method is added to."""
 
-    weight: float = Field(1.0, ge=0, le=LARGEST_FACTOR, description="Weight of the task's loss.")
+    weight: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] | Literal["rest"] | None = Field(
+        None,
+        description="Weight of the task's loss; rest: 1 minus the method's weight in that epoch. "
+        "None: what the method's paper uses.",
+    )
     label_smoothing: float = Field(0.0, ge=0, le=1, description="0: plain cross-entropy.")
     smooth_over: SmoothOver = Field("all", description="Classes that share the smoothing.")
 
@@ -256,6 +267,12 @@ class MixSettings(Section):
     cutmix: float = Field(0.0, ge=0, le=MOST, description="Alpha of cutmix; 0: off.")
     probability: float = Field(1.0, ge=0, le=1, description="Share of batches that are mixed.")
     switch_probability: float = Field(0.5, ge=0, le=1, description="Cutmix's share if both are on.")
+    further_alpha: float = Field(
+        0.4,
+        gt=0,
+        le=MOST,
+        description="Alpha of the mixup that a method reads besides the batch's own images.",
+    )
 
 
 class CheckpointSettings(Section):
@@ -267,6 +284,31 @@ class CheckpointSettings(Section):
     keep: int = Field(
         2, ge=1, description="How many are kept; older ones serve if the newest is damaged."
     )
+
+
+class FurtherMethod(Section):
+    """A method that is added to the first one, with a weight of its own."""
+
+    kind: str = Field("nkd", description="The method.")
+    weight: float | None = Field(
+        None, ge=0, le=LARGEST_FACTOR, description="As method_weight, for this method."
+    )
+    warmup_epochs: WarmupEpochs = Field(
+        None, description="As method_warmup_epochs, for this method."
+    )
+    teacher: int | None = Field(
+        None, ge=0, le=100, description="Number of the teacher that it reads, from 0; None: all."
+    )
+    settings: dict[str, Setting | tuple[str, ...]] = Field(
+        {}, description="The method's own settings."
+    )
+
+
+class PeerSettings(Section):
+    """A second network that is trained along, for methods that read its logits."""
+
+    name: str | None = Field(None, description="As the student's name. None: the student's own.")
+    settings: dict[str, Setting] = Field({}, description="Further arguments of the model.")
 
 
 class PaperSettings(Section):

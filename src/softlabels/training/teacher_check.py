@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.distiller import Distiller
 from softlabels.signals import reads_teacher
 from softlabels.taps import undisturbed
-from softlabels.teacher import Teacher
+from softlabels.teacher import Teacher, Teachers
 from softlabels.training.config import Config
 from softlabels.training.evaluate import evaluate
 
@@ -105,11 +106,16 @@ def checked_teacher(
     """
     teacher = distiller.teacher
     reads = getattr(distiller.method, "reads", {}).values()
-    if config.teacher.check == "off" or not isinstance(teacher, Teacher):
+    if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
     if not any(map(reads_teacher, reads)):
         return None
-    name, info = config.teacher.name or type(teacher.model).__name__, source.info
+    info = source.info
+    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
+    if None in names or len(names) != len(every):
+        names = [type(each.model).__name__ for each in every]
+    name = " + ".join(map(str, names))
     problem = None
     score = known
     if score is None:
@@ -144,13 +150,15 @@ def checked_teacher(
     return score
 
 
-def _num_classes_of(teacher: Teacher, shape: tuple[int, int, int], accelerator: Accelerator) -> int:
+def _num_classes_of(
+    teacher: nn.Module, shape: tuple[int, int, int], accelerator: Accelerator
+) -> int:
     with undisturbed(teacher):
         return int(teacher(torch.zeros(1, *shape, device=accelerator.device)).shape[1])
 
 
 def _measured(
-    teacher: Teacher, source: DataSource, accelerator: Accelerator, batch_size: int
+    teacher: nn.Module, source: DataSource, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
     batches = source.test_batches(
         batch_size=batch_size,

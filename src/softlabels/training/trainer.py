@@ -26,6 +26,7 @@ from softlabels.training.assemble import (
     build_mixer,
     build_optimizer,
     build_source,
+    build_teacher,
     with_defaults,
 )
 from softlabels.training.checkpoint import Progress, restore
@@ -41,10 +42,12 @@ from softlabels.training.guards import (
     RunError,
     told_of_full_disks,
 )
+from softlabels.training.needs import check_needs, memory_of
 from softlabels.training.precise_bn import check_precise_bn
 from softlabels.training.processes import from_main, lost_processes, start
 from softlabels.training.recorder import Recorder, infinite_parts
 from softlabels.training.schedule import build_schedule
+from softlabels.training.settings import NoMethod, TeacherSettings
 from softlabels.training.teacher_check import TeacherScore, checked_teacher, read_score
 from softlabels.training.tracking import Tracker
 
@@ -79,6 +82,9 @@ def run(
 ) -> TrainResult:
     """Train as a configuration says, or go on where an earlier call stopped.
 
+    With `generations`, each earlier one has a folder inside of the run's, `generation-1` and so
+    on, with a seed of its own.
+
     Args:
         config: The settings.
         student: A network to train in place of the one that the settings name.
@@ -92,6 +98,69 @@ def run(
         RunError: The run failed on its way: `NonFiniteLossError`, a full disk, a lost process.
         Interrupted: The user asked to stop; the state is stored.
     """
+    if config.generations > 1:
+        if student is not None or teacher is not None:
+            raise ValueError(
+                f"generations {config.generations}: each begins with a new student that the last "
+                "one teaches, so student must be a name and teacher none"
+            )
+        return _run_generations(config, method, source, console)
+    return _run_one(config, student, teacher, method, source, console)
+
+
+def _run_generations(
+    config: Config,
+    method: nn.Module | None,
+    source: DataSource | None,
+    console: Console | None,
+) -> TrainResult:
+    opened = source is None
+    source = build_source(config) if source is None else source
+    try:
+        filled = with_defaults(config, source.info, source.num_train, method)
+        label = config.label if method is None else type(method).__name__
+        config = _with_output(filled, source.info, label)
+        teacher: nn.Module | None = None
+        for number in range(1, config.generations + 1):
+            is_last = number == config.generations
+            changed: dict[str, Any] = {}
+            if not is_last:
+                changed = {
+                    "output": str(Path(config.output or "") / f"generation-{number}"),
+                    "seed": derive_seed(config.seed, "generation", number),
+                }
+            if number == 1:
+                changed.update(
+                    generations=1,
+                    method=NoMethod(),
+                    further_methods=(),
+                    method_weight=1.0,
+                    task=config.task.model_copy(update={"weight": 1.0}),
+                )
+            result = _run_one(
+                config.model_copy(update=changed),
+                None,
+                teacher,
+                None if number == 1 else method,
+                source,
+                console,
+            )
+            taught = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
+            teacher = build_teacher(taught, source.info)
+        return result
+    finally:
+        if opened:
+            source.close()
+
+
+def _run_one(
+    config: Config,
+    student: nn.Module | None,
+    teacher: nn.Module | None,
+    method: nn.Module | None,
+    source: DataSource | None,
+    console: Console | None,
+) -> TrainResult:
     accelerator = start(config)
     _check_batch_size(config, accelerator.num_processes)
     _check_kind_of_processes(accelerator)
@@ -99,10 +168,11 @@ def run(
     opened = source is None
     source = build_source(config) if source is None else source
     try:
-        config = with_defaults(config, source.info)
+        config = with_defaults(config, source.info, source.num_train, method)
         distiller = build_distiller(
             config, source.info, student=student, teacher=teacher, method=method
         ).to(accelerator.device)
+        check_needs(config, distiller, source, accelerator.num_processes)
         cache = distiller.teacher
         if isinstance(cache, TeacherCache):
             from_main(accelerator, lambda: check_cache(cache, config, source))
@@ -209,6 +279,9 @@ def _fit(
         if teacher is not None:
             folder.write_json(folder.teacher, teacher.model_dump())
     _announce(config, label, console, folder)
+    remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
+    if remembered:
+        _say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
     with (
         InterruptGuard() as interrupt,
         Tracker(
