@@ -36,8 +36,9 @@ def make_gallery(
 ) -> dict[str, Any]:
     """Soft labels and predictions for images that are the same for every method.
 
-    They are test images; where the soft labels are a teacher's stored answers, which there are for
-    training images alone, they are training images. Each is labelled together with the batch that
+    They are test images; where the soft labels need what there is for training images alone, a
+    teacher's stored answers, what a method remembers of an image or further images of a batch,
+    they are training images. Each is labelled together with the batch that
     it stands in, because a soft label may depend on its batch.
 
     Args:
@@ -55,6 +56,13 @@ def make_gallery(
         what = f"{_sentence(distiller)} These are training images: a cache has no other answers."
         chosen = permutation(0, 0, source.num_train)[:num_images].tolist()
         batches = _training_batches(source, cache, chosen, batch_size, device)
+    elif distiller.extras and hasattr(distiller.method, "soft_labels"):
+        split = "training"
+        what = f"{_sentence(distiller)} These are training images, as the method needs them."
+        batches = _as_trained(distiller, source, batch_size, device)
+        first = next(batches)
+        chosen = first.index[:num_images].tolist()
+        batches = iter([first])
     else:
         split, what = "test", _sentence(distiller)
         chosen = permutation(0, 0, source.num_test)[:num_images].tolist()
@@ -67,6 +75,7 @@ def make_gallery(
         if not rows:
             continue
         extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
+        extras.update(batch.extras)
         soft = distiller.soft_labels(batch.images, batch.target, **extras)
         with torch.inference_mode():
             predicted = network(batch.images[rows]).float().softmax(1)
@@ -106,6 +115,15 @@ def _training_batches(
             stop=start + batch_size,
             device=device,
         )
+
+
+def _as_trained(
+    distiller: Distiller, source: DataSource, batch_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """Training batches with all that the method reads."""
+    further = [name for name in distiller.extras if name not in ("index", "draw")]
+    extras: dict[str, Any] = {"extras": further} if further else {}
+    return source.train_batches(seed=0, epoch=0, batch_size=batch_size, device=device, **extras)
 
 
 def _largest(probabilities: Tensor, number: int) -> list[list[float]]:
