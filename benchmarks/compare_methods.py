@@ -1,0 +1,182 @@
+"""Compare all methods on glyphs100 over paired seeds, and write results/methods.json.
+
+    python -m benchmarks.compare_methods            # about two hours on two cores
+
+Each run is that of the recipe glyphs100/METHOD, on fewer fonts and for fewer epochs: the same
+initial weights, data order and augmentation for all methods of a seed. Weights are the published
+ones, not tuned for these data. ViTKD, which needs two transformers, is compared with cross-entropy
+on a small one. Runs that are complete are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from scipy import stats
+
+from softlabels.losses import METHODS
+from softlabels.training.config import (
+    load_recipe,
+    method_reads_teacher,
+    parse,
+    resolve,
+    with_method,
+)
+from softlabels.training.folder import RunFolder
+from softlabels.training.several import PlannedRun, train_several
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+EPOCHS = 4
+NUM_FONTS = 120
+TUNED = ("kd", "nkd", "uskd", "zipf_ls")  # have a recipe of their own in glyphs100/
+VIT = ("vit_teacher", "vit_cross_entropy", "vit_vitkd")
+VIT_SETTINGS = {
+    "student.name": "timm:vit_mini_patch4_32",
+    "optimizer.name": "adamw",
+    "optimizer.lr": 0.001,
+    "optimizer.weight_decay": 0.05,
+}
+BASELINES = {"vit_vitkd": "vit_cross_entropy"}
+METRICS = ("top1", "group_top1", "nll", "ece")
+
+
+def names() -> list[str]:
+    """What is compared: the baselines, then each method."""
+    return ["cross_entropy", "label_smoothing", *(k for k in METHODS if k != "vitkd"), *VIT]
+
+
+def _settings(name: str, seed: int, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The recipe that a run begins with, and the options over it."""
+    options: dict[str, Any] = {
+        "seed": seed,
+        "epochs": EPOCHS,
+        "threads": 1,
+        "gallery": 0,
+        "data.num_fonts": NUM_FONTS,
+    }
+    kind = name.removeprefix("vit_")
+    if name in ("cross_entropy", "label_smoothing", *TUNED):
+        options.update({"teacher.check": "off"} if name in ("kd", "nkd") else {})
+        return f"glyphs100/{name}", options
+    if kind != "cross_entropy":
+        options["method.kind"] = kind
+    recipe = "glyphs100/cross_entropy"
+    if name in VIT:
+        options.update(VIT_SETTINGS)
+        if name == "vit_teacher":
+            options["epochs"] = 3 * EPOCHS
+            options.pop("method.kind")
+        elif kind == "vitkd":
+            options.update(_taught_by("vit_teacher", 0, folder, VIT_SETTINGS["student.name"]))
+    elif kind == "tf_kd_self":
+        options.update(_taught_by("cross_entropy", seed, folder, "timm:resnet8_glyphs"))
+    elif kind == "ban":
+        options["generations"] = 2
+    elif method_reads_teacher(parse({"method": {"kind": kind}})):
+        recipe = "glyphs100/kd"
+        options["teacher.check"] = "off"
+    return recipe, options
+
+
+def _taught_by(name: str, seed: int, folder: Path, network: str) -> dict[str, Any]:
+    student = RunFolder(folder / f"{name}-{seed}").student
+    return {"teacher.name": network, "teacher.weights": str(student), "teacher.check": "off"}
+
+
+def planned(name: str, seed: int, folder: Path) -> PlannedRun:
+    """The run of a method with a seed."""
+    recipe, options = _settings(name, seed, folder)
+    values = load_recipe(recipe)
+    values["output"] = str(folder / f"{name}-{seed}")
+    if "method.kind" in options:
+        values = with_method(values, options["method.kind"])
+    for key, value in options.items():
+        section, _, last = key.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[last] = value
+    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    return PlannedRun(f"{name}-{seed}", resolve(values), (recipe, *given))
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Mean difference over seeds, with the half width of its 95 % t interval."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    deviation = statistics.stdev(differences)
+    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+    return {
+        "mean": statistics.mean(differences),
+        "half_width": quantile * deviation / len(differences) ** 0.5,
+    }
+
+
+def summarised(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Figures of each recipe over the seeds."""
+    found: dict[str, Any] = {}
+    for recipe, of_seeds in summaries.items():
+        values = {m: [float(s["final"][m]) for s in of_seeds] for m in METRICS}
+        baseline = summaries[BASELINES.get(recipe, "cross_entropy")]
+        found[recipe] = {
+            "runs": values,
+            "seconds": [float(s["seconds"]) for s in of_seeds],
+            "top1": {
+                "mean": statistics.mean(values["top1"]),
+                "deviation": statistics.stdev(values["top1"]),
+            },
+            "nll": statistics.mean(values["nll"]),
+            "ece": statistics.mean(values["ece"]),
+            "against_baseline": paired(
+                values["top1"], [float(s["final"]["top1"]) for s in baseline]
+            ),
+        }
+    return found
+
+
+def main() -> None:
+    """Train what is missing, and write the file."""
+    parser = argparse.ArgumentParser(description="Compare all methods on glyphs100.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", default="", help="recipes to train now, without writing the file")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",") if arguments.only else names()
+    runs = {
+        name: [
+            planned(name, seed, arguments.folder)
+            for seed in (SEEDS[:1] if name == "vit_teacher" else SEEDS)
+        ]
+        for name in chosen
+    }
+    console = Console(stderr=True)
+    taught = {"tf_kd_self", "vit_vitkd"}  # by runs of this comparison
+    for group in (set(runs) - taught, set(runs) & taught):
+        together = [run for name in chosen if name in group for run in runs[name]]
+        train_several(together, jobs=arguments.jobs, console=console, threads=1)
+    if arguments.only:
+        return
+    summaries = {
+        name: [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in of]
+        for name, of in runs.items()
+        if len(of) > 1
+    }
+    environment = json.loads(runs["cross_entropy"][0].folder.environment.read_text("utf-8"))
+    environment.pop("command", None)
+    content = {
+        "command": "python -m benchmarks.compare_methods",
+        "environment": environment,
+        "epochs": EPOCHS,
+        "fonts": NUM_FONTS,
+        "seeds": SEEDS,
+        "results": summarised(summaries),
+    }
+    path = ROOT / "results" / "methods.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
