@@ -37,7 +37,7 @@ EPOCHS = 4
 NUM_FONTS = 120
 TUNED = ("kd", "nkd", "uskd", "zipf_ls")  # have a recipe of their own in glyphs100/
 VIT = ("vit_teacher", "vit_cross_entropy", "vit_vitkd")
-VIT_SETTINGS = {
+VIT_SETTINGS: dict[str, Any] = {
     "student.name": "timm:vit_mini_patch4_32",
     "optimizer.name": "adamw",
     "optimizer.lr": 0.001,

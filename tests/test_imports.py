@@ -53,10 +53,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "teacher_cache": {"answers"},
     "signals": {"losses", "taps", "teacher", "teacher_cache"},
     "trainable": {"losses", "taps", "signals"},
+    "step_output": set(),
     "distiller": {
         "losses",
         "taps",
         "signals",
+        "step_output",
         "trainable",
         "teacher",
         "teacher_cache",
@@ -73,7 +75,20 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
 
 # The parts that provide for every method, and so may name none.
-NAMELESS = ("signals", "distiller", "trainable", "training.engine")
+NAMELESS = (
+    "signals",
+    "taps",
+    "trainable",
+    "distiller",
+    "step_output",
+    "teacher",
+    "training.engine",
+    "training.epoch_weights",
+    "training.needs",
+    "training.assemble",
+    "training.trainer",
+    "data",
+)
 
 
 def source_files() -> list[Path]:
@@ -276,10 +291,16 @@ def words_of(source: str) -> Iterator[str]:
                 yield value
 
 
+# Keys that are words, too: only their modules, functions and classes count.
+WORDS = {"at", "dist"}
+
+
 def named_methods(source: str) -> list[str]:
     """Keys and class names of the method table that a source names; `_` and `.` part words."""
-    names = [*METHODS, *(method.__name__ for method in METHODS.values())]
-    either = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    keys = [rf"(?:losses\.{k}|{k}_loss)" if k in WORDS else k for k in METHODS]
+    either = "|".join(
+        [*(method.__name__ for method in METHODS.values()), *sorted(keys, key=len)[::-1]]
+    )
     pattern = re.compile(rf"(?<![a-z0-9])({either})(?![a-z0-9])", re.IGNORECASE)
     return [match.group(1) for word in words_of(source) for match in pattern.finditer(word)]
 
@@ -308,6 +329,9 @@ def test_what_serves_every_method_names_none(part):
         ("call(zipf_ls=1)", ["zipf_ls"]),
         ("def f(x, nkd): pass", ["nkd"]),
         ("class KDLoss: pass", ["KDLoss"]),
+        ("from softlabels.losses.at import anything", ["losses.at"]),
+        ("losses.dist_loss(x), DISTLoss()", ["dist_loss", "DISTLoss"]),
+        ("raise ValueError('look at it')\nimport torch.distributed as dist", []),
         ("'''NKD in a docstring.'''\n# and KD in a comment\nx = 'desk' + 'mkdir' + akd1", []),
     ],
 )

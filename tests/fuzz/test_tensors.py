@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softlabels import Distiller, LabelSmoothingLoss, Teacher
 from softlabels.losses import METHODS
+from softlabels.signals import reads_teacher
 
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -76,6 +77,12 @@ vote_tensors = tensors(votes, st.one_of(shapes, st.just((4, 0)), st.just((4, 9, 
 losses = {**METHODS, "label_smoothing": LabelSmoothingLoss}
 SETTINGS: dict[str, list[dict[str, object]]] = {
     "kd": [{}, {"temperature": 1.0}],
+    "dkd": [{}, {"mixed_target": "all"}, {"ignore_index": 1}],
+    "wsld": [{}],
+    "dist": [{}],
+    "tf_kd": [{}],
+    "tf_nkd": [{}],
+    "ban": [{}],
     "nkd": [{}, {"mixed_target": "all"}, {"ignore_index": 1}, {"target_term": "both"}],
     "uskd": [{}, {"rank_from": "final"}, {"ignore_index": -100}, {"squared": False}],
     "zipf_ls": [
@@ -145,9 +152,9 @@ def network() -> nn.Module:
 
 def step_with_labels(kind: str, settings: dict[str, object], target: Tensor) -> None:
     """A training step of a Distiller, and no NaN in the weights after it."""
-    distiller = Distiller(
-        network(), METHODS[kind](**settings), teacher=Teacher(network()), example_shape=(1, 8, 8)
-    )
+    method = METHODS[kind](**settings)
+    teacher = Teacher(network()) if any(map(reads_teacher, method.reads.values())) else None
+    distiller = Distiller(network(), method, teacher=teacher, example_shape=(1, 8, 8))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     try:
         loss = distiller(torch.randn(4, 1, 8, 8), target).loss

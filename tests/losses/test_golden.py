@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_vectors import GOLDEN, assert_close, cases_of
 from torch import Tensor
 from torch.nn import functional
 
 from softlabels.losses import kd_loss, nkd_loss, uskd_loss, zipf_ls_loss, zipf_ls_targets
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-NKD_KEYS = {
-    "student_logits",
-    "teacher_logits",
-    "target",
-    "gamma",
-    "temperature",
-    "loss",
-    "grad_student_logits",
+DESCRIBED = (GOLDEN / "README.md").read_text(encoding="utf-8")
+# A row of its tables: the file, the number of cases, and names of keys among other text.
+ROWS = {
+    name: (int(num_cases), re.findall(r"`(\w+)`", text))
+    for name, num_cases, text in re.findall(
+        r"^\| `(\w+)\.npz`.*?\| (\d+) \| (.*)$", DESCRIBED, re.M
+    )
 }
 USKD_INPUTS = ("logits", "features", "weight", "bias")
-USKD_KEYS = {"target", "alpha", "beta", "mu", "loss", *USKD_INPUTS} | {
-    f"grad_{name}" for name in USKD_INPUTS
-}
-ZIPF_KEYS = {"logits", "target", "power", "non_target_distribution", "loss", "grad_logits"}
-
-# The keys and the number of cases of each file.
-SCHEMA = {
-    "nkd": (NKD_KEYS, 16),
-    "uskd_hard_probability": (USKD_KEYS, 8),
-    "uskd_hard_log_probability": (USKD_KEYS, 8),
-    "uskd_mixed_probability": (USKD_KEYS, 8),
-    "uskd_mixed_log_probability": (USKD_KEYS, 8),
-    "zipf_ls_dense": (ZIPF_KEYS | {"votes"}, 4),
-    "zipf_ls_logits": (ZIPF_KEYS, 3),
-    "kd_cross_entropy_form": (NKD_KEYS - {"target", "gamma"} | {"weight"}, 8),
-}
-USKD_FILES = [name for name in SCHEMA if name.startswith("uskd")]
-
-
-def cases_of(name: str) -> list[dict[str, Tensor]]:
-    cases: dict[int, dict[str, Tensor]] = {}
-    with np.load(GOLDEN / f"{name}.npz") as stored:
-        for key in stored.files:
-            number, _, field = key.partition(".")
-            cases.setdefault(int(number), {})[field] = torch.from_numpy(stored[key])
-    return [cases[number] for number in range(len(cases))]
+USKD_FILES = [name for name in ROWS if name.startswith("uskd")]
 
 
 def numbered(*names: str) -> list[tuple[str, int]]:
-    return [(name, number) for name in names for number in range(SCHEMA[name][1])]
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    return [(name, number) for name in names for number in range(ROWS[name][0])]
 
 
 def without_target(rows: Tensor, target: Tensor) -> Tensor:
@@ -65,23 +34,31 @@ def without_target(rows: Tensor, target: Tensor) -> Tensor:
     return rows[kept].reshape(rows.shape[0], -1)
 
 
+def read_by_tests() -> set[str]:
+    """Names of the files that the tests of losses open."""
+    own = {"nkd", *USKD_FILES, "zipf_ls_dense", "zipf_ls_logits", "kd_cross_entropy_form"}
+    sources = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    return own.union(*(re.findall(r"""cases_of\("(\w+)"\)""", source) for source in sources))
+
+
 def test_the_folder_holds_exactly_the_files_that_are_tested_and_described():
-    described = (GOLDEN / "README.md").read_text(encoding="utf-8")
-
-    assert {path.stem for path in GOLDEN.glob("*.npz")} == set(SCHEMA)
-    assert all(f"`{name}.npz`" in described for name in SCHEMA)
+    assert {path.stem for path in GOLDEN.glob("*.npz")} == read_by_tests() == set(ROWS)
 
 
-@pytest.mark.parametrize("name", SCHEMA)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_file_has_the_described_keys_and_dtypes(name):
-    keys, num_cases = SCHEMA[name]
+    num_cases, described = ROWS[name]
     cases = cases_of(name)
 
     assert len(cases) == num_cases
     for case in cases:
-        assert set(case) == keys
         assert all(value.dtype in (torch.float64, torch.int64) for value in case.values())
         assert all(bool(torch.isfinite(value).all()) for value in case.values())
+    keys = {key for case in cases for key in case if not key.startswith("grad_")}
+    patterns = [re.sub(r"(?<=_)[ij](?=_|$)", r"\\d+", key) for key in described]
+    found = {pattern: {k for k in keys if re.fullmatch(pattern, k)} for pattern in patterns}
+    assert [pattern for pattern, of_pattern in found.items() if not of_pattern] == []
+    assert keys == set().union(*found.values())
 
 
 @pytest.mark.parametrize(("name", "number"), numbered("nkd"))

@@ -56,17 +56,43 @@ def test_label_smoothing_is_no_method_but_a_task_loss():
 
 @every_method
 def test_settings_have_annotated_types_for_the_config(name):
-    settings = inspect.signature(METHODS[name]).parameters
+    # A method without settings has no constructor of its own.
+    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
     types = typing.get_type_hints(METHODS[name].__init__)
+    allowed = (bool, int, float, int | None, float | None, tuple[str, ...])
 
-    for setting in settings.values():
-        assert setting.name in types
-        allowed = (bool, int, float, int | None, tuple[str, ...])
+    settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest = [p for p in parameters if p not in settings and p.name != "self"]
+    assert all(p.kind in variadic for p in rest)
+    for setting in settings:
+        assert setting.default is not setting.empty
         hint = types[setting.name]
         assert hint in allowed or typing.get_origin(hint) is typing.Literal
 
 
+@every_method
+def test_what_a_paper_recommends_is_a_weight(name):
+    method = METHODS[name]
+
+    assert getattr(method, "recommended_weight", 1.0) > 0
+    of_task = getattr(method, "recommended_task_weight", 1.0)
+    assert of_task == "rest" or of_task >= 0
+    warmup = getattr(method, "recommended_warmup", 0.0)
+    assert warmup == "run" or warmup >= 0
+
+
 # Signals
+
+
+@every_method
+def test_a_method_by_itself_reads_a_signal_for_every_tensor_that_forward_needs(name):
+    module = METHODS[name]()
+    parameters = inspect.signature(module.forward).parameters
+    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+
+    assert required <= set(module.reads) <= set(parameters)
+    assert all(isinstance(signal, Signal) for signal in module.reads.values())
 
 
 @every_method_case

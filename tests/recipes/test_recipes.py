@@ -6,16 +6,26 @@ import math
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
 from softlabels.cli import main
+from softlabels.losses import METHODS
 from softlabels.models import build_model
 from softlabels.training.config import Config, load_recipe, recipe_names, resolve
 from softlabels.training.recipe import read_recipe_text
 from softlabels.training.reproduce import recipes_of, tables
 
 ROWS = [name for table in tables() if table != "glyphs100" for name in recipes_of(table)]
+GLYPHS = recipes_of("glyphs100")
+# Rows that were published with another budget than their baselines, each with what differs.
+OWN_BUDGET = {
+    "table1/resnet34_resnet18_dkd": {"batch_size", "optimizer"},
+    "table1/resnet50_mobilenet_dkd": {"batch_size", "optimizer"},
+    "table1/resnet50_mobilenet_ofd": {"batch_size", "optimizer"},
+    "self_kd_lib/resnet18_mixskd": {"student", "epochs", "batch_size"},
+}
 # Networks for small images, one recipe for each kind of run; all others are in the slow tests.
 QUICK = [
     "table1/resnet32x4_resnet8x4_nkd",
@@ -24,9 +34,16 @@ QUICK = [
     "table2/cifar100_resnet18_uskd",
     "table2/cifar100_resnet18_label_smoothing",
     "zipf_tiny_imagenet/resnet18_zipf_ls",
+    "table1/resnet32x4_resnet8x4_crd",  # remembers images
+    "table1/resnet32x4_resnet8x4_reviewkd",  # maps of all stages
+    "zipf_table1/resnet18_ban",  # two generations
+    "self_kd_lib/resnet18_mixskd",  # exits, and images that are mixed besides the batch
+    "glyphs100/kdcl",  # a second network
+    "glyphs100/vitkd",  # patch tokens of two transformers
 ]
 
 
+@cache
 def config_of(name: str) -> Config:
     return resolve(load_recipe(name))
 
@@ -40,9 +57,33 @@ def test_every_table_of_both_papers_has_recipes():
     numbers = (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 15)  # 7 and 13 are of detection
     zipf = ("cifar100", "imagenet", "inat21", "table1", "tiny_imagenet")
     assert tables() == [
-        "glyphs100", *(f"table{n}" for n in numbers), *(f"zipf_{n}" for n in zipf)
+        "dist", "glyphs100", "mgd", "self_kd_lib", *(f"table{n}" for n in numbers), "tf_nkd",
+        "vitkd", *(f"zipf_{n}" for n in zipf),
     ]  # fmt: skip
-    assert len(ROWS) == 130
+    assert len(ROWS) == 205
+
+
+def test_every_method_has_a_recipe_on_the_embedded_data():
+    kinds = {name: config_of(f"glyphs100/{name}").method.kind for name in METHODS}
+    assert kinds == {name: name for name in METHODS}
+    plain = config_of("glyphs100/cross_entropy")
+    for name in METHODS:
+        config = config_of(f"glyphs100/{name}")
+        base = config_of("glyphs100/vit_cross_entropy") if name == "vitkd" else plain
+        for part in ("data", "student", "epochs", "batch_size", "optimizer", "schedule", "mix"):
+            assert getattr(config, part) == getattr(base, part), f"{name}: {part}"
+
+
+@pytest.mark.parametrize("name", GLYPHS)
+def test_a_recipe_on_the_embedded_data_opens_with_its_command(name):
+    lines = comments(name).splitlines()
+    assert "glyphs100" in lines[0]
+    assert lines[1].startswith(f"#   softlabels train {name}")
+    teacher = config_of(name).teacher
+    if teacher.recipe is not None:
+        trained = config_of(teacher.recipe).student
+        assert (trained.name, trained.settings) == (teacher.name, teacher.settings)
+        assert f"train {teacher.recipe} first" in lines[0]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -76,8 +117,11 @@ def test_a_recipe_says_what_it_compares_with_and_who_teaches(name):
         assert baseline.method.kind == "none"
         assert config.label != baseline.label
         # What the row changes is the labels: network, data and budget are the baseline's.
-        for part in ("data", "student", "epochs", "batch_size", "optimizer", "schedule", "mix"):
-            assert getattr(config, part) == getattr(baseline, part), part
+        parts = ("data", "student", "epochs", "batch_size", "optimizer", "schedule")
+        differing = {part for part in parts if getattr(config, part) != getattr(baseline, part)}
+        assert differing == OWN_BUDGET.get(name, set())
+        unmixed = {"mixup", "cutmix", "probability", "switch_probability"}
+        assert config.mix.model_dump(include=unmixed) == baseline.mix.model_dump(include=unmixed)
     if teacher.name is not None:
         assert teacher.pretrained or teacher.recipe is not None
         if teacher.recipe is not None:
@@ -118,6 +162,14 @@ def test_what_is_assumed_names_settings_that_exist():
         ("table11/deit_base_nkd", {"ema_decay": 0.99996, "epochs": 300, "batch_size": 1024}),
         ("zipf_cifar100/densenet121_zipf_ls", {"lr": 0.1, "epochs": 200, "decay": 1e-4}),
         ("zipf_imagenet/resnet50_zipf_ls", {"lr": 0.1, "epochs": 100, "batch_size": 256}),
+        ("table1/resnet50_mobilenet_dkd", {"lr": 0.2, "batch_size": 512, "method_warmup_epochs": 1}),
+        ("table1/vgg13_vgg8_dkd", {"lr": 0.05, "batch_size": 64, "method_warmup_epochs": 20}),
+        ("table1/resnet50_mobilenet_ofd", {"lr": 0.05, "batch_size": 128, "method_weight": 1e-4}),
+        ("table1/resnet50_mobilenet_reviewkd", {"lr": 0.1, "epochs": 100, "method_weight": 8.0}),
+        ("dist/resnet34_resnet18", {"lr": 0.1, "epochs": 100, "batch_size": 256, "decay": 1e-4}),
+        ("self_kd_lib/resnet18_dks", {"lr": 0.1, "epochs": 200, "decay": 5e-4, "batch_size": 128}),
+        ("tf_nkd/shufflenetv2", {"lr": 0.5, "epochs": 300, "decay": 4e-5, "batch_size": 1024}),
+        ("vitkd/deit_base_vitkd_nkd", {"ema_decay": 0.99996, "epochs": 300, "batch_size": 1024}),
     ],
 )  # fmt: skip
 def test_published_settings_reach_the_rows_through_their_bases(name, values):
@@ -137,6 +189,8 @@ def test_two_ways_to_the_same_row_are_the_same_run():
         ("table4/regnetx_uskd", "table9/regnetx_both"),
         ("table6/regnetx_target", "table12/regnetx_squared"),
         ("table2/cifar100_resnet18", "table10/resnet18"),
+        ("table1/resnet18", "dist/resnet18"),
+        ("zipf_table1/resnet18", "zipf_tiny_imagenet/resnet18"),
     ):
         assert fixed_settings(config_of(one)) == fixed_settings(config_of(other))
 
@@ -148,7 +202,7 @@ def test_a_recipe_runs_shrunk(name, capsys):
 
 @pytest.mark.smoke
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *GLYPHS])
 def test_every_recipe_runs_shrunk(name, capsys):
     assert_runs_shrunk(name, capsys)
 

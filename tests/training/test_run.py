@@ -18,6 +18,7 @@ from torch import nn
 import softlabels
 from softlabels.data.memory import InMemorySource
 from softlabels.losses import METHODS
+from softlabels.signals import reads_teacher
 from softlabels.training import engine, trainer
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.guards import Interrupted, NonFiniteLossError, RunError
@@ -33,7 +34,10 @@ FAST = {
     "gallery": 3,
     "progress": False,
 }
-WITH_TEACHER = ("kd", "nkd")
+# One of each kind: a teacher's logits; its maps and learned parts; a memory and indices; votes;
+# a second view of the images; images mixed.
+KINDS = ("nkd", "reviewkd", "crd", "uskd", "zipf_ls", "ddgsd", "mixskd")
+OTHERS = sorted(METHODS.keys() - {*KINDS, "vitkd"})  # that one is for transformers
 
 
 def train(source: InMemorySource, output: Path, **settings) -> softlabels.training.TrainResult:
@@ -45,13 +49,15 @@ def lines(path: Path) -> list[dict]:
 
 
 def teacher_for(method: str | None) -> dict:
-    if method not in WITH_TEACHER:
+    if method is None or not any(map(reads_teacher, METHODS[method]().reads.values())):
         return {}
     torch.manual_seed(5)
     return {"teacher": create_model("resnet8_glyphs", num_classes=6)}
 
 
-@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize(
+    "method", [None, *KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
+)
 def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, method):
     result = train(source, tmp_path / "run", method=method, **teacher_for(method))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -61,9 +62,10 @@ class WeightedSum(nn.Module):
         if not methods:
             raise ValueError("a sum needs one method or more, got none")
         for name, method in methods.items():
-            if not name.isidentifier() or _PARTS in name:
+            if not name.isidentifier() or _PARTS in f"{name}_" or hasattr(nn.ModuleDict(), name):
                 raise ValueError(
-                    f"the name of a method must be an identifier without {_PARTS!r}, got {name!r}"
+                    f"the name of a method must be an identifier without {_PARTS!r}, without "
+                    f"'_' at its end, and none of nn.ModuleDict's own, got {name!r}"
                 )
             if not isinstance(method, nn.Module) or not hasattr(method, "reads"):
                 raise TypeError(
@@ -121,14 +123,28 @@ class WeightedSum(nn.Module):
         loss = _total(parts.values())
         return LossOutput(loss, parts) if return_parts else loss
 
-    def soft_labels(self, target: Tensor, **values: Value) -> SoftLabels:
-        """The soft labels of the first of the methods that has any."""
+    @property
+    def soft_labels(self) -> Callable[..., SoftLabels]:
+        """Gives the soft labels of the first of the methods that has any.
+
+        Raises:
+            AttributeError: None has; so the sum is a method without soft labels, as they are.
+        """
         for name, method in self.methods.items():
-            of_method = getattr(method, "soft_labels", None)
+            of_method: Callable[..., SoftLabels] | None = getattr(method, "soft_labels", None)
             if of_method is not None:
-                found: SoftLabels = of_method(**{**_of(name, values), "target": target})
-                return found
-        raise ValueError(f"none of {', '.join(self.methods)} has soft labels")
+                return _from_values(name, of_method)
+        raise AttributeError(f"none of {', '.join(self.methods)} has soft labels")
+
+
+def _from_values(name: str, of_method: Callable[..., SoftLabels]) -> Callable[..., SoftLabels]:
+    """A method's soft labels as a function of the values of all methods, and of the labels."""
+
+    @wraps(of_method)
+    def of_sum(target: Tensor, **values: Value) -> SoftLabels:
+        return of_method(**{**_of(name, values), "target": target})
+
+    return of_sum
 
 
 class _SumHeads(nn.Module):

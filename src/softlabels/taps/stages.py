@@ -92,7 +92,9 @@ def activation_after(model: nn.Module, run: DryRun, path: str) -> str | None:
         same = record.address == place.address and record.shape == place.shape
         if not same or record.finished > place.finished:
             continue
-        if not (record.path == path or inside(record.path, path)):
+        # A placeholder (Identity) gives on what came before it.
+        given_on = record.finished < place.started and not place.has_parameters
+        if not (given_on or record.path == path or inside(record.path, path)):
             continue
         if isinstance(find_module(model, record.path), _ACTIVATIONS):
             return record.path
