@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival fuzz smoke check format bench bench-losses bench-cache bench-scaling docs teacher picture clean
+.PHONY: help demo test test-slow test-survival fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results-methods docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,12 @@ bench-cache: $(STAMP) ## Measure what a teacher cache loses, and write results/t
 
 bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, two processes (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.scaling
+
+bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (20 minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.methods_cost
+
+results-methods: $(STAMP) ## Compare all methods over three seeds, and write results/methods.json (2 hours)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.compare_methods
 
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render

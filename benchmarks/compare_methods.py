@@ -1,6 +1,6 @@
 """Compare all methods on glyphs100 over paired seeds, and write results/methods.json.
 
-    python -m benchmarks.compare_methods            # about two hours on two cores
+    make results-methods            # about two hours on two cores
 
 Each run is that of the recipe glyphs100/METHOD, on fewer fonts and for fewer epochs: the same
 initial weights, data order and augmentation for all methods of a seed. Weights are the published
@@ -167,7 +167,7 @@ def main() -> None:
     environment = json.loads(runs["cross_entropy"][0].folder.environment.read_text("utf-8"))
     environment.pop("command", None)
     content = {
-        "command": "python -m benchmarks.compare_methods",
+        "command": "make results-methods",
         "environment": environment,
         "epochs": EPOCHS,
         "fonts": NUM_FONTS,

@@ -1,6 +1,6 @@
 """Measure what each method costs over cross-entropy, and write results/methods_cost.json.
 
-    python -m benchmarks.methods_cost              # about 20 minutes on one thread
+    make bench-methods              # about 20 minutes on one thread
 
 Training steps of all methods run in turn in one process (A B C C B A ...), on one student and one
 teacher, from a batch that is there already; ratios are taken within a round. Reading and
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_memory_counter()
     begin = time.perf_counter()
     results: dict[str, Any] = {
-        "command": "python -m benchmarks.methods_cost",
+        "command": "make bench-methods",
         "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1),
         "epoch_images": IMAGES,
     }

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import method_tables
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
@@ -18,6 +20,7 @@ PAGES = (
     "docs/teacher_cache.md",
     "docs/imagenet_plan.md",
     "docs/reproduce.md",
+    "docs/methods.md",
 )
 NAMES = {
     "cross_entropy": "cross-entropy",
@@ -355,6 +358,8 @@ def _reproduced(table: str) -> dict[str, str]:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "published-rows": published_rows,
+    "methods-cost": method_tables.cost,
+    "methods-compare": method_tables.comparison,
     "scaling": scaling,
     "plan-decoding": plan_decoding,
     **{

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from small_networks import hard_labels, images_of, small_cnn, small_vit
 from softlabels.cli import main
+from softlabels.distiller import Distiller
+from softlabels.losses import METHODS
+from softlabels.losses.reads import Again, PeerLogits
+from softlabels.signals import reads_teacher
+from softlabels.training.config import resolve, task_weight_of, warmup_of, weight_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+OVERVIEW = ROOT / "docs" / "methods.md"
 sys.path.insert(0, str(ROOT))
 
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/results.md", "docs/speed.md", "docs/teacher_cache.md", "docs/reproduce.md"],
+    [
+        "README.md",
+        "docs/results.md",
+        "docs/speed.md",
+        "docs/teacher_cache.md",
+        "docs/reproduce.md",
+        "docs/methods.md",
+    ],
 )
 def test_generated_figures_equal_the_results_files(page):
     from benchmarks.render import rendered
@@ -89,9 +107,18 @@ def test_readme_code_runs():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_exist(page):
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(page):
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if heading:
+            assert heading in headings(linked), f"{target}#{heading}"
+
+
+def headings(page):
+    """The anchors that GitHub gives to a page's headings."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found]
 
 
 EXAMPLES = [
@@ -114,3 +141,222 @@ def test_commands_in_the_readme_exist(capsys):
     for command in commands:
         assert main([command, "--help"]) == 0
         capsys.readouterr()
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def rows(text):
+    """The cells of all rows of a page's tables."""
+    lines = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def page_of(kind):
+    return ROOT / "docs" / "methods" / f"{kind}.md"
+
+
+def summary_of(kind):
+    """The two columns at the head of a method's page."""
+    return dict(row for row in rows(page_of(kind).read_text()) if len(row) == 2)
+
+
+def overview():
+    """The cells of each method's row in the overview, by kind."""
+    found = {}
+    for name, *cells in rows(OVERVIEW.read_text()):
+        link = re.fullmatch(r"\[.+\]\(methods/(\w+)\.md\)", name)
+        if link:
+            found[link[1]] = cells
+    return found
+
+
+def settings_of(kind):
+    parameters = inspect.signature(METHODS[kind].__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def example_space(kind=None):
+    """What the examples of the docs take for granted."""
+    network = small_vit if kind == "vitkd" else small_cnn
+    images, turned = images_of(), torch.tensor([3, 2, 1, 0])
+    student, share = network(), torch.full((4,), 0.7)
+    return {
+        "torch": torch,
+        "student": student,
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        "images": images,
+        "target": hard_labels(),
+        "index": torch.arange(4),
+        "second_view": images.flip(3),
+        "partner": images[turned],
+        "mixed": 0.7 * images + 0.3 * images[turned],
+        "partner_index": turned,
+        "share": share,
+        "epochs": 2,
+        "teacher": network(),
+        "other_teacher": small_cnn(seed=1),
+        "peer": small_cnn(seed=1),
+        "new_student": small_cnn(seed=1),
+        "vit": small_vit(),
+        "vit_teacher": small_vit(),
+    }
+
+
+def test_every_method_has_a_page_and_a_row_in_the_order_of_the_table():
+    assert sorted(path.stem for path in page_of("kd").parent.glob("*.md")) == sorted(METHODS)
+    assert [*overview()] == [*METHODS]
+    assert f"{len(METHODS)} methods" in OVERVIEW.read_text()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_methods_page_has_the_settings_of_the_code(kind):
+    method = METHODS[kind]
+    assert summary_of(kind)["names"].startswith(
+        f"kind `{kind}`, module `{method.__name__}`, function `{kind}_loss`"
+    )
+    stated = {}
+    for cells in rows(page_of(kind).read_text()):
+        if len(cells) == 3 and cells[0].startswith("`"):
+            stated[cells[0].strip("`")] = ast.literal_eval(cells[1].strip("`"))
+    expected = settings_of(kind)
+    assert stated == expected
+    assert [*stated] == [*expected]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_methods_page_has_the_weights_and_signals_of_the_code(kind):
+    method, summary = METHODS[kind], summary_of(kind)
+    weight, task_weight = re.findall(r"`(?:method_|task.)weight` ([\w.-]+)", summary["weights"])
+    assert float(weight) == weight_of(method)
+    assert task_weight == str(task_weight_of(method))
+    assert ("rises over the run" in summary["weights"]) == (warmup_of(method) == "run")
+    assert warmup_of(method) in (0, "run")  # others would have to be told
+    signals = [
+        inner
+        for signal in method().reads.values()
+        for inner in ((signal, signal.of) if isinstance(signal, Again) else (signal,))
+    ]
+    named = set(re.findall(r"`([A-Z]\w+)", summary["reads"]))
+    assert named == {type(signal).__name__ for signal in signals}
+
+    of_method, *of_task = overview()[kind][2].split(", task ")
+    assert float(of_method.removesuffix(" at the end")) == weight_of(method)
+    told = of_task[0] if of_task else "1"
+    assert told == "the rest" if task_weight == "rest" else float(told) == float(task_weight)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_commands_on_a_methods_page_fit_the_settings(kind):
+    (command,) = blocks(page_of(kind), "sh")
+    program, verb, *arguments = shlex.split(command)
+    assert (program, verb) == ("softlabels", "train")
+    values = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            *sections, name = argument.removeprefix("--").replace("-", "_").split(".")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            given = place.setdefault(name, [])
+        else:
+            given.append(yaml.safe_load(argument))
+    resolved = resolve(_without_lists(values))
+    assert resolved.method.kind == kind
+
+
+def _without_lists(values):
+    """Single values in place of lists of one."""
+    if isinstance(values, dict):
+        return {
+            name: value if name == "stages" else _without_lists(value)
+            for name, value in values.items()
+        }
+    return values[0] if len(values) == 1 else values
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
+    (code,) = blocks(page_of(kind), "python")
+    space = example_space(kind)
+    counts = {"student": 0, "teacher": 0}
+    for name in counts:
+
+        def counted(*_, name=name):
+            counts[name] += 1
+
+        space[name].register_forward_pre_hook(counted)
+    building, running = code.split("distiller(images", 1)
+    exec(building, space)
+    counts.update(student=0, teacher=0)
+    exec(f"distiller(images{running}", space)
+
+    distiller, method = space["distiller"], METHODS[kind]
+    assert type(distiller.method) is method
+    assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
+    weight, task_weight = weight_of(method), task_weight_of(method)
+    assert distiller.method_weight == weight
+    rest = 1 - weight if task_weight == "rest" else task_weight
+    assert distiller.task_weight == pytest.approx(rest)
+
+    _, _, _, forwards, beside, _ = overview()[kind]
+    number, _, other = forwards.partition(" + ")
+    assert counts["student"] == int(number[0])
+    assert counts["teacher"] == int(other in ("T", "R"))
+    assert (other == "P") == any(isinstance(s, PeerLogits) for s in method().reads.values())
+    learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
+        p.numel() for p in distiller.student.parameters()
+    )
+    assert ("remembers" in beside) == bool(distiller.memories())
+    assert (beside == "-" or beside.startswith("remembers")) == (not learned)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_overview_says_which_networks_a_method_takes(kind):
+    needs = overview()[kind][-1]
+    reads = METHODS[kind]().reads.values()
+    settings = {"num_samples": 10} if "num_samples" in settings_of(kind) else {}
+
+    def build(student, teacher):
+        Distiller(
+            student(),
+            METHODS[kind](**settings),
+            teacher=teacher() if any(map(reads_teacher, reads)) else None,
+            peer=small_vit() if any(isinstance(s, PeerLogits) for s in reads) else None,
+            example_shape=(3, 16, 16),
+        )
+
+    takes = {"any": "cv", "teacher: CNN": "cv", "teacher: with BatchNorm": "c", "ViT": "v"}[needs]
+    for letter, network in (("c", small_cnn), ("v", small_vit)):
+        if letter in takes:
+            build(small_vit if needs != "ViT" else network, network)
+        else:
+            with pytest.raises(ValueError, match=r"BatchNorm|blocks"):
+                build(network, network)
+
+
+@pytest.mark.parametrize("name", ["methods", "signals"])
+def test_the_code_of_how_to_pages_runs(name):
+    page = ROOT / "docs" / f"{name}.md"
+    codes = blocks(page, "python")
+    assert codes
+    for code in codes:
+        space = example_space()
+        exec(code, space)
+        assert isinstance(space.get("distiller", space.get("second")), Distiller)
+
+
+def test_the_recipes_on_the_overview_fit_the_settings():
+    recipes = blocks(OVERVIEW, "yaml")
+    assert recipes
+    for recipe in recipes:
+        assert resolve(yaml.safe_load(recipe)).method.kind in METHODS
+
+
+def test_the_signals_page_lists_every_signal():
+    from softlabels.losses import reads
+
+    text = (ROOT / "docs" / "signals.md").read_text()
+    listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}
+    assert listed == {*reads.__all__} - {"Signal"}

@@ -401,9 +401,10 @@ class Distiller(nn.Module):
 
     def export(self) -> nn.Module:
         """A copy of the student alone, without hooks and gradients."""
-        copied = copy.deepcopy(self._core)
-        copied.tap.remove()
-        return copied.student
+        # Together: the copied tap holds the hooks of the copied student.
+        student, tap = copy.deepcopy((self._core.student, self._core.tap))
+        tap.remove()
+        return student
 
     def state_dict(  # type: ignore[override]  # the base's overloads differ in their type variable
         self,

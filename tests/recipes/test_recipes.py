@@ -57,7 +57,7 @@ def test_every_table_of_both_papers_has_recipes():
     numbers = (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 15)  # 7 and 13 are of detection
     zipf = ("cifar100", "imagenet", "inat21", "table1", "tiny_imagenet")
     assert tables() == [
-        "dist", "glyphs100", "mgd", "self_kd_lib", *(f"table{n}" for n in numbers), "tf_nkd",
+        "dist_kd", "glyphs100", "mgd", "self_kd_lib", *(f"table{n}" for n in numbers), "tf_nkd",
         "vitkd", *(f"zipf_{n}" for n in zipf),
     ]  # fmt: skip
     assert len(ROWS) == 205
@@ -162,11 +162,12 @@ def test_what_is_assumed_names_settings_that_exist():
         ("table11/deit_base_nkd", {"ema_decay": 0.99996, "epochs": 300, "batch_size": 1024}),
         ("zipf_cifar100/densenet121_zipf_ls", {"lr": 0.1, "epochs": 200, "decay": 1e-4}),
         ("zipf_imagenet/resnet50_zipf_ls", {"lr": 0.1, "epochs": 100, "batch_size": 256}),
-        ("table1/resnet50_mobilenet_dkd", {"lr": 0.2, "batch_size": 512, "method_warmup_epochs": 1}),
+        ("table1/resnet50_mobilenet_dkd", {"lr": 0.2, "batch_size": 512, "epochs": 100}),
+        ("table1/resnet34_resnet18_dkd", {"method_warmup_epochs": 1, "method_weight": None}),
         ("table1/vgg13_vgg8_dkd", {"lr": 0.05, "batch_size": 64, "method_warmup_epochs": 20}),
         ("table1/resnet50_mobilenet_ofd", {"lr": 0.05, "batch_size": 128, "method_weight": 1e-4}),
         ("table1/resnet50_mobilenet_reviewkd", {"lr": 0.1, "epochs": 100, "method_weight": 8.0}),
-        ("dist/resnet34_resnet18", {"lr": 0.1, "epochs": 100, "batch_size": 256, "decay": 1e-4}),
+        ("dist_kd/resnet34_resnet18", {"lr": 0.1, "epochs": 100, "batch_size": 256, "decay": 1e-4}),
         ("self_kd_lib/resnet18_dks", {"lr": 0.1, "epochs": 200, "decay": 5e-4, "batch_size": 128}),
         ("tf_nkd/shufflenetv2", {"lr": 0.5, "epochs": 300, "decay": 4e-5, "batch_size": 1024}),
         ("vitkd/deit_base_vitkd_nkd", {"ema_decay": 0.99996, "epochs": 300, "batch_size": 1024}),
@@ -189,7 +190,7 @@ def test_two_ways_to_the_same_row_are_the_same_run():
         ("table4/regnetx_uskd", "table9/regnetx_both"),
         ("table6/regnetx_target", "table12/regnetx_squared"),
         ("table2/cifar100_resnet18", "table10/resnet18"),
-        ("table1/resnet18", "dist/resnet18"),
+        ("table1/resnet18", "dist_kd/resnet18"),
         ("zipf_table1/resnet18", "zipf_tiny_imagenet/resnet18"),
     ):
         assert fixed_settings(config_of(one)) == fixed_settings(config_of(other))

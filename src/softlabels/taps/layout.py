@@ -104,8 +104,8 @@ class Layout:
         blocks = self._longest_run()
         if len(blocks) < 2:
             raise ValueError(
-                f"found no run of blocks with tokens in {type(self._model).__name__}, as vision "
-                "transformers have"
+                f"the method reads transformer blocks ('block:K'), but found no run of blocks that "
+                f"return tokens in {type(self._model).__name__}: it needs a vision transformer"
             )
         return blocks
 

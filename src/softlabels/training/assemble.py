@@ -156,7 +156,8 @@ def build_distiller(
         try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
     given = config.teacher.cache is not None or config.teacher.name is not None
     if given and not any(map(reads_teacher, reads)):
-        label = config.label if method is None else type(method).__name__
+        by_name = method is None or config.method.kind != "none"
+        label = config.label if by_name else type(method).__name__
         raise ValueError(f"{label} reads from no teacher, but one is given: leave teacher out")
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)

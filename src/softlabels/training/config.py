@@ -78,6 +78,13 @@ class Config(Section):
         description="In epoch e, from 1, the method's weight is multiplied by min(e / this, 1); "
         "0: it is not; run: all epochs of the run. None: what its paper uses.",
     )
+    method_teacher: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="With further_teachers the number of the one that the method reads, from 0; "
+        "None: all.",
+    )
     further_methods: tuple[FurtherMethod, ...] = Field(
         (), description="Methods that are added to the first one."
     )
@@ -164,9 +171,11 @@ def build_method(config: Config) -> nn.Module | None:
     if config.method.kind == "none":
         return None
     first = _built(config.method)
-    if not config.further_methods:
+    if not config.further_methods and config.method_teacher is None:
         return first
     methods, teachers = {config.method.kind: first}, dict[str, int]()
+    if config.method_teacher is not None:
+        teachers[config.method.kind] = config.method_teacher
     for number, further in enumerate(config.further_methods, 2):
         name = further.kind if further.kind not in methods else f"{further.kind}_{number}"
         methods[name] = _built(_settings_of(further))
@@ -281,6 +290,12 @@ def checked(config: Config) -> Config:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:
         raise ConfigError("further_methods are added to a method, and there is none")
+    numbers = [config.method_teacher, *(further.teacher for further in config.further_methods)]
+    most = max((number for number in numbers if number is not None), default=0)
+    if most > len(config.further_teachers):
+        raise ConfigError(
+            f"a method reads teacher {most}, counted from 0, got {1 + len(config.further_teachers)}"
+        )
     _check_teachers(config)
     if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
         raise ConfigError(

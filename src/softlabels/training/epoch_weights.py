@@ -25,7 +25,8 @@ def set_weights(distiller: Distiller, config: Config, epoch: int) -> None:
     task = config.task.weight
     distiller.task_weight = 1.0 - weight if task == "rest" else 1.0 if task is None else task
     summed = distiller.method
-    if not (config.further_methods and isinstance(summed, WeightedSum)):
+    built_here = config.method.kind != "none"  # else it is the caller's, with weights of its own
+    if not (built_here and isinstance(summed, WeightedSum)):
         distiller.method_weight = weight
         return
     others = [_risen(f.weight, f.warmup_epochs, config, epoch) for f in config.further_methods]

@@ -1,0 +1,140 @@
+"""Tables of all methods, from results/methods_cost.json and results/methods.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["comparison", "cost"]
+
+RESULTS = Path(__file__).parents[1] / "results"
+_SHOWN = {
+    "cross_entropy": "cross-entropy",
+    "label_smoothing": "label smoothing",
+    "vit_cross_entropy": "cross-entropy (transformer)",
+    "vit_vitkd": "vitkd (transformer)",
+}
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _where(results: Mapping[str, Any]) -> str:
+    environment = results["environment"]
+    return (
+        f"{environment['processor']}, {environment['cores']} cores, one thread a run, torch "
+        f"{environment['torch']}, commit {environment['commit']}; `{results['command']}`"
+    )
+
+
+def _link(kind: str) -> str:
+    return _SHOWN.get(kind, f"[{kind}](methods/{kind}.md)")
+
+
+def _spread(value: Mapping[str, float], digits: int) -> str:
+    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+
+
+def _cost_rows(part: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| method | seconds an epoch | time / cross-entropy | memory MB | memory / cross-entropy "
+        "| learned besides the student | remembered MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    methods = part["methods"].items()
+    for kind, values in sorted(methods, key=lambda item: item[1]["time"]["median"]):
+        cells = (
+            f"{values['seconds_per_epoch']['median']:.0f}",
+            _spread(values["time"], 2),
+            f"{values['megabytes']:.0f}",
+            f"{values['memory']:.2f}",
+            f"{values['learned_parameters']:,}",
+            f"{values['remembered_megabytes']:.1f}",
+        )
+        taught = " (T)" if values["reads_teacher"] else ""
+        rows.append(f"| {_link(kind)}{taught} | {' | '.join(cells)} |")
+    return rows
+
+
+def _title(part: Mapping[str, Any]) -> str:
+    size = part["image_size"]
+    return (
+        f"Student `{part['student']}`, teacher `{part['teacher']}`, {size}x{size} pixels, batch "
+        f"{part['batch_size']}, {part['rounds']} rounds:"
+    )
+
+
+def cost() -> str:
+    """What each method costs over cross-entropy."""
+    results = _read("methods_cost.json")
+    if results is None:
+        return "Not measured yet: `make bench-methods`."
+    own = results["own_parts"]
+    lines = [
+        f"Training steps side by side in one run, median and middle half of the ratios; an epoch "
+        f"is {results['epoch_images']:,} images, without reading them. (T): the teacher's forward "
+        "is in it, and costs the most. Memory: the largest live sum in a step, with weights, "
+        "momentum, teacher and what the method remembers.",
+        "",
+        _title(results["cnn"]),
+        "",
+        *_cost_rows(results["cnn"]),
+        "",
+        _title(results["vit"]),
+        "",
+        *_cost_rows(results["vit"]),
+        "",
+        f"The method's own part (its heads and its loss, forward and backward, by itself) over a "
+        f"training step of `{own['student']}` at {own['image_size']} pixels, batch "
+        f"{own['batch_size']} ({own['step_seconds']['median']:.1f} s a step); the bound is "
+        f"{100 * own['bound']:.1f} %. The ratio of whole steps beside it moves by more than that "
+        "by itself:",
+        "",
+        "| method | own part, % of a step | whole step / cross-entropy's | within the bound |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for kind, values in own["methods"].items():
+        part = {name: 100 * value for name, value in values["own_part"].items()}
+        held = "yes" if values["held"] else "no"
+        lines.append(
+            f"| {_link(kind)} | {_spread(part, 2)} | {_spread(values['whole_step'], 3)} | {held} |"
+        )
+    return "\n".join([*lines, "", f"{_where(results)}."])
+
+
+def comparison() -> str:
+    """All methods on glyphs100."""
+    results = _read("methods.json")
+    if results is None:
+        return "Not run yet: `make results-methods`."
+    seeds = len(results["seeds"])
+    lines = [
+        f"glyphs100 with {results['fonts']} of its 239 training fonts, {results['epochs']} epochs, "
+        f"{seeds} paired seeds, `resnet8_glyphs` taught by the shipped `resnet14x4_glyphs`; "
+        "published weights, not tuned for these data. The difference to cross-entropy is over "
+        "seeds, with its 95 % t interval; a row whose interval holds 0 shows no difference.",
+        "",
+        "| method | top-1 %, mean ± deviation | difference to cross-entropy | NLL nats | ECE % |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    found = results["results"].items()
+    for kind, values in sorted(found, key=lambda item: -item[1]["against_baseline"]["mean"]):
+        top1, gap = values["top1"], values["against_baseline"]
+        difference = f"{gap['mean']:+.2f} ± {gap['half_width']:.2f}"
+        if kind in ("cross_entropy", "vit_cross_entropy"):
+            difference = "baseline"
+        cells = (
+            f"{top1['mean']:.2f} ± {top1['deviation']:.2f}",
+            difference,
+            f"{values['nll']:.3f}",
+            f"{values['ece']:.1f}",
+        )
+        lines.append(f"| {_link(kind)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{_where(results)}."])
