@@ -44,8 +44,7 @@ from softlabels import (
     zipf_ls_loss,
     zipf_ls_targets,
 )
-from softlabels.losses import METHODS
-from softlabels.signals import FromBatch, Logits, PeerLogits, Target, reads_teacher
+from softlabels.signals import FromBatch, Logits, Target
 
 TASK_WEIGHT, METHOD_WEIGHT = 0.7, 1.3
 
@@ -68,6 +67,7 @@ class Method:
     needs_teacher: bool = False
 
 
+# Those of two signals of each kind, by hand; tests/methods has every method.
 METHOD_CASES = {
     "kd": Method(
         lambda: KDLoss(temperature=2),
@@ -141,48 +141,6 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 # The loss
-
-
-@pytest.mark.parametrize("kind", METHODS)
-def test_a_step_of_every_method_trains_everything_that_is_trained(kind):
-    """As DDP asks for it; with two teachers where a method reads any, and a memory of its own."""
-    network = small_vit if kind == "vitkd" else small_cnn
-    settings = {"num_samples": 8} if "num_samples" in METHODS[kind].__init__.__annotations__ else {}
-    method = METHODS[kind](**settings)
-    signals = method.reads.values()
-    distiller = Distiller(
-        network(),
-        method,
-        teacher=[network(), small_cnn(seed=1)] if any(map(reads_teacher, signals)) else None,
-        peer=small_cnn(seed=2) if PeerLogits() in signals else None,
-        example_shape=IMAGE_SHAPE,
-    )
-    optimizer = torch.optim.SGD(distiller.parameters(), 0.01)
-
-    for _ in range(2):  # what is remembered is first read in the second
-        step = distiller(images_of(), hard_labels(), **extras_of(distiller.extras))
-        optimizer.zero_grad()
-        step.loss.backward()
-
-        untrained = [n for n, p in distiller.named_parameters() if p.grad is None]
-        assert untrained == []
-        assert step.loss.isfinite()
-        assert step.parts["method"].isfinite()
-        assert all(p.grad.isfinite().all() for p in distiller.parameters())
-        optimizer.step()
-        distiller.after_step()
-    distiller.after_epoch()
-    assert (distiller.memories() == []) == (not hasattr(distiller.trainable.heads, "after_step"))
-
-
-def extras_of(names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What a batch of four brings besides its images."""
-    known = {
-        "index": torch.tensor([6, 0, 3, 1]),
-        "mixup_index": torch.tensor([1, 0, 3, 2]),
-        "mixup_weight": torch.tensor([0.3, 0.7, 0.8, 0.2]),
-    }
-    return {name: known[name] if name in known else images_of().flip(3) for name in names}
 
 
 @every_target

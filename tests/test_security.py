@@ -130,7 +130,9 @@ def test_recipe_that_names_a_command_as_its_network(
     trace = tmp_path / "ran"
     value = str(trace) if name == "os:mkdir" else f"mkdir {trace}"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({"epochs": 1, part: {"name": name, "settings": {setting: value}}}))
+    method = {"method": "nkd"} if part == "teacher" else {}
+    network = {"name": name, "settings": {setting: value}}
+    recipe.write_text(json.dumps({"epochs": 1, part: network, **method}))
 
     arguments = train_arguments(pictures, tmp_path / "run")
     if part == "student":
@@ -165,7 +167,8 @@ def test_code_of_the_working_folder_runs_for_a_network_of_ones_own_alone(
     "path", ["../../x.pt", "/etc/passwd", "recipes/../../../x", "", ".", "a/./b", "..\\x", "c:/x"]
 )
 def test_package_weights_stay_in_the_package(capsys, pictures, tmp_path, path):
-    more = ["--teacher.name", "timm:resnet8", "--teacher.weights", f"package:{path}"]
+    more = ["--method.kind", "nkd", "--teacher.name", "timm:resnet8"]
+    more += ["--teacher.weights", f"package:{path}"]
     line = complaint(capsys, *train_arguments(pictures, tmp_path / "run", *more))
     assert "expected package:PATH with a path inside of softlabels" in line
 

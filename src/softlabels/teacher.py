@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softlabels.losses.nontarget import in_float32
 from softlabels.weights import load_weights
 
 __all__ = ["Normalization", "Teacher", "Teachers", "ensembled"]
@@ -183,7 +184,7 @@ def ensembled(logits: Sequence[Tensor]) -> Tensor:
             f"teachers must have the same classes, got {widths}: pass "
             "Teacher(model, class_map=[...]) with the student's classes for each"
         )
-    predictions = torch.stack([each.float().log_softmax(1) for each in logits])
+    predictions = torch.stack([in_float32(each).log_softmax(1) for each in logits])
     return predictions.logsumexp(0) - math.log(len(logits))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from small_networks import NUM_CLASSES, small_cnn
-from softlabels import Distiller
+from softlabels import Distiller, StepOutput
 from softlabels.data import Batch
 from softlabels.data.augment import Affine, Compose, Noise
 from softlabels.data.glyphs import glyphs100
@@ -27,11 +28,12 @@ from softlabels.signals import PeerLogits, Signal, TeacherLogits, reads_teacher
 from softlabels.training.config import task_weight_of, weight_of
 from softlabels.weights import load_weights
 
+STUDENT = "trainable.student."  # how the names of its parameters begin
 TEACHER_WEIGHTS = "recipes/glyphs100/teacher.safetensors"
 
 # What an architecture cannot give, and what the error says.
 _NO_NORM = "needs a BatchNorm with weight and bias at the end of"
-_NO_TOKENS = "found no run of blocks with tokens in"
+_NO_TOKENS = "found no run of blocks that return tokens in"
 UNABLE = {
     ("ofd", "vit"): _NO_NORM,
     ("ofd", "nhwc"): _NO_NORM,
@@ -158,7 +160,7 @@ def trained_vit() -> nn.Module:
         distiller = Distiller(_vit(1))
         optimizer = torch.optim.AdamW(distiller.parameters(), 2e-3)
         for batch in batches(distiller, epochs=range(1000, 1012)):
-            step(distiller, batch).backward()
+            output_of(distiller, batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return distiller.student.eval()
@@ -187,13 +189,28 @@ def source() -> InMemorySource:
     return InMemorySource(whole._train, few, whole.info, augmentation=augmentation)
 
 
-def batches(distiller: Distiller, epochs: range) -> Iterator[Batch]:
-    """The training batches of some epochs, with all that the method reads."""
+def batches(
+    distiller: Distiller, epochs: range, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """The training batches of some epochs, with all that the method reads.
+
+    Args:
+        distiller: Says what that is.
+        epochs: Their numbers.
+        rank: Of the process whose share it is.
+        world_size: Number of processes.
+    """
     asked = [name for name in distiller.extras if name in ("partner", "second_view")]
     extras = {"extras": asked} if asked else {}
     for epoch in epochs:
         found = source().train_batches(
-            seed=0, epoch=epoch, batch_size=BATCH_SIZE, device="cpu", **extras
+            seed=0,
+            epoch=epoch,
+            batch_size=BATCH_SIZE,
+            rank=rank,
+            world_size=world_size,
+            device="cpu",
+            **extras,
         )
         for number, batch in enumerate(found):
             if MIXUP_EXTRAS & {*distiller.extras}:
@@ -244,6 +261,7 @@ def built(
     teacher = peer = None
     if teacher_signals(kind):
         teacher = family.logits_teacher() if reads_logits_alone(kind) else family.teacher()
+        teacher = copy.deepcopy(teacher)  # it may be moved to another precision
     if any(isinstance(signal, PeerLogits) for signal in method.reads.values()):
         peer = family.student(2)
     weight = weight_of(method)
@@ -267,15 +285,15 @@ def read_extras(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
     return {name: found[name] for name in distiller.extras}
 
 
-def step(distiller: Distiller, batch: Batch) -> Tensor:
-    """The loss of a batch."""
-    return distiller(batch.images, batch.target, **read_extras(distiller, batch)).loss
+def output_of(distiller: Distiller, batch: Batch) -> StepOutput:
+    """One forward."""
+    return distiller(batch.images, batch.target, **read_extras(distiller, batch))
 
 
-def learned_parts(distiller: Distiller) -> dict[str, nn.Parameter]:
-    """The parameters besides the student's, by name."""
+def without_gradient(distiller: Distiller) -> set[str]:
+    """Names of the parameters that the last backward gave no gradient, or one of zeros alone."""
     named = distiller.named_parameters()
-    return {name: p for name, p in named if not name.startswith("trainable.student.")}
+    return {name for name, p in named if p.grad is None or not bool(p.grad.any())}
 
 
 def gradient_problems(distiller: Distiller) -> list[str]:

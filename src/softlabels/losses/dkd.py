@@ -16,7 +16,6 @@ from softlabels.losses.checks import (
     check_number,
     check_target,
     check_temperature,
-    check_unsmoothed,
 )
 from softlabels.losses.nontarget import (
     Labels,
@@ -24,9 +23,9 @@ from softlabels.losses.nontarget import (
     MixedTarget,
     Reduction,
     SoftLabels,
+    checked_columns,
     finite_limit,
     in_float32,
-    label_columns,
     reduce_parts,
     softmax_parts,
     spread,
@@ -151,7 +150,7 @@ def dkd_loss(
     check_target(target, logits, ignore_index)
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    labels = _labels(target, logits, mixed_target, ignore_index)
+    labels = checked_columns(target, logits, mixed_target, ignore_index)
 
     student = _split(logits, labels, temperature)
     teacher = _split(teacher_logits, labels, temperature)
@@ -181,14 +180,6 @@ def _split(
     log_binary = torch.stack((log_labelled, log_non_target_mass(scaled, labels)), 1)
     log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)
     return (log_binary.exp(), log_binary), (others.normalized(), log_others)
-
-
-def _labels(
-    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None
-) -> Labels:
-    if mixed_target == "all":
-        check_unsmoothed(target)
-    return label_columns(target, logits, mixed_target, ignore_index)
 
 
 def _check_settings(
@@ -271,7 +262,7 @@ class DKDLoss(nn.Module):
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits, self.ignore_index)
         believed = log_softened(teacher_logits.detach(), self.temperature)
-        labels = _labels(target, believed, self.mixed_target, self.ignore_index)
+        labels = checked_columns(target, believed, self.mixed_target, self.ignore_index)
         return SoftLabels(
             spread(labels, believed.gather(1, labels.classes).exp(), believed),
             softmax_parts(believed, labels)[1].normalized(),

@@ -17,14 +17,13 @@ from softlabels.losses.nontarget import (
     LossOutput,
     Reduction,
     SoftLabels,
-    finite_limit,
-    in_float32,
     label_columns,
     reduce_parts,
     softmax_parts,
     spread,
 )
 from softlabels.losses.reads import Logits, Signal, TeacherLogits
+from softlabels.losses.soft_target import log_softened
 
 __all__ = ["KDLoss", "kd_loss"]
 
@@ -93,21 +92,11 @@ def kd_loss(
     check_logits(logits)
     check_logits(teacher_logits, "teacher_logits", like=logits)
     check_temperature(temperature)
-    logits = in_float32(logits)
-    teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    believed = _softened(teacher_logits, temperature)
-    limit = finite_limit(logits.dtype)
-    # Finite also where a probability is 0, whose logarithm takes no part.
-    gap = believed.clamp(min=-limit) - _softened(logits, temperature).clamp(min=-limit)
-    divergence = (believed.exp() * gap).sum(1)
+    log_predicted = log_softened(logits, temperature)
+    log_believed = log_softened(teacher_logits.detach(), temperature).to(log_predicted.dtype)
+    divergence = (log_believed.exp() * (log_believed - log_predicted)).sum(1)
     output = reduce_parts({"divergence": temperature**2 * divergence}, reduction)
     return output if return_parts else output.loss
-
-
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """Log-softmax at a temperature; shifted first, so that a small temperature overflows none."""
-    top = logits.detach().amax(1, keepdim=True)
-    return ((logits - top) / temperature).log_softmax(1)
 
 
 class KDLoss(nn.Module):
@@ -147,7 +136,7 @@ class KDLoss(nn.Module):
         """The teacher's softened belief in the true class, and how it shares out the rest."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits)
-        believed = _softened(in_float32(teacher_logits.detach()), self.temperature)
+        believed = log_softened(teacher_logits.detach(), self.temperature)
         labels = label_columns(target, believed)
         return SoftLabels(
             spread(labels, believed.gather(1, labels.classes).exp(), believed),

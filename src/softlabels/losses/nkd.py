@@ -16,7 +16,6 @@ from softlabels.losses.checks import (
     check_number,
     check_target,
     check_temperature,
-    check_unsmoothed,
 )
 from softlabels.losses.nontarget import (
     Labels,
@@ -25,8 +24,8 @@ from softlabels.losses.nontarget import (
     NonTarget,
     Reduction,
     SoftLabels,
+    checked_columns,
     in_float32,
-    label_columns,
     reduce_parts,
     softmax_parts,
     spread,
@@ -167,7 +166,7 @@ def nkd_loss(
 
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    labels = _labels(target, logits, mixed_target, ignore_index)
+    labels = checked_columns(target, logits, mixed_target, ignore_index)
     believed, others = _of_teacher(teacher_logits, labels, temperature)
     weights = 1.0, non_target_weight * temperature**2
     if not return_parts and target_term == "T1" and non_target_term == "normalized":
@@ -202,14 +201,6 @@ def _check_settings(
     check_choice("target_term", target_term, _TARGET_TERMS)
     check_choice("non_target_term", non_target_term, _NON_TARGET_TERMS)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
-
-
-def _labels(
-    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None
-) -> Labels:
-    if mixed_target == "all":
-        check_unsmoothed(target)
-    return label_columns(target, logits, mixed_target, ignore_index)
 
 
 def _of_teacher(
@@ -292,6 +283,6 @@ class NKDLoss(nn.Module):
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits, self.ignore_index)
         teacher_logits = in_float32(teacher_logits.detach())
-        labels = _labels(target, teacher_logits, self.mixed_target, self.ignore_index)
+        labels = checked_columns(target, teacher_logits, self.mixed_target, self.ignore_index)
         believed, others = _of_teacher(teacher_logits, labels, self.temperature)
         return SoftLabels(spread(labels, believed, teacher_logits), others.normalized())

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from softlabels.losses.checks import check_choice
+from softlabels.losses.checks import check_choice, check_unsmoothed
 
 __all__ = [
     "Labels",
@@ -21,6 +21,7 @@ __all__ = [
     "Reduction",
     "RowSums",
     "SoftLabels",
+    "checked_columns",
     "column_means",
     "finite_limit",
     "in_float32",
@@ -130,6 +131,19 @@ def label_columns(
     else:
         columns = torch.arange(values.shape[1], device=values.device).expand_as(values)
     return Labels(torch.where(values > 0, columns, first), values)
+
+
+def checked_columns(
+    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None = None
+) -> Labels:
+    """`label_columns`, after a check that labels of all classes are not smoothed.
+
+    Raises:
+        ValueError: A row has a label for every class.
+    """
+    if mixed_target == "all":
+        check_unsmoothed(target)
+    return label_columns(target, logits, mixed_target, ignore_index)
 
 
 def label_probabilities(

@@ -24,6 +24,8 @@ def check_needs(
     further = [name for name in distiller.extras if name not in ("index", "draw")]
     mixed = bool(config.mix.mixup or config.mix.cutmix)
     label = config.label
+    if config.task.weight == "rest":
+        _check_rest(config, distiller)
     if PARTNER in further and mixed:
         raise ValueError(
             f"{label} reads another image of each image's class, and mixed images have two "
@@ -42,10 +44,17 @@ def check_needs(
                 f"{label} mixes pairs of images: batch_size must be a multiple of "
                 f"{2 * num_processes}, got {config.batch_size}"
             )
+        if source.num_train < config.batch_size and source.num_train % (2 * num_processes):
+            raise ValueError(
+                f"{label} mixes pairs of images: a training set that is smaller than batch_size "
+                f"must be a multiple of {2 * num_processes}, got {source.num_train} images"
+            )
     asked = [name for name in further if name not in MIXUP_EXTRAS]
     if not asked:
         return
-    if "extras" not in inspect.signature(source.train_batches).parameters:
+    parameters = inspect.signature(source.train_batches).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "extras" not in parameters and not takes_any:
         raise ValueError(
             f"{label} reads {', '.join(asked)} from the batch, but train_batches of "
             f"{type(source).__name__} takes no `extras`"
@@ -60,6 +69,18 @@ def check_needs(
         device="cpu",
         extras=asked,
     )
+
+
+def _check_rest(config: Config, distiller: Distiller) -> None:
+    """Check that what a method leaves for the task's loss is a weight."""
+    if distiller.method is None:
+        raise ValueError("task.weight rest is 1 - method_weight, and there is no method")
+    weight = 1.0 if config.method_weight is None else config.method_weight
+    if weight > 1:
+        raise ValueError(
+            "task.weight rest is 1 - method_weight: method_weight must be at most 1, got "
+            f"{weight:g}"
+        )
 
 
 def memory_of(distiller: Distiller) -> int:
