@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from scipy import stats
 
 from softlabels.losses import METHODS
 from softlabels.training.config import (
+    Config,
     load_recipe,
     method_reads_teacher,
     parse,
@@ -29,12 +32,12 @@ from softlabels.training.config import (
     with_method,
 )
 from softlabels.training.folder import RunFolder
-from softlabels.training.several import PlannedRun, train_several
+from softlabels.training.trainer import run
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
-EPOCHS = 4
-NUM_FONTS = 120
+EPOCHS = 5
+NUM_FONTS = 60
 TUNED = ("kd", "nkd", "uskd", "zipf_ls")  # have a recipe of their own in glyphs100/
 VIT = ("vit_teacher", "vit_cross_entropy", "vit_vitkd")
 VIT_SETTINGS: dict[str, Any] = {
@@ -90,7 +93,7 @@ def _taught_by(name: str, seed: int, folder: Path, network: str) -> dict[str, An
     return {"teacher.name": network, "teacher.weights": str(student), "teacher.check": "off"}
 
 
-def planned(name: str, seed: int, folder: Path) -> PlannedRun:
+def configured(name: str, seed: int, folder: Path) -> Config:
     """The run of a method with a seed."""
     recipe, options = _settings(name, seed, folder)
     values = load_recipe(recipe)
@@ -100,8 +103,16 @@ def planned(name: str, seed: int, folder: Path) -> PlannedRun:
     for key, value in options.items():
         section, _, last = key.rpartition(".")
         (values.setdefault(section, {}) if section else values)[last] = value
-    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return PlannedRun(f"{name}-{seed}", resolve(values), (recipe, *given))
+    return resolve(values)
+
+
+def _folder(config: Config) -> RunFolder:
+    return RunFolder(Path(config.output or ""))
+
+
+def _train(config: Config) -> None:
+    if not _folder(config).is_complete():
+        run(config)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -123,7 +134,6 @@ def summarised(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
         baseline = summaries[BASELINES.get(recipe, "cross_entropy")]
         found[recipe] = {
             "runs": values,
-            "seconds": [float(s["seconds"]) for s in of_seeds],
             "top1": {
                 "mean": statistics.mean(values["top1"]),
                 "deviation": statistics.stdev(values["top1"]),
@@ -147,24 +157,32 @@ def main() -> None:
     chosen = arguments.only.split(",") if arguments.only else names()
     runs = {
         name: [
-            planned(name, seed, arguments.folder)
+            configured(name, seed, arguments.folder)
             for seed in (SEEDS[:1] if name == "vit_teacher" else SEEDS)
         ]
         for name in chosen
     }
-    console = Console(stderr=True)
     taught = {"tf_kd_self", "vit_vitkd"}  # by runs of this comparison
-    for group in (set(runs) - taught, set(runs) & taught):
-        together = [run for name in chosen if name in group for run in runs[name]]
-        train_several(together, jobs=arguments.jobs, console=console, threads=1)
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for group in (set(runs) - taught, set(runs) & taught):
+            waiting = {
+                pool.submit(_train, config): f"{name}-{config.seed}"
+                for name in chosen
+                if name in group
+                for config in runs[name]
+            }
+            for done in as_completed(waiting):
+                done.result()
+                print(f"{time.perf_counter() - begin:6.0f} s  {waiting[done]}", flush=True)
     if arguments.only:
         return
     summaries = {
-        name: [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in of]
+        name: [json.loads(_folder(config).summary.read_text(encoding="utf-8")) for config in of]
         for name, of in runs.items()
         if len(of) > 1
     }
-    environment = json.loads(runs["cross_entropy"][0].folder.environment.read_text("utf-8"))
+    environment = json.loads(_folder(runs["cross_entropy"][0]).environment.read_text("utf-8"))
     environment.pop("command", None)
     content = {
         "command": "make results-methods",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,15 +12,10 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import softlabels
 from small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
-from softlabels.data import Batch
-from softlabels.data.memory import InMemorySource
-from softlabels.data.noise import noise
 from softlabels.losses import CRDLoss, KDLoss, Memory, OLSLoss, PSKDLoss, WeightedSum
 from softlabels.losses.reads import Features, FromBatch, Logits, Signal
-from softlabels.training.checkpoint import CheckpointFolder
 
 NUM_PROCESSES = 2
 NUM_SAMPLES = 8
@@ -324,35 +318,6 @@ def test_only_what_is_remembered_is_kept_until_the_step_ends():
     assert torch.equal(given["index"], index)
     distiller.after_step()
     assert len(distiller.trainable.heads.given) == 1
-
-
-class WithBadImages(InMemorySource):
-    """A source one of whose training images is not finite."""
-
-    def __init__(self, source: InMemorySource, bad: int) -> None:
-        self.__dict__.update(source.__dict__)
-        self._bad = bad
-
-    def train_batches(self, **where: Any) -> Iterator[Batch]:
-        for batch in super().train_batches(**where):
-            batch.images[batch.index == self._bad] = math.nan
-            yield batch
-
-
-def test_a_step_that_the_trainer_skips_is_not_remembered(tmp_path):
-    source = noise(num_train=32, num_test=8, num_classes=4, image_size=8, in_channels=1)
-    result = softlabels.train(
-        WithBadImages(source, 5), "timm:resnet8", "ps_kd", precision="bf16", epochs=1,
-        batch_size=8, gallery=0, progress=False, output=tmp_path / "run",
-    )  # fmt: skip
-
-    stored = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).newest().content
-    seen = stored["parts"]["trained"]["trainable.heads.seen"]
-    predictions = stored["parts"]["trained"]["trainable.heads.predictions"]
-    assert int(seen.sum()) == 24  # one batch of four is missing
-    assert not seen[5]
-    torch.testing.assert_close(predictions.sum(1), seen.float())
-    assert math.isfinite(result.final["nll"])
 
 
 def test_a_loop_that_never_ends_a_step_is_told():

@@ -393,6 +393,27 @@ def test_a_teacher_that_knows_nothing_hides_behind_no_other(linear, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_of_ones_own_and_further_teachers(linear, tmp_path):
+    result = train(
+        tmp_path / "run", teacher=Knowing(1.0), further_teachers=[linear(16.0)], method="kd",
+        further_methods=[{"kind": "nkd", "teacher": 1}], epochs=1,
+    )  # fmt: skip
+
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["teacher"]["name"] == "object:Knowing + several_teachers_code:linear"
+
+
+def test_a_run_with_teachers_of_other_classes_whose_features_alone_are_read(tmp_path):
+    """They are not measured, since their answers are of no classes of the data."""
+    resnet = {"name": "timm:resnet8"}
+    result = train(
+        tmp_path / "run", teacher=resnet, further_teachers=[{**resnet, "num_classes": 7}],
+        method="at", further_methods=[{"kind": "fitnet", "teacher": 1}], epochs=1,
+    )  # fmt: skip
+
+    assert json.loads((result.folder / "summary.json").read_text())["teacher"] is None
+
+
 def test_further_teachers_need_a_first_one():
     teacher = {"name": "timm:resnet8"}
     with pytest.raises(ConfigError, match=r"further_teachers stand beside teacher.name"):

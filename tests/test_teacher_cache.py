@@ -571,9 +571,13 @@ def test_a_cache_has_no_layers(written):
         distiller_of(NKDLoss(), TeacherCache(written), taps={"teacher.last": "stage2"})
 
 
-def test_a_cache_for_a_method_without_a_teacher_is_an_error(written):
-    with pytest.raises(ValueError, match="USKDLoss reads from no teacher, but one is given"):
-        distiller_of(USKDLoss(), TeacherCache(written))
+@pytest.mark.parametrize("method", [None, USKDLoss()])
+def test_a_method_without_a_teacher_needs_no_places(written, method):
+    """It may be given a cache all the same, whose draws it then trains on."""
+    distiller = distiller_of(method, TeacherCache(written))
+
+    assert distiller.extras == ()
+    assert distiller(images_of(), hard_labels()).loss.isfinite()
 
 
 def test_the_cache_is_neither_stored_nor_trained_nor_copied(written):

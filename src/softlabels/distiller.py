@@ -125,7 +125,10 @@ class Distiller(nn.Module):
         elif teacher is not None and not isinstance(teacher, Teacher | Teachers | TeacherCache):
             teacher = Teacher(teacher)
         reads_a_teacher = any(reads_teacher(signal) for signal in reads.values())
-        _check_needed(method, "teacher", teacher, reads_a_teacher, "teacher=Teacher(model)")
+        # A cache may stand by: it says which draws of the augmentation are shown.
+        stands_by = isinstance(teacher, TeacherCache) and not reads_a_teacher
+        taught = None if stands_by else teacher
+        _check_needed(method, "teacher", taught, reads_a_teacher, "teacher=Teacher(model)")
         peer_arguments = tuple(name for name, s in reads.items() if isinstance(s, PeerLogits))
         _check_needed(method, "peer", peer, bool(peer_arguments), "peer=network")
         network = teacher if isinstance(teacher, Teacher | Teachers) else None

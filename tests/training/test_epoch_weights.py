@@ -196,7 +196,7 @@ def test_a_setting_outdoes_a_default():
     ],
 )
 def test_a_weight_that_makes_no_sense(settings, where):
-    with pytest.raises(ConfigError, match=f"^{where}"):
+    with pytest.raises(ConfigError, match=f"^{where}: "):
         resolve({**KD, **settings})
 
 

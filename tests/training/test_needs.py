@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from softlabels.data import Batch
 from softlabels.data.memory import InMemorySource
 from softlabels.data.noise import noise
 from softlabels.losses import CRDLoss, PSKDLoss
+from softlabels.models import build_model
 from softlabels.training import trainer
 from softlabels.training.assemble import build_distiller, build_source, with_defaults
+from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import resolve
 from softlabels.training.needs import check_needs, memory_of
 
@@ -317,6 +321,27 @@ def test_a_teacher_of_ones_own_that_nobody_reads(tmp_path):
     assert "reads from no teacher, but one is given: leave" in message
 
 
+def test_a_peer_of_a_student_of_ones_own_must_be_named(tmp_path):
+    student = build_model("timm:resnet8", num_classes=4, in_channels=1)
+    settings = {"student": student, "method": "kdcl"}
+
+    assert refused(tmp_path, **settings) == (
+        "kdcl trains a second network along: beside a student of your own it needs peer.name"
+    )
+    result = softlabels.train(
+        **{**SETTINGS, **settings, "peer": {"name": "timm:resnet8"}, "output": tmp_path / "run"}
+    )
+    assert result.student.state_dict().keys() == student.state_dict().keys()
+
+
+def test_an_unknown_setting_of_a_further_method(tmp_path):
+    further = {"kind": "nkd", "settings": {"temprature": 2.0}}
+
+    assert refused(tmp_path, method="kd", teacher=TEACHER, further_methods=[further]) == (
+        "method: nkd: unknown setting 'temprature': expected temperature"
+    )
+
+
 # Weights
 
 
@@ -333,6 +358,48 @@ def test_the_rest_of_no_method_is_nothing(tmp_path):
     assert refused(tmp_path, task={"weight": "rest"}) == (
         "task.weight rest is 1 - method_weight, and there is no method"
     )
+
+
+# In training and after it
+
+
+class WithBadImages(InMemorySource):
+    """A source one of whose training images is not finite."""
+
+    def __init__(self, source: InMemorySource, bad: int) -> None:
+        self.__dict__.update(source.__dict__)
+        self._bad = bad
+
+    def train_batches(self, **where: Any) -> Iterator[Batch]:
+        for batch in super().train_batches(**where):
+            batch.images[batch.index == self._bad] = math.nan
+            yield batch
+
+
+def test_a_step_that_the_trainer_skips_is_not_remembered(tmp_path):
+    source = noise(num_train=32, num_test=8, num_classes=4, image_size=8, in_channels=1)
+    result = softlabels.train(
+        WithBadImages(source, 5), "timm:resnet8", "ps_kd", precision="bf16", epochs=1,
+        batch_size=8, gallery=0, progress=False, output=tmp_path / "run",
+    )  # fmt: skip
+
+    stored = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).newest().content
+    seen = stored["parts"]["trained"]["trainable.heads.seen"]
+    predictions = stored["parts"]["trained"]["trainable.heads.predictions"]
+    assert int(seen.sum()) == 24  # one batch of four is missing
+    assert not seen[5]
+    torch.testing.assert_close(predictions.sum(1), seen.float())
+    assert math.isfinite(result.final["nll"])
+
+
+@pytest.mark.parametrize("kind", ["mixskd", "cs_kd", "ddgsd", "ps_kd"])
+def test_the_gallery_of_a_sum_brings_what_its_methods_read(tmp_path, kind):
+    result = softlabels.train(
+        **{**SETTINGS, "method": "ols", "further_methods": [{"kind": kind}], "gallery": 2,
+           "output": tmp_path / "run"}
+    )  # fmt: skip
+
+    assert len(json.loads((result.folder / "gallery.json").read_text())["images"]) == 2
 
 
 # The command line

@@ -153,9 +153,10 @@ def test_answers_that_are_not_finite_are_an_error(shaded, tmp_path):
 
 
 @pytest.mark.parametrize("method", [None, "uskd"])
-def test_a_teacher_that_nobody_reads_is_not_measured(shaded, tmp_path, method):
-    printed = run(shaded, tmp_path / "run", Guessing(), method)
-    assert "test images" not in printed
+def test_a_teacher_that_nobody_reads_is_an_error(shaded, tmp_path, method):
+    with pytest.raises(ValueError, match="reads from no teacher, but one is given: leave teacher"):
+        run(shaded, tmp_path / "run", Guessing(), method)
+    assert not (tmp_path / "run").exists()
 
 
 class FeatureMethod(nn.Module):

@@ -154,7 +154,8 @@ def build_distiller(
         with seeded(config.seed, "peer"):
             peer = _built_student(settings, info)
         try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
-    given = config.teacher.cache is not None or config.teacher.name is not None
+    # A cache without a reader says which draws of the augmentation are shown.
+    given = config.teacher.cache is None and config.teacher.name is not None
     if given and not any(map(reads_teacher, reads)):
         by_name = method is None or config.method.kind != "none"
         label = config.label if by_name else type(method).__name__
