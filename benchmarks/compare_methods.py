@@ -45,6 +45,7 @@ VIT_SETTINGS: dict[str, Any] = {
     "optimizer.name": "adamw",
     "optimizer.lr": 0.001,
     "optimizer.weight_decay": 0.05,
+    "schedule.warmup_lr": 0.00005,
 }
 BASELINES = {"vit_vitkd": "vit_cross_entropy"}
 METRICS = ("top1", "group_top1", "nll", "ece")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.nn import functional
 import softlabels
 from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
+from softlabels.data import DataInfo
+from softlabels.data.memory import InMemorySource, Split
 from softlabels.losses import LabelSmoothingLoss
 from toy_method import ToyLoss
 
@@ -209,12 +212,21 @@ def test_settings_without_use_for_a_head_or_a_teacher_have_none():
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, accumulation):
+    generator = np.random.default_rng(0)
+    train, test = (
+        Split.from_arrays(
+            generator.integers(0, 256, (count, 16, 16), dtype=np.uint8), np.arange(count) % 4
+        )
+        for count in (84, 4)
+    )
+    info = DataInfo("noise", ("a", "b", "c", "d"), 1, (16, 16), (0.5,), (0.3,))
     softlabels.train(
+        InMemorySource(train, test, info),
         method="uskd",
         student="timm:resnet8_glyphs",
         output=str(tmp_path / "run"),
         epochs=1,
-        batch_size=3000,
+        batch_size=12,
         accumulation=accumulation,
         log_every=3,
         gallery=0,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.nontarget import in_float32
 from softlabels.weights import load_weights
 
 __all__ = ["Normalization", "Teacher", "Teachers", "ensembled"]
@@ -184,7 +183,9 @@ def ensembled(logits: Sequence[Tensor]) -> Tensor:
             f"teachers must have the same classes, got {widths}: pass "
             "Teacher(model, class_map=[...]) with the student's classes for each"
         )
-    predictions = torch.stack([in_float32(each).log_softmax(1) for each in logits])
+    # At least float32; what is wider stays.
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits]
+    predictions = torch.stack([each.log_softmax(1) for each in wide])
     return predictions.logsumexp(0) - math.log(len(logits))
 
 

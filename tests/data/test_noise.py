@@ -19,6 +19,11 @@ def test_facts():
     assert torch.bincount(views(source).target).tolist() == [5, 5, 4, 4, 4, 4, 4]
 
 
+def test_few_images_share_classes_in_pairs():
+    source = noise(num_classes=10, num_train=6, num_test=3)
+    assert torch.bincount(views(source).target).tolist() == [2, 2, 2]
+
+
 def test_images_differ_within_a_class_and_between_the_splits():
     source = noise(num_classes=2, num_train=20, num_test=20)
     (test,) = source.test_batches(batch_size=20, device="cpu")

@@ -50,3 +50,12 @@ def test_soft_labels_are_the_softened_teacher_split_at_the_labels():
     assert_six_digits(one.non_target, [[4 / 6, 0, 1 / 6, 1 / 6]])
     assert_six_digits(two.target, [[0.5, 0, 0.125, 0]])
     assert_six_digits(two.non_target, [[0, 2 / 3, 0, 1 / 3]])
+
+
+def test_a_teacher_beyond_the_students_range_gives_no_nan():
+    # In float32 its second class is impossible, so T = (1/2, 0, 1/2) and S = (1/3, 1/3, 1/3).
+    teacher_logits = torch.tensor([[0.0, -1e300, 0.0]], dtype=torch.float64)
+
+    value = kd_loss(torch.zeros(1, 3), teacher_logits, temperature=1.0)
+
+    assert_six_digits(value, 0.405465)  # ln 3 - ln 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -13,20 +13,20 @@ NUM_CLASSES = 10
 BATCH_SIZES = (128, 96, 64, 33)
 OTHERS = ("nkd_both_unnormalized", "zipf_ls_exits")
 
-MAIN = ("nkd", "uskd")
+# Compiling takes long: all of them with `make test-slow`.
+DAILY = ("kd", "nkd", "label_smoothing")
+
+
+def cases(names: Iterable[str], daily: tuple[str, ...]) -> list[object]:
+    slow = pytest.mark.slow
+    return [pytest.param(BY_NAME[n], marks=() if n in daily else slow) for n in names]
+
 
 every_loss = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case.name in MAIN else pytest.mark.slow)
-        for case in PLAIN_CASES
-    ],
-    ids=case_id,
+    "case", cases([case.name for case in PLAIN_CASES], ("nkd",)), ids=case_id
 )
 every_loss_and_others = pytest.mark.parametrize(
-    "case",
-    [*PLAIN_CASES, *(pytest.param(BY_NAME[name], marks=pytest.mark.slow) for name in OTHERS)],
-    ids=case_id,
+    "case", cases([*(case.name for case in PLAIN_CASES), *OTHERS], DAILY), ids=case_id
 )
 
 

@@ -34,10 +34,10 @@ QUICK = [
     "table2/cifar100_resnet18_uskd",
     "table2/cifar100_resnet18_label_smoothing",
     "zipf_tiny_imagenet/resnet18_zipf_ls",
-    "table1/resnet32x4_resnet8x4_crd",  # remembers images
-    "table1/resnet32x4_resnet8x4_reviewkd",  # maps of all stages
-    "zipf_table1/resnet18_ban",  # two generations
-    "self_kd_lib/resnet18_mixskd",  # exits, and images that are mixed besides the batch
+    "glyphs100/crd",  # remembers images
+    "glyphs100/reviewkd",  # maps of all stages
+    "glyphs100/ban",  # two generations
+    "glyphs100/mixskd",  # exits, and images that are mixed besides the batch
     "glyphs100/kdcl",  # a second network
     "glyphs100/vitkd",  # patch tokens of two transformers
 ]

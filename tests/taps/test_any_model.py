@@ -101,7 +101,7 @@ TABLE = {
     "timm deit_tiny_patch16_224": vit(
         of_timm("deit_tiny_patch16_224"), "blocks.5", "norm", 192),
     "timm deit_small_patch16_224": vit(
-        of_timm("deit_small_patch16_224"), "blocks.5", "norm", 384),
+        of_timm("deit_small_patch16_224"), "blocks.5", "norm", 384, slow=True),
     "timm deit_base_patch16_224": vit(
         of_timm("deit_base_patch16_224"), "blocks.5", "norm", 768, slow=True),
     "timm deit3_small_patch16_224": vit(
@@ -340,7 +340,9 @@ def test_the_shallow_network_is_tapped_where_the_deep_one_is(name):
     assert [point.path for point in providers["votes"].points] == [last]
 
 
-@pytest.mark.parametrize("name", ["CNN", "ViT", pytest.param("Swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "ViT" else pytest.mark.slow) for n in SHALLOW]
+)
 def test_a_compiled_network_gives_what_the_plain_one_gives(name):
     distiller = shallow(name)
     plain = distiller.trainable(samples()[0])
@@ -403,6 +405,7 @@ def of_processes(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SHALLOW)
 def test_two_processes_share_the_gradients_of_both(of_processes, name):

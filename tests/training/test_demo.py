@@ -79,7 +79,7 @@ def test_failing_run_is_reported_with_its_last_line(tmp_path, monkeypatch, capsy
     from softlabels.training import demo as module
 
     monkeypatch.setattr(module, "_arguments", lambda *_: ("glyphs100/none",))
-    assert main(["demo", "--output", str(tmp_path), *QUICK]) == 1
+    assert main(["demo", "--output", str(tmp_path), "--jobs", "1", *QUICK]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended with status 2: softlabels train: no recipe 'glyphs100/none'" in error
 

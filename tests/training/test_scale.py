@@ -118,7 +118,7 @@ def two_machines(command: list[str], elsewhere: list[str], **environment: str) -
     second.wait()
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def runs(request, folder, tmp_path_factory) -> tuple[Path, Path]:
     """Folders of the same run on one process and on two."""
     root, network = tmp_path_factory.mktemp(request.param), NETWORKS[request.param]

@@ -77,7 +77,8 @@ def noise(
         num_classes: Number of classes, 2 or more.
         image_size: Height and width of the images, pixels.
         in_channels: Channels of the images.
-        num_train: Number of training images. The classes take turns.
+        num_train: Number of training images. The classes take turns, in pairs of images where there
+            are fewer than two images a class.
         num_test: Number of test images, likewise.
 
     Returns:
@@ -96,10 +97,10 @@ def noise(
         if not low <= value <= high:
             raise ValueError(f"{name} must be in {low}..{high}, got {value}")
     shape = (in_channels, image_size, image_size)
-    train, test = (
-        _Patterns(name, torch.arange(count) % num_classes, shape)
-        for name, count in (("train", num_train), ("test", num_test))
-    )
+    # In turn; but two of a class in a row, where there are too few, so that each has a partner.
+    in_a_row = 2 if num_train < 2 * num_classes else 1
+    train = _Patterns("train", torch.arange(num_train) // in_a_row % num_classes, shape)
+    test = _Patterns("test", torch.arange(num_test) % num_classes, shape)
     info = DataInfo(
         "noise",
         tuple(str(label) for label in range(num_classes)),

@@ -82,7 +82,7 @@ def fitnet_loss(
     Deviations: the paper trains the lower half of the student with it first, and sums over
     elements; this is the form of the later comparisons, one training with both terms.
     Numerics: float32 or wider, also under autocast.
-    Distributed: mean over the samples of the process.
+    Distributed: each sample by itself; the BatchNorms of the heads are those of the process.
 
     Example:
         >>> import torch

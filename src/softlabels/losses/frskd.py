@@ -116,7 +116,7 @@ def frskd_loss(
     own defaults are 1 and 0. The branch, `FRSKDHeads`, is the published one, but takes maps of any
     sizes, and no ReLU comes before it.
     Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
+    Distributed: each sample by itself; the BatchNorms of the heads are those of the process.
 
     Example:
         >>> import torch

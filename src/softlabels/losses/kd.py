@@ -93,7 +93,8 @@ def kd_loss(
     check_logits(teacher_logits, "teacher_logits", like=logits)
     check_temperature(temperature)
     log_predicted = log_softened(logits, temperature)
-    log_believed = log_softened(teacher_logits.detach(), temperature).to(log_predicted.dtype)
+    teacher_logits = teacher_logits.detach().to(log_predicted.dtype)
+    log_believed = log_softened(teacher_logits, temperature)
     divergence = (log_believed.exp() * (log_believed - log_predicted)).sum(1)
     output = reduce_parts({"divergence": temperature**2 * divergence}, reduction)
     return output if return_parts else output.loss

@@ -106,9 +106,9 @@ def ofd_loss(
 
     Deviations: the student's map is pooled too where it is the larger one (mdistiller repeats the
     teacher's values). `pool_maps=False` is clovaai's code, which has no pooling. Margins are kept
-    in the maps' precision instead of float32, and are finite for a BatchNorm weight of 0. clovaai
-    runs the teacher's BatchNorm on batch statistics; here the teacher is in evaluation mode, as
-    in mdistiller.
+    in the maps' precision instead of float32, and are finite for a BatchNorm weight of 0. Both
+    run the teacher's BatchNorm on batch statistics; here the teacher is in evaluation mode, unless
+    the `Teacher`'s own mode is `"train"`.
     Numerics: float32 or wider, also under autocast.
     Distributed: mean over the samples of the process.
 

@@ -91,7 +91,7 @@ def reviewkd_loss(
     Deviations: on maps that are not square the smaller side says which scales there are. The
     warm-up over the first epochs is the trainer's.
     Numerics: float32 or wider, also under autocast.
-    Distributed: mean over the samples of the process.
+    Distributed: each sample by itself; the BatchNorms of the heads are those of the process.
 
     Example:
         >>> import torch

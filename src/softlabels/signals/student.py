@@ -121,7 +121,10 @@ def provider_for(signal: Signal, layout: Callable[[], Layout]) -> Provider | Non
     if isinstance(signal, Branches):
         found = layout()
         points = [found.point(stage) for stage in found.expanded(signal.stages)]
-        return BranchesProvider(points, found.point("last"), found.num_classes)
+        last = found.point("last")
+        if last.kind == "tokens" and signal.stages == ("stages",):
+            points = points[:-1]  # the last block, which the final norm alone parts from the end
+        return BranchesProvider(points, last, found.num_classes)
     if isinstance(signal, Features) and signal.of == "student":
         return _FeaturesProvider(points_of(signal, layout()), signal.form)
     if isinstance(signal, Again):

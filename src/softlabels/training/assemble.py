@@ -141,6 +141,7 @@ def build_distiller(
     if method is None:
         method = build_method(config)
     shape = (info.in_channels, *info.image_size)
+    own_student = student is not None
     if student is None:
         with seeded(config.seed, "student"):
             student = _built_student(config.student, info, config.student.pretrained)
@@ -150,6 +151,11 @@ def build_distiller(
     reads = getattr(method, "reads", {}).values()
     peer = None
     if any(isinstance(signal, PeerLogits) for signal in reads):
+        if config.peer.name is None and own_student:
+            raise ValueError(
+                f"{config.label} trains a second network along: beside a student of your own it "
+                "needs peer.name"
+            )
         settings = config.student if config.peer.name is None else config.peer
         with seeded(config.seed, "peer"):
             peer = _built_student(settings, info)
@@ -162,11 +168,17 @@ def build_distiller(
         raise ValueError(f"{label} reads from no teacher, but one is given: leave teacher out")
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)
-    elif teacher is None and config.teacher.name is not None:
+    elif config.teacher.name is not None and not isinstance(teacher, TeacherCache | Teachers):
         reads_logits = any(isinstance(signal, TeacherLogits) for signal in reads)
-        every = [
+        named = (
+            config.further_teachers
+            if teacher is not None
+            else (config.teacher, *config.further_teachers)
+        )
+        every: list[nn.Module] = [] if teacher is None else [teacher]
+        every += [
             _tried_teacher(settings, info, info.num_classes if reads_logits else None)
-            for settings in (config.teacher, *config.further_teachers)
+            for settings in named
         ]
         teacher = every[0] if len(every) == 1 else Teachers(every)
     task = config.task

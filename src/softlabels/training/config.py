@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 _LONGEST_MESSAGE = 600
+_TAGS = ("tuple[", "literal[", "constrained-")  # pydantic's, of the parts of a union
 
 
 class Config(Section):
@@ -194,7 +195,8 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
     try:
         return METHOD_SETTINGS[further.kind](**further.settings)
     except ValidationError as error:
-        raise ValueError(f"{further.kind}: {explain(error)}") from error
+        message = explain(error, METHOD_SETTINGS[further.kind])
+        raise ValueError(f"{further.kind}: {message}") from error
 
 
 def method_reads_teacher(config: Config) -> bool:
@@ -358,20 +360,20 @@ def resolve(values: Mapping[str, Any]) -> Config:
     return checked(parse(values))
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
     """One line about the first thing that does not fit the schema."""
-    return _explain(error)[:_LONGEST_MESSAGE]
+    return _explain(error, schema)[:_LONGEST_MESSAGE]
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
         del path[1]  # pydantic's tag of the union
-    path = [part for part in path if not part.startswith(("tuple[", "literal["))]  # likewise
+    path = [part for part in path if not part.startswith(_TAGS)]  # likewise
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
+        known = _keys_at(first["loc"][:-1], schema)
         near = difflib.get_close_matches(path[-1][:_LONGEST_MESSAGE], known, n=3)
         return f"unknown setting {where!r:.200}: expected {', '.join(near or known)}"
     message = first["msg"].removeprefix("Value error, ")
@@ -380,9 +382,9 @@ def _explain(error: ValidationError) -> str:
     return f"{where:.200}: {message}, got {first.get('input')!r:.80}"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
     """Names of the settings of the section at this place."""
-    model: Any = Config
+    model: Any = schema
     for part in location:
         if part in METHOD_SETTINGS:
             model = METHOD_SETTINGS[str(part)]

@@ -95,8 +95,8 @@ class RunFolder:
             raise ValueError(f"{self.path} exists and is no run folder: choose another --output")
 
     def _others(self) -> Iterator[Path]:
-        """What lies in the folder, without what a start that was killed at once leaves."""
-        leftovers = {self.lock, *self.path.glob(".*.part")}
+        """What lies in the folder, without earlier generations and what a killed start leaves."""
+        leftovers = {self.lock, *self.path.glob(".*.part"), *self.path.glob("generation-*")}
         return (path for path in self.path.iterdir() if path not in leftovers)
 
     @contextlib.contextmanager

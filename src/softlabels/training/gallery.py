@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from softlabels.data import Batch, DataInfo, DataSource
+from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.randomness import permutation
 from softlabels.distiller import Distiller
 from softlabels.signals import reads_teacher
@@ -121,9 +122,12 @@ def _as_trained(
     distiller: Distiller, source: DataSource, batch_size: int, device: torch.device
 ) -> Iterator[Batch]:
     """Training batches with all that the method reads."""
-    further = [name for name in distiller.extras if name not in ("index", "draw")]
+    further = [n for n in distiller.extras if n not in ("index", "draw", *MIXUP_EXTRAS)]
     extras: dict[str, Any] = {"extras": further} if further else {}
-    return source.train_batches(seed=0, epoch=0, batch_size=batch_size, device=device, **extras)
+    batches = source.train_batches(seed=0, epoch=0, batch_size=batch_size, device=device, **extras)
+    if not MIXUP_EXTRAS & {*distiller.extras}:
+        return batches
+    return (mixup_extras(batch, alpha=1.0, seed=0, epoch=0, step=0) for batch in batches)
 
 
 def _largest(probabilities: Tensor, number: int) -> list[list[float]]:

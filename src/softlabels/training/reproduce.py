@@ -147,7 +147,11 @@ class _Plan:
     def config(self, recipe: str) -> Config:
         """A recipe's settings, with what the caller changes."""
         if recipe not in self._configs:
-            values = merged(load_recipe(recipe), self._changes)
+            own = load_recipe(recipe)
+            # A change of the teacher is for the rows that have one, not for their baselines.
+            taught = bool(own.get("teacher"))
+            changes = {k: v for k, v in self._changes.items() if k != "teacher" or taught}
+            values = merged(own, changes)
             try:
                 config = resolve(values)
             except ConfigError as error:

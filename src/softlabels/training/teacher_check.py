@@ -119,13 +119,15 @@ def checked_teacher(
     problem = None
     score = known
     if score is None:
-        num_classes = _num_classes_of(teacher, (info.in_channels, *info.image_size), accelerator)
-        if num_classes != info.num_classes:
-            say(
-                f"teacher {name}: not checked, it has {num_classes} classes and the data have "
-                f"{info.num_classes}"
-            )
-            return None
+        shape = (info.in_channels, *info.image_size)
+        for each in every:
+            num_classes = _num_classes_of(each, shape, accelerator)
+            if num_classes != info.num_classes:
+                say(
+                    f"teacher {name}: not checked, it has {num_classes} classes and the data have "
+                    f"{info.num_classes}"
+                )
+                return None
         metrics = _measured(teacher, source, accelerator, config.eval_batch_size)
         score = TeacherScore(
             name=name,

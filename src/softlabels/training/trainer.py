@@ -120,21 +120,26 @@ def _run_generations(
         filled = with_defaults(config, source.info, source.num_train, method)
         label = config.label if method is None else type(method).__name__
         config = _with_output(filled, source.info, label)
-        teacher: nn.Module | None = None
+        taught_by: TeacherSettings | None = None
         for number in range(1, config.generations + 1):
-            is_last = number == config.generations
             changed: dict[str, Any] = {}
-            if not is_last:
+            teacher: nn.Module | None = None
+            if number < config.generations:
+                # A run of its own, that its own record repeats.
                 changed = {
                     "output": str(Path(config.output or "") / f"generation-{number}"),
                     "seed": derive_seed(config.seed, "generation", number),
+                    "generations": 1,
+                    "teacher": taught_by or config.teacher,
                 }
+            elif taught_by is not None:
+                teacher = build_teacher(taught_by, source.info)
             if number == 1:
                 changed.update(
-                    generations=1,
                     method=NoMethod(),
                     further_methods=(),
                     method_weight=1.0,
+                    method_warmup_epochs=0.0,
                     task=config.task.model_copy(update={"weight": 1.0}),
                 )
             result = _run_one(
@@ -145,8 +150,7 @@ def _run_generations(
                 source,
                 console,
             )
-            taught = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
-            teacher = build_teacher(taught, source.info)
+            taught_by = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
         return result
     finally:
         if opened:
