@@ -5,7 +5,7 @@
 Each run is that of the recipe glyphs100/METHOD, on fewer fonts and for fewer epochs: the same
 initial weights, data order and augmentation for all methods of a seed. Weights are the published
 ones, not tuned for these data. ViTKD, which needs two transformers, is compared with cross-entropy
-on a small one. Runs that are complete are not trained again.
+on a small one, both for more epochs. Runs that are complete are not trained again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
     load_recipe,
-    method_reads_teacher,
-    parse,
     resolve,
-    with_method,
 )
 from softlabels.training.folder import RunFolder
 from softlabels.training.trainer import run
@@ -38,15 +35,8 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 EPOCHS = 5
 NUM_FONTS = 60
-TUNED = ("kd", "nkd", "uskd", "zipf_ls")  # have a recipe of their own in glyphs100/
 VIT = ("vit_teacher", "vit_cross_entropy", "vit_vitkd")
-VIT_SETTINGS: dict[str, Any] = {
-    "student.name": "timm:vit_mini_patch4_32",
-    "optimizer.name": "adamw",
-    "optimizer.lr": 0.001,
-    "optimizer.weight_decay": 0.05,
-    "schedule.warmup_lr": 0.00005,
-}
+VIT_EPOCHS = 8
 BASELINES = {"vit_vitkd": "vit_cross_entropy"}
 METRICS = ("top1", "group_top1", "nll", "ece")
 
@@ -65,33 +55,20 @@ def _settings(name: str, seed: int, folder: Path) -> tuple[str, dict[str, Any]]:
         "gallery": 0,
         "data.num_fonts": NUM_FONTS,
     }
-    kind = name.removeprefix("vit_")
-    if name in ("cross_entropy", "label_smoothing", *TUNED):
-        options.update({"teacher.check": "off"} if name in ("kd", "nkd") else {})
-        return f"glyphs100/{name}", options
-    if kind != "cross_entropy":
-        options["method.kind"] = kind
-    recipe = "glyphs100/cross_entropy"
-    if name in VIT:
-        options.update(VIT_SETTINGS)
-        if name == "vit_teacher":
-            options["epochs"] = 3 * EPOCHS
-            options.pop("method.kind")
-        elif kind == "vitkd":
-            options.update(_taught_by("vit_teacher", 0, folder, VIT_SETTINGS["student.name"]))
-    elif kind == "tf_kd_self":
-        options.update(_taught_by("cross_entropy", seed, folder, "timm:resnet8_glyphs"))
-    elif kind == "ban":
-        options["generations"] = 2
-    elif method_reads_teacher(parse({"method": {"kind": kind}})):
-        recipe = "glyphs100/kd"
+    recipe = "vitkd" if name == "vit_vitkd" else name
+    teacher = load_recipe(f"glyphs100/{recipe}").get("teacher", {})
+    if teacher:
         options["teacher.check"] = "off"
+    if teacher.get("recipe"):  # an earlier run of this comparison teaches
+        earlier = teacher["recipe"].rpartition("/")[2]
+        number = seed if earlier == "cross_entropy" else 0
+        options["teacher.weights"] = str(RunFolder(folder / f"{earlier}-{number}").student)
+    if name == "vit_teacher":
+        options["epochs"] = 2 * VIT_EPOCHS
+    elif name in VIT:
+        options["epochs"] = VIT_EPOCHS
+    recipe = f"glyphs100/{recipe}"
     return recipe, options
-
-
-def _taught_by(name: str, seed: int, folder: Path, network: str) -> dict[str, Any]:
-    student = RunFolder(folder / f"{name}-{seed}").student
-    return {"teacher.name": network, "teacher.weights": str(student), "teacher.check": "off"}
 
 
 def configured(name: str, seed: int, folder: Path) -> Config:
@@ -99,8 +76,6 @@ def configured(name: str, seed: int, folder: Path) -> Config:
     recipe, options = _settings(name, seed, folder)
     values = load_recipe(recipe)
     values["output"] = str(folder / f"{name}-{seed}")
-    if "method.kind" in options:
-        values = with_method(values, options["method.kind"])
     for key, value in options.items():
         section, _, last = key.rpartition(".")
         (values.setdefault(section, {}) if section else values)[last] = value
