@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results-methods docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results-methods docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test-slow: $(STAMP) ## Run the tests that train for minutes
 
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
+
+test-methods: $(STAMP) ## Train with every method, stop, go on, compile, in two processes (12 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/methods
 
 fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input (10 minutes)
 	HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz

@@ -287,10 +287,10 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
             counts[name] += 1
 
         space[name].register_forward_pre_hook(counted)
-    building, running = code.split("distiller(images", 1)
+    building, call, running = re.split(r"^(.*\bdistiller\()", code, maxsplit=1, flags=re.MULTILINE)
     exec(building, space)
     counts.update(student=0, teacher=0)
-    exec(f"distiller(images{running}", space)
+    exec(call + running, space)
 
     distiller, method = space["distiller"], METHODS[kind]
     assert type(distiller.method) is method
