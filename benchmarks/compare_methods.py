@@ -86,7 +86,8 @@ def _folder(config: Config) -> RunFolder:
     return RunFolder(Path(config.output or ""))
 
 
-def _train(config: Config) -> None:
+def _train(name: str, seed: int, folder: Path) -> None:
+    config = configured(name, seed, folder)
     if not _folder(config).is_complete():
         run(config)
 
@@ -143,7 +144,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         for group in (set(runs) - taught, set(runs) & taught):
             waiting = {
-                pool.submit(_train, config): f"{name}-{config.seed}"
+                pool.submit(_train, name, config.seed, arguments.folder): f"{name}-{config.seed}"
                 for name in chosen
                 if name in group
                 for config in runs[name]
