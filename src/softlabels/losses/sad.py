@@ -49,7 +49,9 @@ def sad_loss(student_maps: Sequence[Tensor]) -> Tensor:
 
     Deviations: Self-KD-Lib doubles the deeper map, whatever its size; here it is resized to that
     of the shallower one, which is the same for networks that halve it. In the paper the map is
-    resized after the square, and the squares are summed over channels.
+    resized after the square, and the squares are summed over channels. Made for CNNs: in a vision
+    transformer the residual stream carries a change of the shallower map into the deeper one, and
+    the term was seen to grow in training.
 
     Numerics: in float32 or wider, also under autocast.
     Distributed: each sample by itself, no batch statistics.
