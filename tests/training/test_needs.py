@@ -335,10 +335,10 @@ def test_a_peer_of_a_student_of_ones_own_must_be_named(tmp_path):
 
 
 def test_an_unknown_setting_of_a_further_method(tmp_path):
-    further = {"kind": "nkd", "settings": {"temprature": 2.0}}
+    further = {"kind": "nkd", "settings": {"temperature_": 2.0}}
 
     assert refused(tmp_path, method="kd", teacher=TEACHER, further_methods=[further]) == (
-        "method: nkd: unknown setting 'temprature': expected temperature"
+        "method: nkd: unknown setting 'temperature_': expected temperature"
     )
 
 
