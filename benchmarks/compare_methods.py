@@ -125,41 +125,41 @@ def summarised(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
 
 
 def main() -> None:
-    """Train what is missing, and write the file."""
+    """Train what is missing, and write the file with all that is complete."""
     parser = argparse.ArgumentParser(description="Compare all methods on glyphs100.")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--only", default="", help="recipes to train now, without writing the file")
+    parser.add_argument("--only", default="", help="what to train now, by commas; none: nothing")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else names()
-    runs = {
+    every = {
         name: [
             configured(name, seed, arguments.folder)
             for seed in (SEEDS[:1] if name == "vit_teacher" else SEEDS)
         ]
-        for name in chosen
+        for name in names()
     }
+    runs = {name: of for name, of in every.items() if name in chosen}
     taught = {"tf_kd_self", "vit_vitkd"}  # by runs of this comparison
     begin = time.perf_counter()
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
         for group in (set(runs) - taught, set(runs) & taught):
             waiting = {
                 pool.submit(_train, name, config.seed, arguments.folder): f"{name}-{config.seed}"
-                for name in chosen
+                for name in runs
                 if name in group
                 for config in runs[name]
             }
             for done in as_completed(waiting):
                 done.result()
                 print(f"{time.perf_counter() - begin:6.0f} s  {waiting[done]}", flush=True)
-    if arguments.only:
-        return
+    complete = {n: of for n, of in every.items() if all(_folder(c).is_complete() for c in of)}
     summaries = {
         name: [json.loads(_folder(config).summary.read_text(encoding="utf-8")) for config in of]
-        for name, of in runs.items()
+        for name, of in complete.items()
         if len(of) > 1
     }
-    environment = json.loads(_folder(runs["cross_entropy"][0]).environment.read_text("utf-8"))
+    environment = json.loads(_folder(every["cross_entropy"][0]).environment.read_text("utf-8"))
     environment.pop("command", None)
     content = {
         "command": "make results-methods",
@@ -167,6 +167,7 @@ def main() -> None:
         "epochs": EPOCHS,
         "fonts": NUM_FONTS,
         "seeds": SEEDS,
+        "not_run": [name for name in every if name not in complete],
         "results": summarised(summaries),
     }
     path = ROOT / "results" / "methods.json"

@@ -137,4 +137,7 @@ def comparison() -> str:
             f"{values['ece']:.1f}",
         )
         lines.append(f"| {_link(kind)} | {' | '.join(cells)} |")
+    missing = ", ".join(results["not_run"])
+    if missing:
+        lines += ["", f"Not run yet: {missing}; the same command goes on with them."]
     return "\n".join([*lines, "", f"{_where(results)}."])
