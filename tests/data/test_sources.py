@@ -184,10 +184,11 @@ def test_partners_are_other_images_of_the_class(places, kind):
 def test_a_class_with_one_image_has_no_partners(places, kind):
     path, settings = str(places["imagenet"]), {}
     if kind == "noise":
-        path, settings = None, {"num_train": 10, "num_classes": 9}
+        path, settings = None, {"num_train": 9, "num_classes": 9}  # in pairs, and one is left
     source = open_source(kind, path, **settings)
-    name = "n00000000" if kind == "imagenet" else "1"
-    message = rf"needs two training images of each class, class '{name}' has 1, and so have"
+    name = "n00000000" if kind == "imagenet" else "4"
+    others = ", and so have" if kind == "imagenet" else "$"
+    message = rf"needs two training images of each class, class '{name}' has 1{others}"
     with pytest.raises(ValueError, match=message):
         source.train_batches(
             seed=0, epoch=0, batch_size=4, extras=["partner"], device="cpu"
