@@ -14,10 +14,11 @@ from torch import nn
 import softlabels
 from small_networks import small_cnn
 from softlabels.data.randomness import derive_seed
-from softlabels.training.assemble import build_distiller, build_optimizer, with_defaults
+from softlabels.training.assemble import build_distiller, with_defaults
 from softlabels.training.config import resolve
 from softlabels.training.engine import Engine
 from softlabels.training.guards import Interrupted
+from softlabels.training.optimizer import build_optimizer
 from softlabels.training.precise_bn import recompute_statistics
 from softlabels.training.schedule import build_schedule
 

@@ -26,7 +26,6 @@ from softlabels.cli import main
 from softlabels.losses import uskd_loss
 from softlabels.training.assemble import (
     build_distiller,
-    build_optimizer,
     build_source,
     with_defaults,
 )
@@ -34,6 +33,7 @@ from softlabels.training.config import Config, resolve
 from softlabels.training.engine import Engine
 from softlabels.training.evaluate import evaluate
 from softlabels.training.guards import InterruptGuard
+from softlabels.training.optimizer import build_optimizer
 from softlabels.training.schedule import build_schedule
 
 pytestmark = pytest.mark.distributed

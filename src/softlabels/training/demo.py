@@ -17,12 +17,12 @@ from softlabels.distiller import Distiller
 from softlabels.report import write_report
 from softlabels.training.assemble import (
     build_distiller,
-    build_optimizer,
     build_source,
     with_defaults,
 )
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.folder import RunFolder
+from softlabels.training.optimizer import build_optimizer
 from softlabels.training.several import PlannedRun, train_several
 from softlabels.training.timing import Ratio, interleaved, ratio
 

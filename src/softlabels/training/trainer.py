@@ -24,7 +24,6 @@ from softlabels.teacher_cache import TeacherCache
 from softlabels.training.assemble import (
     build_distiller,
     build_mixer,
-    build_optimizer,
     build_source,
     build_teacher,
     with_defaults,
@@ -43,6 +42,7 @@ from softlabels.training.guards import (
     told_of_full_disks,
 )
 from softlabels.training.needs import check_needs, memory_of
+from softlabels.training.optimizer import build_optimizer
 from softlabels.training.precise_bn import check_precise_bn
 from softlabels.training.processes import from_main, lost_processes, start
 from softlabels.training.recorder import Recorder, infinite_parts
