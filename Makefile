@@ -63,7 +63,7 @@ bench-cache: $(STAMP) ## Measure what a teacher cache loses, and write results/t
 bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, two processes (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.scaling
 
-bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (20 minutes)
+bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.methods_cost
 
 results-methods: $(STAMP) ## Compare all methods over three seeds, and write results/methods.json (2 hours)

@@ -1,6 +1,6 @@
 """Measure what each method costs over cross-entropy, and write results/methods_cost.json.
 
-    make bench-methods              # about 20 minutes on one thread
+    make bench-methods              # about 10 minutes on one thread
 
 Training steps of all methods run in turn in one process (A B C C B A ...), on one student and one
 teacher, from a batch that is there already; ratios are taken within a round. Reading and
@@ -242,8 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run all measurements and write one file."""
     parser = argparse.ArgumentParser(description="Measure what each method costs.")
     parser.add_argument("--output", type=Path, default=Path("results/methods_cost.json"))
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--large-rounds", type=int, default=8, help="of steps at 224 pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--large-rounds", type=int, default=5, help="of steps at 224 pixels")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     check_memory_counter()
