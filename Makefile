@@ -66,7 +66,7 @@ bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, t
 bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.methods_cost
 
-results-methods: $(STAMP) ## Compare all methods over three seeds, and write results/methods.json (2 hours)
+results-methods: $(STAMP) ## Compare all methods over three seeds, and write results/methods.json (half an hour)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.compare_methods
 
 docs: $(STAMP) ## Write the figures in README and docs from results/

@@ -1,6 +1,6 @@
 """Compare all methods on glyphs100 over paired seeds, and write results/methods.json.
 
-    make results-methods            # about two hours on two cores
+    make results-methods            # about half an hour on two idle cores
 
 Each run is that of the recipe glyphs100/METHOD, on fewer fonts and for fewer epochs: the same
 initial weights, data order and augmentation for all methods of a seed. Weights are the published

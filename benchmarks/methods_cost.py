@@ -31,7 +31,7 @@ from softlabels.data import Batch, mixup_extras
 from softlabels.distiller import Distiller
 from softlabels.losses import METHODS
 from softlabels.models import build_model
-from softlabels.signals import reads_teacher
+from softlabels.signals import PeerLogits, reads_teacher
 from softlabels.trainable import Trainable
 from softlabels.training.config import resolve
 from softlabels.training.folder import environment
@@ -105,7 +105,7 @@ def _distiller(kind: str, pair: Pair, teacher: nn.Module) -> Distiller:
     torch.manual_seed(0)
     method = _method(kind)
     reads = getattr(method, "reads", {}).values()
-    needs_peer = any(type(signal).__name__ == "PeerLogits" for signal in reads)
+    needs_peer = any(isinstance(signal, PeerLogits) for signal in reads)
     return Distiller(
         _network(pair.student, pair),
         method,

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
@@ -130,8 +130,8 @@ def noise(family: Family, size: int, number: int = 0, num_classes: int = NUM_CLA
 
 
 def _glyph_network(name: str, seed: int, **settings: Any) -> nn.Module:
-    make = lambda: build_model(  # noqa: E731
-        name, num_classes=100, in_channels=1, image_size=(32, 32), settings=settings
+    make = partial(
+        build_model, name, num_classes=100, in_channels=1, image_size=(32, 32), settings=settings
     )
     return _seeded(make, seed)
 
