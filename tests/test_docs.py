@@ -163,11 +163,13 @@ def summary_of(kind):
 
 
 def overview():
-    """The cells of each method's row in the overview, by kind."""
-    found = {}
+    """The cells of each method's row in the overview's tables, by kind."""
+    found, heading = {}, []
     for name, *cells in rows(OVERVIEW.read_text()):
+        if name == "method":
+            heading = cells
         link = re.fullmatch(r"\[.+\]\(methods/(\w+)\.md\)", name)
-        if link:
+        if link and heading[0] == "paper":  # the tables of results have other columns
             found[link[1]] = cells
     return found
 
