@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results-methods docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,8 +66,10 @@ bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, t
 bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.methods_cost
 
-results-methods: $(STAMP) ## Compare all methods over three seeds, and write results/methods.json (half an hour)
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.compare_methods
+results: $(STAMP) ## Run a comparison of results/ (make results NAME=few_fonts); an hour on 2 idle cores
+	$(BIN)/softlabels compare results/$(NAME)/comparison.yaml --output runs/results/$(NAME) \
+		--runs runs/results/runs --jobs 2 --threads 1
+	cp $(addprefix runs/results/$(NAME)/comparison., json csv md) results/$(NAME)/
 
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render

@@ -43,6 +43,44 @@ def make_gallery() -> Callable[..., dict[str, object]]:
 
 
 @pytest.fixture
+def make_analysis() -> Callable[..., dict[str, object]]:
+    """Returns a function that makes the content of an analysis of four classes in two groups."""
+
+    def make(class_names: list[str] | None = None, **changes: object) -> dict[str, object]:
+        empty = [None] * 13
+        return {
+            "images": 40,
+            "class_names": class_names or ["ant", "bee", "cat", "dog"],
+            "groups": [0, 0, 1, 1],
+            "temperature": {"value": 1.5, "nll": 1.0, "ece": 2.0},
+            "zipf": {
+                "mean_sorted_softmax": [0.6, 0.2, 0.15, 0.05],
+                "exponent": 1.625,
+                "r2": 0.9375,
+                "ranks": [1, 4],
+            },
+            "reliability": {
+                "confidence": [*empty, 0.5, 0.96],
+                "accuracy": [*empty, 0.25, 0.75],
+                "count": [*[0] * 13, 10, 30],
+            },
+            "per_class": [50.0, 60.0, 70.0, None],
+            "confusion": [[0, 1, 6], [1, 2, 3], [2, 3, 1]],
+            "teacher": None,
+            "features": {
+                "what": "first two principal components of the classifier's input",
+                "class": [0, 0, 2],
+                "x": [0.0, 1.0, 2.0],
+                "y": [2.0, 1.0, 0.0],
+                "explained": [0.5, 0.25],
+            },
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Returns a function that writes a run folder and returns it."""
 
@@ -51,6 +89,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         *,
         metrics: str | None = None,
         gallery: Mapping[str, object] | None = None,
+        analysis: Mapping[str, object] | None = None,
         environment: Mapping[str, object] | None = None,
         config: str = "method:\n  kind: uskd\n",
         final: Mapping[str, float] | None = None,
@@ -101,6 +140,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         (folder / "environment.json").write_text(json.dumps(environment or {"torch": "2.6.0"}))
         if gallery is not None:
             (folder / "gallery.json").write_text(json.dumps(gallery))
+        if analysis is not None:
+            (folder / "analysis.json").write_text(json.dumps(analysis))
         return folder
 
     return make

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def test_top5_counts_the_five_largest():
 def test_without_groups_there_is_no_group_accuracy():
     info = DataInfo("two", ("a", "b"), 1, (1, 1), (0.0,), (1.0,))
     metrics = evaluate(Table([[0.0, 1.0]]), batches([1], 1), info, torch.device("cpu"))
-    assert set(metrics) == {"top1", "top5", "nll", "ece"}
+    assert set(metrics) == {"top1", "top5", "nll", "ece", "zipf_r2", "zipf_exponent"}
     assert metrics["top1"] == 100
 
 
@@ -79,3 +80,61 @@ def test_network_is_in_eval_mode_meanwhile_and_put_back():
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="holds no images"):
         evaluate(Table([[0.0] * 6]), iter(()), INFO, torch.device("cpu"))
+
+
+def measured(logits, *, size=3):
+    num_images, num_classes = len(logits), len(logits[0])
+    info = DataInfo("numbers", tuple(map(str, range(num_classes))), 1, (1, 1), (0.0,), (1.0,))
+    targets = [0] * num_images
+    return evaluate(Table(logits), batches(targets, size), info, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_classes", [3, 20, 150])
+def test_a_power_law_is_found_with_its_exponent(num_classes):
+    law = -1.3 * np.log(np.arange(1, num_classes + 1))
+    generator = np.random.default_rng(0)
+    metrics = measured([generator.permutation(law).astype(np.float32).tolist() for _ in range(4)])
+    assert metrics["zipf_r2"] == pytest.approx(1, abs=1e-9)
+    assert metrics["zipf_exponent"] == pytest.approx(1.3, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [7, 32, 120])
+def test_the_line_is_that_of_least_squares_through_the_first_32_ranks(num_classes):
+    logits = np.random.default_rng(1).normal(size=(11, num_classes)) * 2
+    metrics = measured(logits.astype(np.float32).tolist())
+    exponentials = np.exp(logits)
+    softmax = exponentials / exponentials.sum(1, keepdims=True)
+    mean = np.sort(softmax, axis=1)[:, ::-1].mean(0)[:32]
+    x, y = np.log(np.arange(1, len(mean) + 1)), np.log(mean)
+    slope, _ = np.polyfit(x, y, 1)
+    assert metrics["zipf_exponent"] == pytest.approx(-slope, rel=1e-4)
+    assert metrics["zipf_r2"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, rel=1e-4)
+    assert metrics["zipf_r2"] < 0.999
+
+
+def test_zipf_of_what_is_no_curve():
+    uniform = measured([[0.5] * 40])
+    assert (uniform["zipf_r2"], uniform["zipf_exponent"]) == (1, pytest.approx(0, abs=1e-9))
+    assert measured([[3.0, 1.0]])["zipf_r2"] == pytest.approx(1)  # a line through two points
+    assert measured([[3.0, 1.0]])["zipf_exponent"] == pytest.approx(2 / math.log(2), rel=1e-5)
+
+
+def test_zipf_of_probabilities_that_are_zero_is_finite():
+    metrics = measured([[0.0, -2000.0, -2000.0, -2000.0]])
+    tiny = math.log(np.finfo(np.float32).tiny)
+    slope, _ = np.polyfit(np.log([1, 2, 3, 4]), [0, tiny, tiny, tiny], 1)
+    assert metrics["zipf_exponent"] == pytest.approx(-slope)
+    assert 0 < metrics["zipf_r2"] < 1
+
+
+def test_zipf_of_answers_that_are_not_finite_is_not_either():
+    metrics = measured([[0.0, 1.0, 2.0, 3.0], [math.nan] * 4])
+    assert math.isnan(metrics["zipf_r2"])
+    assert math.isnan(metrics["zipf_exponent"])
+
+
+def test_zipf_does_not_depend_on_the_batches():
+    logits = torch.randn(13, 9, generator=torch.Generator().manual_seed(0)).tolist()
+    one, other = measured(logits, size=13), measured(logits, size=2)
+    for name in ("zipf_r2", "zipf_exponent"):
+        assert one[name] == pytest.approx(other[name], rel=1e-12)

@@ -67,7 +67,10 @@ def _unboxed(text: str, prog: str) -> str:
 
 
 def configured(
-    arguments: list[str], prog: str, extended: Callable[[Any], Any] = lambda config: config
+    arguments: list[str],
+    prog: str,
+    extended: Callable[[Any], Any] = lambda config: config,
+    load: Callable[[str], dict[str, Any]] | None = None,
 ) -> Any:
     """A configuration: defaults, over them a recipe, over that the options.
 
@@ -75,6 +78,7 @@ def configured(
         arguments: The recipe and the options.
         prog: Name of the command.
         extended: Gives a configuration the further settings of the command.
+        load: Gives the settings of the recipe; None: as they stand in it.
     """
     import tyro
 
@@ -83,7 +87,7 @@ def configured(
 
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        values = load_recipe(arguments[0])
+        values = (load or load_recipe)(arguments[0])
         arguments = arguments[1:]
     # The kind decides which options there are, so it is looked for before tyro parses.
     for position, argument in enumerate(arguments):

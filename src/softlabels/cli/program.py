@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from softlabels.cli import runs, shown, students
+from softlabels.cli import comparing, runs, shown, students, sweeping
 from softlabels.cli.parsing import UsageError, printable
 
 __all__ = ["main"]
@@ -19,9 +19,12 @@ _COMMANDS = {
     "train": "train a classifier, from a recipe or from settings",
     "cache-teacher": "store a teacher's answers, so that training needs no teacher",
     "eval": "measure a trained student on a test set",
+    "analyse": "write the statistics of a finished run's answers that its report shows",
     "predict": "classify images with a trained student",
     "export": "write a trained student for others, as safetensors or ONNX, with a model card",
     "demo": "train one small student four ways on the embedded data, and compare",
+    "compare": "train several methods over the same seeds, and say what differs",
+    "sweep": "search a method's weights and temperature on images that are held out",
     "reproduce": "train the rows of a published table, and compare with the paper",
     "recipes": "list the recipes; `recipes show NAME` prints one",
     "taps": "say where a network's features are read, and how its positions vote",
@@ -33,9 +36,12 @@ _RUNS: dict[str, Callable[[list[str]], int]] = {
     "train": runs.train,
     "cache-teacher": runs.cache_teacher,
     "eval": students.evaluate,
+    "analyse": students.analyse,
     "predict": students.predict,
     "export": students.export,
     "demo": runs.demo,
+    "compare": comparing.compare,
+    "sweep": sweeping.sweep,
     "reproduce": runs.reproduce,
     "recipes": shown.recipes,
     "taps": shown.taps,

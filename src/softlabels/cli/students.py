@@ -1,12 +1,13 @@
-"""The commands for a trained student: `eval`, `predict` and `export`."""
+"""The commands for a trained student: `eval`, `analyse`, `predict` and `export`."""
 
 import io
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from softlabels.cli.parsing import UsageError, call, metrics_line, printable, put
 
-__all__ = ["evaluate", "export", "predict"]
+__all__ = ["analyse", "evaluate", "export", "predict"]
 
 _MOST_IMAGES = 1_000_000  # in a batch
 
@@ -44,6 +45,27 @@ def evaluate(arguments: list[str]) -> int:
         return 0
 
     return call(evaluate_student, arguments, "eval")
+
+
+def analyse(arguments: list[str]) -> int:
+    """Look closer at a finished run."""
+    import tyro
+
+    def analyse_student(run: Annotated[str, tyro.conf.Positional]) -> int:
+        """Write analysis.json and predictions.npz of a finished run that has none, or anew.
+
+        Args:
+            run: The run's folder.
+        """
+        from softlabels.training.analysis import analyse_run
+        from softlabels.training.folder import RunFolder
+
+        folder = RunFolder(Path(run))
+        analyse_run(folder.path)
+        put(printable(f"{folder.analysis}, with {folder.predictions.name}"))
+        return 0
+
+    return call(analyse_student, arguments, "analyse")
 
 
 def predict(arguments: list[str]) -> int:

@@ -217,6 +217,32 @@ class DataSource(Protocol):
         ...
 
 
+class DividedSource(DataSource, Protocol):
+    """A data source that can hold out a part of its training set."""
+
+    def split(
+        self, *, validation: float | None = None, train_share: float | None = None
+    ) -> DataSource:
+        """Hold out a part of the training set, or leave a part of it out.
+
+        What is read is a function of the data and the shares alone, whatever a run's seed. Training
+        images are numbered anew, from 0.
+
+        Args:
+            validation: Share of each class, 0 < v < 0.9, that takes the place of the test set. It
+                is read as test images are, and the test set is not. None: none.
+            train_share: Share of each class, of what is left, that is trained on, 0 < s <= 1.
+                None: all.
+
+        Returns:
+            Another source, with the same facts.
+
+        Raises:
+            ValueError: If a share is out of its range, or nothing can be held out.
+        """
+        ...
+
+
 def rank_positions(batch_size: int, rank: int, world_size: int) -> Tensor:
     """Which positions of the global batch a process works on, in its order.
 

@@ -14,7 +14,7 @@ class FileSource(ImageSource):
     """An `ImageSource` whose images are files below its path."""
 
     def _identity(self, index: int) -> str:
-        path = self._images["train"].name(index)
+        path = self._found.name(index)
         try:
             size = os.path.getsize(path)
         except OSError:  # it vanished: it will be told when it is read

@@ -11,8 +11,9 @@ from importlib.resources import as_file, files
 
 import numpy as np
 
-from softlabels.data.augment import Affine, Compose, Contrast, Noise
+from softlabels.data.augment import Affine, Augmentation, Compose, Contrast, Noise
 from softlabels.data.batch import DataInfo
+from softlabels.data.division import check_shares, part_of
 from softlabels.data.memory import InMemorySource, Split, channel_statistics
 from softlabels.data.randomness import permutation
 
@@ -20,6 +21,7 @@ from softlabels.data.randomness import permutation
 # same for everybody.
 _FONT_ORDER_SEED = 100
 _TEST_SEED = 319
+_VALIDATION_SEED = 239
 _TEST_AUGMENTATION = Compose((Affine(15, (0.8, 1.2), 10, 3), Contrast(0.3, 1), Noise(0.18)))
 
 
@@ -49,6 +51,70 @@ def _split(fonts: np.ndarray) -> Split:
     return Split.from_arrays(fonts.reshape(-1, height, width), target)
 
 
+class GlyphSource(InMemorySource):
+    """The embedded data set, whose unit is the font: it is divided by fonts.
+
+    Args:
+        num_fonts: Train on the first fonts of their fixed random order; None takes all.
+        augmentation: What is done to training images.
+
+    Raises:
+        ValueError: If there are not so many fonts.
+    """
+
+    def __init__(self, num_fonts: int | None, augmentation: Augmentation) -> None:
+        train, test, info = _load()
+        self._fonts = train
+        self._num_fonts = num_fonts
+        count = self._chosen(_num_fonts(train, info))
+        super().__init__(_fonts_of(train, info, 0, count), test, info, augmentation=augmentation)
+
+    def _chosen(self, available: int, beside: str = "") -> int:
+        """How many fonts are trained on, of so many."""
+        count = available if self._num_fonts is None else self._num_fonts
+        if not 1 <= count <= available:
+            raise ValueError(f"num_fonts must be in 1..{available}{beside}, got {count}")
+        return count
+
+    def split(
+        self, *, validation: float | None = None, train_share: float | None = None
+    ) -> InMemorySource:
+        """Hold out the last fonts of all; see `DividedSource`.
+
+        They are one fixed draw of the test's augmentation, whatever the settings. The fonts that
+        are trained on count from the front, and never reach the ones that are held out.
+
+        Args:
+            validation: Share of all 239 fonts.
+            train_share: Share of the fonts that would be trained on else.
+
+        Raises:
+            ValueError: If a share is out of its range, or fewer fonts than `num_fonts` are left.
+        """
+        check_shares(validation, train_share)
+        available, test = _num_fonts(self._fonts, self._info), self._test
+        beside = ""
+        if validation is not None:
+            held_out = part_of(available, validation)
+            available -= held_out
+            beside = f" beside {held_out} fonts that are held out"
+            fonts = _fonts_of(self._fonts, self._info, available, None)
+            test = fonts.augmented(_TEST_AUGMENTATION, _VALIDATION_SEED)
+        count = part_of(self._chosen(available, beside), train_share)
+        train = _fonts_of(self._fonts, self._info, 0, count)
+        return InMemorySource(train, test, self._info, augmentation=self._augmentation)
+
+
+def _num_fonts(split: Split, info: DataInfo) -> int:
+    return len(split.target) // info.num_classes
+
+
+def _fonts_of(split: Split, info: DataInfo, first: int, end: int | None) -> Split:
+    """The fonts from one to before another; None: to the last."""
+    rows = slice(first * info.num_classes, None if end is None else end * info.num_classes)
+    return Split(split.images[rows], split.target[rows])
+
+
 def glyphs100(
     *,
     num_fonts: int | None = None,
@@ -58,7 +124,7 @@ def glyphs100(
     shift: float = 3.0,
     contrast: tuple[float, float] = (0.3, 1.0),
     noise_std: float = 0.18,
-) -> InMemorySource:
+) -> GlyphSource:
     """Open the embedded data set of 100 accented letters.
 
     The split is by font family: 239 fonts for training (23,900 images), 80 for testing (8,000). A
@@ -80,16 +146,7 @@ def glyphs100(
     Raises:
         ValueError: If a setting is out of its range.
     """
-    train, test, info = _load()
-    available = len(train.target) // info.num_classes
-    if num_fonts is None:
-        num_fonts = available
-    if not 1 <= num_fonts <= available:
-        raise ValueError(f"num_fonts must be in 1..{available}, got {num_fonts}")
-    count = num_fonts * info.num_classes
     augmentation = Compose(
         (Affine(rotation, scale, shear, shift), Contrast(*contrast), Noise(noise_std))
     )
-    return InMemorySource(
-        Split(train.images[:count], train.target[:count]), test, info, augmentation=augmentation
-    )
+    return GlyphSource(num_fonts, augmentation)

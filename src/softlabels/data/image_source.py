@@ -2,28 +2,35 @@
 
 # The fields' types are also read where subclasses are defined, so they are not deferred to text.
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.division import divide
 from softlabels.data.further_images import NOTHING_FURTHER, FurtherImages, check_further_images
 from softlabels.data.randomness import permutation
-from softlabels.data.reading import BadImages, ImageReader, Images, Split, View
+from softlabels.data.reading import BadImages, ImageReader, Images, SomeImages, Split, View
 from softlabels.data.transforms import (
     AugmentationName,
     ImageSettings,
+    ImageTransform,
     Interpolation,
     default_crop_fraction,
     image_transforms,
 )
 
 __all__ = ["ImageSource"]
+
+_Source = TypeVar("_Source", bound="ImageSource")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,6 +106,7 @@ class ImageSource:
             tuple(self.std),
         )
         of_train, of_test = image_transforms(self._settings)
+        self._transforms: dict[Split, ImageTransform] = {"train": of_train, "test": of_test}
         class_names, train, test = self._find()
         self._info = DataInfo(
             self._root.resolve().name,
@@ -110,10 +118,17 @@ class ImageSource:
             crop_fraction=self.crop_fraction,
             interpolation=self.interpolation,
         )
+        # The training images as they were found; some of them may be trained on.
+        self._found = train
+        self._rows = np.arange(len(train))
+        self._read_from(train, test)
+
+    def _read_from(self, train: Images, test: Images) -> None:
+        """Take these images from now on."""
         self._images: dict[Split, Images] = {"train": train, "test": test}
         self._reader = ImageReader(
             self._images,
-            {"train": of_train, "test": of_test},
+            self._transforms,
             num_workers=self.workers,
             bad_images=self.bad_images,
             max_bad_images=self.max_bad_images,
@@ -130,7 +145,7 @@ class ImageSource:
         raise NotImplementedError
 
     def _identity(self, index: int) -> str:
-        """What tells a training image from others, wherever the data set lies."""
+        """What tells a training image, as it was found, from others, wherever the data set lies."""
         raise NotImplementedError
 
     @property
@@ -155,10 +170,9 @@ class ImageSource:
 
     def fingerprints(self) -> dict[str, str]:
         """What the training views depend on; see `DataSource`."""
-        images = self._images["train"]
-        data = blake2b(images.targets.tobytes(), digest_size=16)
-        for index in range(len(images)):
-            data.update(self._identity(index).encode())
+        data = blake2b(self._images["train"].targets.tobytes(), digest_size=16)
+        for row in self._rows.tolist():
+            data.update(self._identity(row).encode())
         augmentation = blake2b(repr(self._settings).encode(), digest_size=16)
         return {"data": data.hexdigest(), "augmentation": augmentation.hexdigest()}
 
@@ -216,6 +230,24 @@ class ImageSource:
             self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
         )
         return self._read("test", parts, (0, 0), torch.device(device))
+
+    def split(
+        self: _Source, *, validation: float | None = None, train_share: float | None = None
+    ) -> _Source:
+        """Hold out a part of the training set; see `DividedSource`."""
+        kept, held_out = (
+            self._rows[part]
+            for part in divide(
+                self._images["train"].targets, validation=validation, train_share=train_share
+            )
+        )
+        other = copy.copy(self)
+        other._rows = kept
+        other._read_from(
+            SomeImages(self._found, kept),
+            self._images["test"] if validation is None else SomeImages(self._found, held_out),
+        )
+        return other
 
     def close(self) -> None:
         """End the worker processes; the next read starts new ones."""

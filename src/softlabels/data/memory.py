@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softlabels.data.augment import Augmentation
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.division import divide
 from softlabels.data.further_images import (
     NOTHING_FURTHER,
     PARTNER,
@@ -53,6 +54,10 @@ class Part(Protocol):
 
     def to(self, device: torch.device) -> Part:
         """Copy the part to a device, unless it lies there already."""
+        ...
+
+    def some(self, rows: Tensor) -> Part:
+        """Only the images of these indices, [M] int64, in this order."""
         ...
 
     def content(self) -> Iterator[memoryview]:
@@ -143,6 +148,11 @@ class Split:
             The split on that device.
         """
         return Split(self.images.to(device), self.target.to(device))
+
+    def some(self, rows: Tensor) -> Split:
+        """Copy some of the images; see `Part`."""
+        rows = rows.to(self.target.device)
+        return Split(self.images[rows], self.target[rows])
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -282,6 +292,18 @@ class InMemorySource:
         )
         self._test = self._test.to(torch.device(device))
         return (self._test_batch(index) for index in parts)
+
+    def split(
+        self, *, validation: float | None = None, train_share: float | None = None
+    ) -> InMemorySource:
+        """Hold out a part of the training set; see `DividedSource`."""
+        kept, held_out = divide(self._train_targets, validation=validation, train_share=train_share)
+        return InMemorySource(
+            self._train.some(torch.from_numpy(kept)),
+            self._test if validation is None else self._train.some(torch.from_numpy(held_out)),
+            self._info,
+            augmentation=self._augmentation,
+        )
 
     def close(self) -> None:
         """Do nothing: there are no workers to end."""

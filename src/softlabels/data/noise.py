@@ -32,11 +32,13 @@ class _Patterns:
 
     Args:
         name: What tells the images of two parts from each other.
+        number: What the images are functions of, [N] int64.
         target: Class indices [N] int64; the images lie where these do.
         shape: (channels, height, width) of an image.
     """
 
     name: str
+    number: Tensor
     target: Tensor
     shape: tuple[int, int, int]
 
@@ -46,18 +48,24 @@ class _Patterns:
         cells = (channels, *(min(side, _CELLS) for side in size))
         count = cells[0] * cells[1] * cells[2]
         pattern = normal(derive_seed("noise", "class"), self.target[rows], count)
-        noise = normal(derive_seed("noise", self.name), rows, count)
+        noise = normal(derive_seed("noise", self.name), self.number[rows], count)
         small = pattern.mul_(_PATTERN_STD).add_(noise, alpha=_NOISE_STD).add_(0.5).clamp_(0, 1)
         return F.interpolate(small.view(-1, *cells), size, mode="nearest")
 
     def to(self, device: torch.device) -> _Patterns:
         """Make the images on a device from now on; see `Part`."""
-        return _Patterns(self.name, self.target.to(device), self.shape)
+        return _Patterns(self.name, self.number.to(device), self.target.to(device), self.shape)
+
+    def some(self, rows: Tensor) -> _Patterns:
+        """Make only some of the images; see `Part`."""
+        rows = rows.to(self.target.device)
+        return _Patterns(self.name, self.number[rows], self.target[rows], self.shape)
 
     def content(self) -> Iterator[memoryview]:
         """What the images are functions of."""
         yield memoryview(f"{self.name} {len(self.target)} {self.shape}".encode())
-        yield self.target.cpu().numpy().data
+        for tensor in (self.number, self.target):
+            yield tensor.cpu().numpy().data
 
 
 def noise(
@@ -99,8 +107,10 @@ def noise(
     shape = (in_channels, image_size, image_size)
     # In turn; but two of a class in a row, where there are too few, so that each has a partner.
     in_a_row = 2 if num_train < 2 * num_classes else 1
-    train = _Patterns("train", torch.arange(num_train) // in_a_row % num_classes, shape)
-    test = _Patterns("test", torch.arange(num_test) % num_classes, shape)
+    number = torch.arange(num_train)
+    train = _Patterns("train", number, number // in_a_row % num_classes, shape)
+    number = torch.arange(num_test)
+    test = _Patterns("test", number, number % num_classes, shape)
     info = DataInfo(
         "noise",
         tuple(str(label) for label in range(num_classes)),

@@ -26,7 +26,7 @@ from softlabels.data.further_images import NOTHING_FURTHER, PARTNER, FurtherImag
 from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 
-__all__ = ["BadImages", "ImageReader", "Images", "Samples", "Split", "View"]
+__all__ = ["BadImages", "ImageReader", "Images", "Samples", "SomeImages", "Split", "View"]
 
 BadImages = Literal["error", "skip"]
 Split = Literal["train", "test"]
@@ -53,6 +53,35 @@ class Images(Protocol):
             Exception: One of `DECODING_ERRORS`.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SomeImages:
+    """Some of a split's images, numbered anew.
+
+    Args:
+        images: All of them.
+        rows: [M] int64, which ones.
+    """
+
+    images: Images
+    rows: NDArray[np.int64]
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """[M] class indices."""
+        return self.images.targets[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """What an error calls an image; see `Images`."""
+        return self.images.name(int(self.rows[index]))
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image; see `Images`."""
+        return self.images.read(int(self.rows[index]))
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ class ShardSource(ImageSource):
         num_shards = len(self._train.shards)
         place = np.empty(num_shards, dtype=np.int64)
         place[permutation(seed, epoch, num_shards).numpy()] = np.arange(num_shards)
-        block = place[self._train.shard] // self.shuffle_shards
+        block = place[self._train.shard[self._rows]] // self.shuffle_shards
         shuffled = permutation(seed, epoch, self.num_train).numpy()
         by_block = np.argsort(block[shuffled], kind="stable")
         return torch.from_numpy(shuffled[by_block])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from softlabels.data.batch import DataSource
+from softlabels.data.batch import DividedSource
 from softlabels.data.cifar import cifar10, cifar100, holds_cifar
 from softlabels.data.folder import FolderSource
 from softlabels.data.glyphs import glyphs100
@@ -24,7 +24,7 @@ from softlabels.data.shards import ShardSource, holds_shards
 from softlabels.data.tiny_imagenet import TinyImageNetSource, holds_tiny_imagenet
 
 # The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
-SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
+SOURCES: Mapping[str, Callable[..., DividedSource]] = MappingProxyType(
     {
         "glyphs100": glyphs100,
         "folder": FolderSource,
@@ -119,7 +119,7 @@ def settings_of(source: str) -> list[str]:
 
 def open_source(
     source: str | None = None, path: str | None = None, **settings: object
-) -> DataSource:
+) -> DividedSource:
     """Open a data source.
 
     Args:
@@ -130,7 +130,7 @@ def open_source(
         **settings: What the source takes besides.
 
     Returns:
-        The data source.
+        The data source; its `split` holds out a part of the training set.
 
     Raises:
         ValueError: If the source is unknown, a setting is not one of its own, or a path is missing

@@ -170,6 +170,7 @@ class BANLoss(nn.Module):
     """
 
     recommended_task_weight: ClassVar[float] = 0.0
+    taught_by_itself: ClassVar[bool] = True
 
     def __init__(self, *, form: BANForm = "plain", reduction: Reduction = "mean") -> None:
         super().__init__()

@@ -85,6 +85,7 @@ class TfKDSelfLoss(nn.Module):
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
     }
+    taught_by_itself: ClassVar[bool] = True
     recommended_weight: ClassVar[float] = 0.95
     recommended_task_weight: ClassVar[float] = 0.05
 

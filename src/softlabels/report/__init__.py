@@ -1,5 +1,6 @@
-"""The HTML page of a run, or of a comparison of runs. It reads run folders and nothing else."""
+"""HTML pages of runs and of comparisons. They read run folders and nothing else."""
 
+from softlabels.report.comparison import Variant, write_comparison
 from softlabels.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["Variant", "write_comparison", "write_report"]

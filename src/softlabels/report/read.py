@@ -12,23 +12,20 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.report.analysis import Analysis, read_analysis
+from softlabels.report.fields import Fields, number_of, read_object, read_text
+
 SCORES = ("top1", "top5", "group_top1", "nll", "ece")
 """The scores of an evaluation that the report knows; others are ignored."""
-
-MOST_BYTES = 256 << 20
-"""Size of the largest file of a run that is read."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_SIZE = slice(16, 24)  # width and height in the header, which comes first
 _MOST_PIXELS = 16_384
-_LARGEST_INT = 2**63
 _BEYOND = 1e100  # of a run that went wrong; a chart's scale would overflow
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +109,7 @@ class RunRecord:
         config: Text of the configuration, empty where there is none.
         environment: Versions, commit, hardware and the like.
         gallery: The saved test images, None where there are none.
+        analysis: Statistics of the answers to the test images, None where there are none.
     """
 
     folder: Path
@@ -135,38 +133,7 @@ class RunRecord:
     config: str
     environment: Mapping[str, str]
     gallery: Gallery | None
-
-
-class _Fields:
-    """A JSON object whose values are checked as they are read; errors name the file."""
-
-    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
-        self.path = path
-        self.values = values
-
-    def get(self, key: str, kind: type[_T]) -> _T:
-        value = self.values.get(key)
-        # In Python a bool is an int; in a record it is a mistake.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            got = f"{value!r:.80}" if key in self.values else "nothing"
-            raise ValueError(f"{self.path}: {key!r} is {got}, expected {kind.__name__}")
-        if isinstance(value, int) and not -_LARGEST_INT <= value < _LARGEST_INT:
-            raise ValueError(f"{self.path}: {key!r} has {value.bit_length()} bits, expected 64")
-        return value
-
-    def optional(self, key: str, kind: type[_T]) -> _T | None:
-        return None if self.values.get(key) is None else self.get(key, kind)
-
-    def number(self, key: str) -> float:
-        return _number(self.values.get(key), f"{self.path}: {key!r}")
-
-    def scores(self, key: str) -> dict[str, float]:
-        given = self.get(key, dict)
-        return {
-            name: _number(given[name], f"{self.path}: {key!r}, {name!r}")
-            for name in SCORES
-            if given.get(name) is not None
-        }
+    analysis: Analysis | None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -188,16 +155,17 @@ def read_run(folder: Path) -> RunRecord:
     folder = Path(folder)
     if not (folder / "summary.json").is_file():
         raise ValueError(f"{folder} has no summary.json; expected the folder of a run")
-    summary = _read_object(folder / "summary.json")
+    summary = read_object(folder / "summary.json")
     best = summary.optional("best", dict) or {}
-    teacher = _Fields(summary.path, summary.optional("teacher", dict) or {})
+    teacher = Fields(summary.path, summary.optional("teacher", dict) or {})
     speeds = [
-        _number(line["images_per_second"], f"{folder / 'timings.jsonl'}: 'images_per_second'")
+        number_of(line["images_per_second"], f"{folder / 'timings.jsonl'}: 'images_per_second'")
         for line in _read_lines(folder / "timings.jsonl")
         if line.get("images_per_second") is not None
     ]
     environment = folder / "environment.json"
     gallery = folder / "gallery.json"
+    analysis = folder / "analysis.json"
     config = folder / "config.yaml"
     return RunRecord(
         folder=folder,
@@ -213,55 +181,25 @@ def read_run(folder: Path) -> RunRecord:
         teacher=teacher.optional("name", str),
         teacher_top1=teacher.number("top1") if teacher.values else None,
         test_images=summary.optional("test_images", int),
-        final=summary.scores("final"),
-        best=summary.scores("best") if best else {},
-        best_epoch=_Fields(summary.path, best).optional("epoch", int),
+        final=_scores(summary, "final"),
+        best=_scores(summary, "best") if best else {},
+        best_epoch=Fields(summary.path, best).optional("epoch", int),
         images_per_second=statistics.median(speeds) if speeds else None,
         curves=_read_curves(folder / "metrics.jsonl"),
-        config=_read_text(config) if config.is_file() else "",
+        config=read_text(config) if config.is_file() else "",
         environment=_read_environment(environment) if environment.is_file() else {},
         gallery=_read_gallery(gallery) if gallery.is_file() else None,
+        analysis=read_analysis(analysis) if analysis.is_file() else None,
     )
 
 
-def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{what} is {value!r:.80}, expected a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{what} has hundreds of digits, expected a number") from error
-
-
-def _read_text(path: Path, errors: str = "replace") -> str:
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no run writes")
-    return content.decode("utf-8", errors)
-
-
-def _writable(value: object) -> object:
-    """The same without halves of surrogate pairs, which JSON can name and no file can hold."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    if isinstance(value, list):
-        return [_writable(item) for item in value]
-    if isinstance(value, dict):
-        return {_writable(key): _writable(item) for key, item in value.items()}
-    return value
-
-
-def _read_object(path: Path) -> _Fields:
-    try:
-        values = _writable(json.loads(_read_text(path, "strict")))
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
-    return _Fields(path, values)
+def _scores(fields: Fields, key: str) -> dict[str, float]:
+    given = fields.get(key, dict)
+    return {
+        name: number_of(given[name], f"{fields.path}: {key!r}, {name!r}")
+        for name in SCORES
+        if given.get(name) is not None
+    }
 
 
 def _read_lines(path: Path) -> list[dict[str, object]]:
@@ -269,7 +207,7 @@ def _read_lines(path: Path) -> list[dict[str, object]]:
     lines: list[dict[str, object]] = []
     if not path.is_file():
         return lines
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -308,7 +246,7 @@ _OF_THE_PROCESS = ("host", "process")
 
 
 def _read_environment(path: Path) -> dict[str, str]:
-    values = _read_object(path).values
+    values = read_object(path).values
     # A page may be published; of the earlier starts their number is enough.
     shown = {
         key: len(value) if key == "earlier_starts" and isinstance(value, list) else value
@@ -319,20 +257,20 @@ def _read_environment(path: Path) -> dict[str, str]:
 
 
 def _read_gallery(path: Path) -> Gallery:
-    fields = _read_object(path)
+    fields = read_object(path)
     names = fields.get("class_names", list)
     images = []
     for values in fields.get("images", list):
         if not isinstance(values, dict):
             raise ValueError(f"{path}: 'images' holds {values!r:.80}, expected JSON objects")
-        images.append(_read_image(_Fields(path, values), names))
+        images.append(_read_image(Fields(path, values), names))
     split = fields.optional("split", str) or "test"
     if split not in ("test", "training"):
         raise ValueError(f"{path}: 'split' must be test or training, got {split!r:.80}")
     return Gallery(fields.optional("what", str) or "", tuple(images), split)
 
 
-def _read_image(fields: _Fields, names: list[object]) -> GalleryImage:
+def _read_image(fields: Fields, names: list[object]) -> GalleryImage:
     path = fields.path
 
     def class_name(index: int) -> str:
@@ -344,7 +282,7 @@ def _read_image(fields: _Fields, names: list[object]) -> GalleryImage:
         for pair in fields.get(key, list):
             if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
                 raise ValueError(f"{path}: {key!r} holds {pair!r:.80}, expected [class, number]")
-            found.append((pair[0], _number(pair[1], f"{path}: {key!r}")))
+            found.append((pair[0], number_of(pair[1], f"{path}: {key!r}")))
         return found
 
     shape = fields.get("shape", list)

@@ -53,13 +53,17 @@ _SMALL_IMAGE = 64  # pixels; up to here a network for small images is the defaul
 
 
 def build_source(config: Config) -> DataSource:
-    """Open the data that a configuration names.
+    """Open the data that a configuration names, and hold out what it says.
 
     Raises:
-        ValueError: Data that cannot be read, or settings that its kind does not take.
+        ValueError: Data that cannot be read, settings that its kind does not take, or a training
+            set that is too small to be divided.
     """
-    settings = config.data.model_dump(exclude={"source", "path"}, exclude_none=True)
-    return open_source(config.data.source, config.data.path, **settings)
+    data = config.data
+    shares = {"validation": data.validation, "train_share": data.train_share}
+    settings = data.model_dump(exclude={"source", "path", *shares}, exclude_none=True)
+    source = open_source(data.source, data.path, **settings)
+    return source if shares == dict.fromkeys(shares) else source.split(**shares)
 
 
 def with_defaults(

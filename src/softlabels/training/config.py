@@ -49,6 +49,7 @@ __all__ = [
     "recipe_names",
     "resolve",
     "task_weight_of",
+    "taught_by_itself",
     "warmup_of",
     "weight_of",
     "with_method",
@@ -125,6 +126,9 @@ class Config(Section):
     eval_batch_size: int = Field(
         256, ge=1, le=MOST, description="Images per step of an evaluation."
     )
+    eval_every: int = Field(
+        1, ge=1, le=MOST, description="Epochs between evaluations; one is always at the end."
+    )
     log_every: int = Field(50, ge=1, description="Steps between log lines.")
     checkpoint: CheckpointSettings = Field(
         CheckpointSettings(), description="What is kept for going on."
@@ -142,6 +146,7 @@ class Config(Section):
         description="Seconds that a process waits for the others before it gives up.",
     )
     gallery: int = Field(12, ge=0, le=1000, description="Test images whose soft labels are stored.")
+    analysis: bool = Field(True, description="Write analysis.json and predictions.npz at the end.")
     device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads; None: torch's choice."
@@ -203,6 +208,11 @@ def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
     reads: Mapping[str, Signal] = getattr(build_method(config), "reads", {})
     return any(reads_teacher(signal) for signal in reads.values())
+
+
+def taught_by_itself(config: Config) -> bool:
+    """Whether the method's teacher is an earlier run of the student itself."""
+    return bool(getattr(build_method(config), "taught_by_itself", False))
 
 
 def weight_of(method: type[nn.Module] | nn.Module | None) -> float:

@@ -153,7 +153,7 @@ class Engine:
         return self.distiller.student
 
     def fit(self, observer: Observer, interrupt: InterruptGuard) -> None:
-        """Train up to the configured epoch, evaluating after each.
+        """Train up to the configured epoch, evaluating as often as configured and at the end.
 
         Args:
             observer: Told of steps and epochs, and when to store the state.
@@ -165,12 +165,18 @@ class Engine:
         """
         while self.finished_epochs < self.config.epochs:
             self._train_epoch(self.finished_epochs, observer, interrupt)
-            self._recompute_statistics(self.finished_epochs)
-            scalars = self.evaluate()
+            scalars: dict[str, float] = {}
+            if self._evaluates(self.finished_epochs + 1):
+                self._recompute_statistics(self.finished_epochs)
+                scalars = self.evaluate()
             self.distiller.after_epoch()
             self.finished_epochs += 1
             observer.epoch(self.finished_epochs, self.step, scalars)
             observer.store()
+
+    def _evaluates(self, epoch: int) -> bool:
+        """Whether the student is evaluated after an epoch, counted from 1."""
+        return epoch == self.config.epochs or epoch % self.config.eval_every == 0
 
     def _train_epoch(self, epoch: int, observer: Observer, interrupt: InterruptGuard) -> None:
         """Train from the present step to the end of an epoch."""

@@ -12,6 +12,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from softlabels.data import Batch, DataInfo
+from softlabels.training.calibration import NUM_BINS
+from softlabels.training.zipf import MeanSortedSoftmax, zipf_fit
 
 __all__ = ["evaluate"]
 
@@ -24,7 +26,7 @@ def _metrics(info: DataInfo) -> dict[str, Metric]:
         "top1": MulticlassAccuracy(classes, average="micro"),
         "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
         "nll": MeanMetric(),
-        "ece": MulticlassCalibrationError(classes, n_bins=15),
+        "ece": MulticlassCalibrationError(classes, n_bins=NUM_BINS),
     }
     if info.groups is not None:
         metrics["group_top1"] = MulticlassAccuracy(max(info.groups) + 1, average="micro")
@@ -49,12 +51,14 @@ def evaluate(
 
     Returns:
         `top1`, `top5`, `ece` (15 bins) and, where there are groups, `group_top1` in percent;
-        `nll` in nats. The same on every process.
+        `nll` in nats; `zipf_r2`, at most 1, and `zipf_exponent` of the mean sorted softmax, see
+        `zipf_fit`. The same on every process.
 
     Raises:
         ValueError: No test images.
     """
     metrics = {name: metric.to(device) for name, metric in _metrics(info).items()}
+    ranked = MeanSortedSoftmax(info.num_classes, device)
     groups = torch.tensor(info.groups or (), device=device)
     was_training = student.training
     student.eval()
@@ -64,20 +68,34 @@ def evaluate(
             for batch in batches:
                 with autocast():
                     logits: Tensor = student(batch.images)
-                _update(metrics, logits.float(), batch.target, groups)
+                logits = logits.float()
+                probabilities = logits.softmax(1)
+                _update(metrics, logits, probabilities, batch.target, groups)
+                ranked.update(probabilities)
                 num_images += len(batch.target)
     finally:
         student.train(was_training)
     if num_images == 0 and not torch.distributed.is_initialized():
         raise ValueError("the test set holds no images")
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    return {name: value if name == "nll" else 100 * value for name, value in values.items()}
+    fit = zipf_fit(ranked.compute())
+    return {
+        **{name: v if name == "nll" else 100 * v for name, v in values.items()},
+        "zipf_r2": fit.r2,
+        "zipf_exponent": fit.exponent,
+    }
 
 
-def _update(metrics: dict[str, Metric], logits: Tensor, target: Tensor, groups: Tensor) -> None:
+def _update(
+    metrics: dict[str, Metric],
+    logits: Tensor,
+    probabilities: Tensor,
+    target: Tensor,
+    groups: Tensor,
+) -> None:
     metrics["top1"].update(logits, target)
     metrics["top5"].update(logits, target)
     metrics["nll"].update(functional.cross_entropy(logits, target, reduction="none"))
-    metrics["ece"].update(logits.softmax(1), target)
+    metrics["ece"].update(probabilities, target)
     if "group_top1" in metrics:
         metrics["group_top1"].update(groups[logits.argmax(1)], groups[target])

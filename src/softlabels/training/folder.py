@@ -26,6 +26,7 @@ __all__ = ["RunFolder", "environment", "fixed_settings"]
 _PACKAGES = ("softlabels", "torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy")
 # What may differ between a run and its continuation: it changes no number.
 _FREE = {
+    "analysis",
     "assumed",
     "checkpoint",
     "log_every",
@@ -58,7 +59,10 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
+        self.timings = path / "timings.jsonl"
         self.gallery = path / "gallery.json"
+        self.analysis = path / "analysis.json"
+        self.predictions = path / "predictions.npz"
         self.report = path / "report.html"
         self.teacher = path / "teacher.json"
         self.failure = path / "failure.json"

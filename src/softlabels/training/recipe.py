@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "load_recipe",
     "merged",
+    "parsed_text",
     "read_recipe_text",
     "recipe_names",
     "settings_of",
@@ -177,7 +178,7 @@ def settings_of(texts: Sequence[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise ConfigError(f"{path:.200} is set twice")
         # A null stays: it takes a recipe's setting back to its default.
-        place[keys[-1]] = _parsed(f"value: {value}", f"the value of {path:.200}")["value"]
+        place[keys[-1]] = parsed_text(f"value: {value}", f"the value of {path:.200}")["value"]
     return result
 
 
@@ -233,11 +234,19 @@ def read_recipe_text(name: str) -> str:
 
 def _load(name: str) -> dict[str, Any]:
     """The settings that a recipe says itself."""
-    return _parsed(read_recipe_text(name), name)
+    return parsed_text(read_recipe_text(name), name)
 
 
-def _parsed(text: str, name: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds; `name` is what an error calls it."""
+def parsed_text(text: str, name: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds.
+
+    Args:
+        text: The text.
+        name: What an error calls it.
+
+    Raises:
+        ConfigError: No YAML mapping of texts, numbers, lists and mappings.
+    """
     try:
         values = yaml.load(text, _PlainLoader)  # a SafeLoader, narrowed
     except yaml.YAMLError as error:

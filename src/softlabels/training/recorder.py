@@ -70,15 +70,17 @@ class Recorder:
         """Take down an epoch, and store the student; see `Observer`."""
         self._check_weights()
         seconds, images = self._of_epoch
-        self.tracker.metrics(epoch, step, scalars)
+        if scalars:
+            self.tracker.metrics(epoch, step, scalars)
+            self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
         self.tracker.timing(epoch, step, seconds, images / seconds if seconds else 0.0)
-        self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
         self.seconds += seconds
         self._of_epoch = (0.0, 0)
-        improved = self.final["top1"] > self.best.get("top1", -math.inf)
+        improved = bool(scalars) and self.final["top1"] > self.best.get("top1", -math.inf)
         if improved:
             self.best = {**self.final, "epoch": epoch}
-        self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
+        if scalars:
+            self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
         skipped = self._skipped_images()
         if self.engine.accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)

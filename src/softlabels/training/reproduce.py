@@ -8,7 +8,6 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from softlabels.files import replace_file
 from softlabels.training.config import (
     Config,
     ConfigError,
-    dump,
     load_recipe,
     recipe_names,
     resolve,
 )
-from softlabels.training.folder import fixed_settings
+from softlabels.training.planning import RunPlan
 from softlabels.training.recipe import merged
 from softlabels.training.settings import PaperSettings
 from softlabels.training.several import PlannedRun, train_several
@@ -130,19 +128,17 @@ def _in_words(config: Config) -> str:
     return f"{paper.row}: {figure}"
 
 
-class _Plan:
-    """The runs that rows need, each once, by a hash of what decides their numbers."""
+class _Rows:
+    """The runs that rows need, and those of their teachers."""
 
     def __init__(
         self, output: Path, changes: Mapping[str, Any], *, smoke: bool, processes: int
     ) -> None:
-        self._output = output
+        self.plan = RunPlan(output / "runs")
         self._changes = changes
         self._smoke = smoke
         self._processes = processes
         self._configs: dict[str, Config] = {}
-        self.teachers: dict[Path, PlannedRun] = {}
-        self.students: dict[Path, PlannedRun] = {}
 
     def config(self, recipe: str) -> Config:
         """A recipe's settings, with what the caller changes."""
@@ -165,39 +161,10 @@ class _Plan:
         """Plan a row's run, and that of its teacher."""
         config = self.config(recipe)
         teacher = config.teacher
-        if teacher.recipe is None or teacher.weights is not None or teacher.pretrained:
-            return self._planned(recipe, config, seed, self.students)
-        trained = self._planned(teacher.recipe, self.config(teacher.recipe), 0, self.teachers)
-        weights = {"weights": str(trained.folder.student)}
-        taught = config.model_copy(update={"teacher": teacher.model_copy(update=weights)})
-        # The folder is named by what decides the teacher, not by where it lies.
-        by = str(trained.folder.path.relative_to(self._output))
-        return self._planned(recipe, taught, seed, self.students, teacher=by)
-
-    def _planned(
-        self,
-        recipe: str,
-        config: Config,
-        seed: int,
-        runs: dict[Path, PlannedRun],
-        *,
-        teacher: str | None = None,
-    ) -> PlannedRun:
-        values = fixed_settings(config.model_copy(update={"seed": 0}))
-        if teacher is not None:
-            values["teacher"]["weights"] = teacher
-        text = json.dumps(values, sort_keys=True, default=str)
-        digest = blake2b(text.encode(), digest_size=4).hexdigest()
-        student = (config.student.name or "default").rpartition(":")[2].replace("/", "_")
-        folder = self._output / "runs" / f"{student}-{config.label}-{digest}" / f"seed-{seed}"
-        if folder not in runs:
-            config = config.model_copy(update={"seed": seed, "output": str(folder)})
-            file = folder.with_suffix(".yaml")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(file) as handle:
-                handle.write(dump(config).encode())
-            runs[folder] = PlannedRun(f"{recipe} {seed}", config, (str(file),))
-        return runs[folder]
+        trained: PlannedRun | None = None
+        if teacher.recipe is not None and teacher.weights is None and not teacher.pretrained:
+            trained = self.plan.add(f"{teacher.recipe} 0", self.config(teacher.recipe), 0)
+        return self.plan.add(f"{recipe} {seed}", config, seed, taught_by=trained)
 
 
 def reproduce(
@@ -238,21 +205,19 @@ def reproduce(
         RunError: A run failed; the same call goes on from there.
     """
     names = _chosen(table, rows)
-    plan = _Plan(output, changes, smoke=smoke, processes=processes)
+    table_rows = _Rows(output, changes, smoke=smoke, processes=processes)
     planned = {
-        name: [plan.add(name, seed) for seed in range(seeds)] for name in _with_baselines(names)
+        name: [table_rows.add(name, seed) for seed in range(seeds)]
+        for name in _with_baselines(names)
     }
     for recipe in planned:
-        for key, reason in plan.config(recipe).assumed.items():
+        for key, reason in table_rows.config(recipe).assumed.items():
             console.print(
                 f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
             )
-    for runs in (plan.teachers, plan.students):
-        if runs:
-            train_several(
-                [*runs.values()], jobs=jobs, console=console, threads=threads, processes=processes
-            )
-    results = _results(names, planned, plan)
+    for runs in table_rows.plan.rounds:
+        train_several(runs, jobs=jobs, console=console, threads=threads, processes=processes)
+    results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
     environment = json.loads(first.environment.read_text(encoding="utf-8"))
     _write(table, results, changes, smoke, environment, output)
@@ -289,7 +254,7 @@ def _paper(recipe: str) -> PaperSettings:
 
 
 def _results(
-    names: Sequence[str], planned: Mapping[str, Sequence[PlannedRun]], plan: _Plan
+    names: Sequence[str], planned: Mapping[str, Sequence[PlannedRun]], rows: _Rows
 ) -> list[Reproduced]:
     results = []
     for name in names:
@@ -304,7 +269,7 @@ def _results(
             baseline = _paper(paper.baseline).top1
             if paper.top1 is not None and baseline is not None:
                 published = paper.top1 - baseline
-        results.append(Reproduced(name, paper, top1, gains, published, plan.config(name).assumed))
+        results.append(Reproduced(name, paper, top1, gains, published, rows.config(name).assumed))
     return results
 
 

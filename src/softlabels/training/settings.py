@@ -16,6 +16,7 @@ import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import nn
 
+from softlabels.data.division import LARGEST_VALIDATION
 from softlabels.data.source import SOURCES
 from softlabels.losses import METHODS
 from softlabels.losses.label_smoothing import SmoothOver
@@ -132,6 +133,21 @@ class _DataChoice(Section):
         "path, glyphs100.",
     )
     path: str | None = Field(None, description="Folder of the data.")
+    validation: float | None = Field(
+        None,
+        gt=0,
+        lt=LARGEST_VALIDATION,
+        description="Share of the training set, of each class (glyphs100: of the fonts), that is "
+        "held out of it and takes the place of the test set: for choosing settings. The test set "
+        "is not read then. [None: none]",
+    )
+    train_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the training set that is trained on, after the validation split. "
+        "[None: all]",
+    )
 
 
 DataSettings: type[_DataChoice] = create_model(

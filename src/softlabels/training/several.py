@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def train_several(
     threads: int | None = None,
     processes: int = 1,
 ) -> None:
-    """Train what is not complete yet, with a bar for each run.
+    """Train what is not complete yet, with a bar for each run at work and one for all together.
 
     Runs with a teacher take longest and come first, so that none is left alone at the end.
 
@@ -65,7 +66,8 @@ def train_several(
         runs: In folders that differ.
         jobs: Runs at a time.
         console: Where progress is shown.
-        threads: CPU threads of each process; None: torch's choice.
+        threads: CPU threads of each process; None: its share of the cores, or torch's choice for
+            one run at a time.
         processes: Of each run; more than 1 are started with torchrun.
 
     Raises:
@@ -78,39 +80,100 @@ def train_several(
     )
     complete = [run for run in runs if run not in waiting]
     if complete:
-        console.print(
-            f"complete already: {', '.join(run.name for run in complete)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    running: list[tuple[PlannedRun, subprocess.Popen[bytes]]] = []
-    columns = (TextColumn("{task.description:14}"), BarColumn(), TextColumn("{task.fields[news]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        tasks = {
-            run.log: progress.add_task(run.name, total=run.config.epochs, news="waits", start=False)
-            for run in runs
-        }
-        for run in complete:
-            progress.update(tasks[run.log], completed=run.config.epochs, news="complete")
+        _say(console, f"complete already: {', '.join(run.name for run in complete)}")
+    if not waiting:
+        return
+    if threads is None and jobs > 1:
+        threads = max(1, _num_cores() // (jobs * processes))
+    running: list[_Running] = []
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TextColumn("{task.fields[news]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        together = _Together(progress, waiting)
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running.append((run, _started(run, threads, processes)))
-                    progress.start_task(tasks[run.log])
+                    task = progress.add_task(run.name, total=run.config.epochs, news="starts")
+                    running.append(_Running(run, _started(run, threads, processes), task))
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
-                for run, process in list(running):
-                    _show(progress, tasks[run.log], run)
-                    if process.poll() is not None:
-                        running.remove((run, process))
-                        if process.returncode:
-                            raise RunError(_failure(run, process.returncode))
-                        progress.stop_task(tasks[run.log])
+                for one in list(running):
+                    news = _show(progress, one)
+                    status = one.process.poll()
+                    if status is None:
+                        continue
+                    running.remove(one)
+                    if status:
+                        raise RunError(_failure(one.run, status))
+                    news = _show(progress, one)
+                    progress.remove_task(one.task)
+                    seconds = time.perf_counter() - one.since
+                    _say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
+                    together.ended(one.run)
+                together.show(running)
         finally:
-            for _, process in running:
-                process.terminate()
-            for _, process in running:
-                process.wait()
+            for one in running:
+                one.process.terminate()
+            for one in running:
+                one.process.wait()
+
+
+@dataclass
+class _Running:
+    """A run's process and its bar."""
+
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    task: TaskID
+    since: float = field(default_factory=time.perf_counter)
+    done: float = 0.0
+
+
+class _Together:
+    """The bar of all runs, with the time that is left.
+
+    Args:
+        progress: Where it is shown.
+        runs: Those that are to be trained.
+    """
+
+    def __init__(self, progress: Progress, runs: Sequence[PlannedRun]) -> None:
+        self._progress = progress
+        self._count = len(runs)
+        self._ended = 0
+        self._epochs = 0.0
+        self._total = sum(run.config.epochs for run in runs)
+        self._since = time.perf_counter()
+        self._task = progress.add_task("all runs", total=self._total, news="")
+
+    def ended(self, run: PlannedRun) -> None:
+        """Count a run that is complete."""
+        self._ended += 1
+        self._epochs += run.config.epochs
+
+    def show(self, running: Sequence[_Running]) -> None:
+        """Move the bar, and tell how long the rest takes at the speed so far."""
+        done = self._epochs + sum(one.done for one in running)
+        news = f"{self._ended} of {self._count}"
+        if done:
+            left = (time.perf_counter() - self._since) * (self._total - done) / done
+            news += f", {timedelta(seconds=round(left))} left"
+        self._progress.update(self._task, completed=done, news=news)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _started(run: PlannedRun, threads: int | None, processes: int) -> subprocess.Popen[bytes]:
@@ -131,15 +194,15 @@ def _started(run: PlannedRun, threads: int | None, processes: int) -> subprocess
         )
 
 
-def _show(progress: Progress, task: TaskID, run: PlannedRun) -> None:
-    """Move a bar to what the run's own log says."""
-    lines = _lines(run.folder.path / "metrics.jsonl")
+def _show(progress: Progress, one: _Running) -> str:
+    """Move a bar to what the run's own log says, and give that in words."""
+    lines = _lines(one.run.folder.path / "metrics.jsonl")
     evaluated = [line for line in lines if "eval/top1" in line]
-    news = f"top-1 {evaluated[-1]['eval/top1']:5.1f} %" if evaluated else "starts"
-    done = evaluated[-1]["epoch"] if evaluated else 0
-    since = [line for line in lines if line.get("epoch") == done and "train/loss" in line]
-    begun = bool(since) and done < run.config.epochs
-    progress.update(task, completed=done + (0.5 if begun else 0), news=news)
+    news = f"top-1 {evaluated[-1]['eval/top1']:.1f} %" if evaluated else "starts"
+    if lines:  # a line of training is from within its epoch
+        one.done = lines[-1]["epoch"] + (0 if "eval/top1" in lines[-1] else 0.5)
+    progress.update(one.task, completed=one.done, news=news)
+    return news
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -32,8 +32,8 @@ from softlabels.training.checkpoint import Progress, restore
 from softlabels.training.config import Config, resolve, with_method
 from softlabels.training.engine import Engine
 from softlabels.training.fingerprints import check_cache
+from softlabels.training.finish import finish
 from softlabels.training.folder import RunFolder, environment
-from softlabels.training.gallery import make_gallery
 from softlabels.training.guards import (
     Interrupted,
     InterruptGuard,
@@ -320,7 +320,13 @@ def _fit(
                 )
             raise
     if accelerator.is_main_process:
-        _finish(config, label, engine, recorder, folder, num_parameters, teacher)
+        finish(config, label, engine, recorder, folder, num_parameters, teacher)
+        write_report(
+            [folder.path],
+            folder.report,
+            title=f"{label} on {info.name}",
+            notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
+        )
     skipped = len(getattr(source, "skipped", {}))
     if skipped:
         name = folder.skipped_images.name
@@ -370,53 +376,6 @@ def _say(console: Console | None, text: str) -> None:
     """Print a line as it is, whatever it holds."""
     if console is not None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _finish(
-    config: Config,
-    label: str,
-    engine: Engine,
-    recorder: Recorder,
-    folder: RunFolder,
-    num_parameters: int,
-    teacher: TeacherScore | None,
-) -> None:
-    """Write what is left at the end: gallery, summary, report."""
-    if config.gallery:
-        gallery = make_gallery(
-            engine.distiller,
-            engine.network,
-            engine.source,
-            num_images=config.gallery,
-            batch_size=config.eval_batch_size,
-            device=engine.accelerator.device,
-        )
-        folder.write_json(folder.gallery, gallery)
-    skipped = len(getattr(engine.source, "skipped", {}))
-    summary = {
-        "label": label,
-        "method": None if config.method.kind == "none" else config.method.kind,
-        "model": config.student.name,
-        "teacher": None if teacher is None else {"name": teacher.name, "top1": teacher.top1},
-        "data": engine.source.info.name,
-        "test_images": engine.source.num_test,
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "final": recorder.final,
-        "best": recorder.best,
-        "seconds": recorder.seconds,
-        "parameters": num_parameters,
-        "assumed": config.assumed,
-        "skipped_images": skipped,
-        "complete": True,
-    }
-    folder.write_json(folder.summary, summary)
-    write_report(
-        [folder.path],
-        folder.report,
-        title=f"{label} on {engine.source.info.name}",
-        notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
-    )
 
 
 def train(

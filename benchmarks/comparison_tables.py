@@ -1,0 +1,79 @@
+"""Tables of the comparisons over seeds, from results/NAME/comparison.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["comparison", "read_comparison", "where"]
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def read_comparison(name: str) -> dict[str, Any] | None:
+    """What came out of a comparison; None where it was not run."""
+    path = RESULTS / name / "comparison.json"
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def where(results: Mapping[str, Any], name: str) -> str:
+    """What made a comparison, and on what."""
+    environment = results["environment"]
+    return (
+        f"`make results NAME={name}` on {environment['processor']}, {environment['cores']} cores, "
+        f"one thread a run, torch {environment['torch']}, commit {', '.join(results['commits'])}."
+    )
+
+
+def comparison(
+    name: str, *, named: Callable[[str], str] = str, best_first: bool = False
+) -> list[str]:
+    """A comparison's table, as lines.
+
+    Args:
+        name: Its folder in results/.
+        named: What a variant's name becomes in its row.
+        best_first: Order the rows by top-1; else as they were given.
+    """
+    results = read_comparison(name)
+    if results is None:
+        return [f"Not run yet: `make results NAME={name}`."]
+    several = len(results["seeds"]) > 1
+    lines = [
+        "| | top-1 % | difference, 95 % interval | in words | NLL nats | ECE % | ECE % after "
+        "temperature |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    variants = results["variants"]
+    if best_first:
+        variants = sorted(variants, key=lambda v: -v["scores"]["top1"]["mean"])
+    for variant in variants:
+        scores, against = variant["scores"], variant["against_baseline"].get("top1")
+        difference, words = "baseline", ""
+        if against is not None:
+            difference = f"{against['mean']:+.2f}"
+            if several:
+                low, high = against["t"]
+                difference += f" ({low:+.2f} to {high:+.2f})"
+                words = against["in_words"]
+        cells = (
+            named(variant["name"]),
+            _spread(scores["top1"]),
+            difference,
+            words,
+            f"{scores['nll']['mean']:.3f}",
+            f"{scores['ece']['mean']:.1f}",
+            f"{scores['fitted_ece']['mean']:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _spread(score: Mapping[str, float | None]) -> str:
+    text = f"{score['mean']:.2f}"
+    return text if score["deviation"] is None else f"{text} ± {score['deviation']:.2f}"

@@ -1,0 +1,37 @@
+"""The command that searches settings: `sweep`."""
+
+from softlabels.cli.parsing import configured, console
+
+__all__ = ["sweep"]
+
+
+def sweep(arguments: list[str]) -> int:
+    """Search a method's weights and temperature."""
+    from softlabels.training.search_space import read_space
+    from softlabels.training.sweep import run_sweep
+    from softlabels.training.sweep_results import flags, rank_of
+    from softlabels.training.sweep_settings import SweepConfig
+
+    config = configured(arguments, "sweep", SweepConfig.of)
+    result = run_sweep(
+        config.plain(),
+        read_space(config.space) or None,
+        trials=config.trials,
+        output=config.folder,
+        seed=config.seed,
+        startup=config.startup,
+        seeds=config.seeds,
+        jobs=config.jobs,
+        threads=config.threads,
+        metric=config.metric,
+        console=console(),
+    )
+    record, best = result.record, result.best
+    print(
+        f"best: trial {best.number}, top-1 {best.mean('top1'):.2f} % and NLL "
+        f"{best.mean('nll'):.3f} nats on {record.validation_images:,} validation images; the "
+        f"settings as given have rank {rank_of(record, 0) or 'none'} of {len(record.trials)}"
+    )
+    print(f"settings: {flags(best)}")
+    print(f"results: {result.folder / 'sweep.md'}; softlabels train {result.folder / 'best.yaml'}")
+    return 0

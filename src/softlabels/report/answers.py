@@ -1,0 +1,284 @@
+"""The sections about answers: differences, Zipf's law, calibration, classes, features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabels.report.analysis import Analysis, Features, Numbers, Reliability, Zipf
+from softlabels.report.canvas import decimals, printable
+from softlabels.report.class_charts import draw_bars, draw_features
+from softlabels.report.curves import merge, over_epochs
+from softlabels.report.diagrams import (
+    Difference,
+    draw_differences,
+    draw_reliability,
+    draw_zipf,
+)
+from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, same_classes, without
+from softlabels.report.scores import CURVE_SCORES
+
+_CHANGES, _LOWEST, _POINTS = 10, 20, 20
+
+
+def difference_sections(entries: Sequence[Entry]) -> list[Section]:
+    """Scores minus the first entry's, seed by seed."""
+    baseline, *others = entries
+    charts = []
+    for score in CURVE_SCORES:
+        rows = [
+            Difference(entry.name, entry.number, np.array(values))
+            for entry in others
+            if (values := _differences(entry, baseline, score.key))
+        ]
+        if rows:
+            unit = "percentage points" if score.unit == "%" else score.unit
+            svg = draw_differences(
+                rows, x_label=f"difference of {score.heading} ({unit})", digits=min(score.digits, 3)
+            )
+            side = "right" if score.better == "higher" else "left"
+            remark = f"{side} of zero is better"
+            charts.append(Chart(f"Test {score.heading}", remark, svg))
+    if not charts:
+        return []
+    what = "a dot for each seed, and a diamond for their mean" if has_seeds(entries) else "one seed"
+    text = (
+        f"Each variant minus {baseline.name}: {what}. Runs of the same seed see the same images in "
+        "the same order and start from the same weights, so each difference is one of a pair."
+    )
+    return [Section("differences", "Paired differences", (Block(text, charts=tuple(charts)),))]
+
+
+def zipf_sections(entries: Sequence[Entry]) -> list[Section]:
+    """The sorted softmax beside its power law."""
+    known = [(entry, _mean_zipf(entry.analyses)) for entry in entries if entry.analyses]
+    small = len(entries) > 1
+    curve = {entry.number: zipf.probabilities for entry, zipf in known}
+    reference = known[0][0] if known else None
+    limits = _limits(list(curve.values()))
+    charts = tuple(
+        Chart(
+            entry.name if small else "Probability over rank",
+            "",
+            draw_zipf(
+                entry.name,
+                entry.number,
+                zipf,
+                None if reference is None or entry is reference else curve[reference.number],
+                limits=limits,
+                small=small,
+            ),
+            entry if small else None,
+        )
+        for entry, zipf in known
+    )
+    text = (
+        "Each test image's probabilities are sorted, and averaged rank by rank. Zipf's law would "
+        "be a straight line; the line is fitted to the first ranks, over which it is drawn."
+    )
+    if small and reference is not None:
+        text += f" Gray: {reference.name}" + _missing(entries) + "."
+    blocks = [Block(text, charts=charts, size="small" if small else "large")] if charts else []
+    blocks += over_epochs(
+        entries,
+        "eval/zipf_r2",
+        title="Fit of Zipf's law over training",
+        remark="share of the variance that the straight line explains; 1 is a perfect law",
+        y_label="R\u00b2",
+        digits=3,
+    )
+    blocks += over_epochs(
+        entries,
+        "eval/zipf_exponent",
+        title="Exponent of Zipf's law over training",
+        remark="how steeply probabilities fall; 1 is Zipf's own law",
+        y_label="exponent",
+        digits=2,
+    )
+    return [Section("zipf", "Zipf's law", merge(blocks))] if blocks else []
+
+
+def reliability_sections(entries: Sequence[Entry]) -> list[Section]:
+    """How often an answer of some confidence is right."""
+    small = len(entries) > 1
+    charts = tuple(
+        Chart(
+            entry.name if small else "Right answers over confidence",
+            "" if ece is None else f"ECE {decimals(ece, 2)} %",
+            draw_reliability(
+                entry.name, entry.number, _pooled([a.reliability for a in entry.analyses]), ece,
+                small=small,
+            ),
+            entry if small else None,
+        )
+        for entry in entries
+        if entry.analyses
+        for ece in [_mean_score(entry, "ece")]
+    )  # fmt: skip
+    if not charts:
+        return []
+    text = (
+        "Test images by the probability of their first class, in 15 bins of equal width. On the "
+        "diagonal a network is right as often as it says, below it is too sure, above too modest. "
+        "A larger dot stands for more images"
+        f"{'; all seeds together' if has_seeds(entries) else ''}{_missing(entries)}."
+    )
+    block = Block(text, charts=charts, size="small" if small else "large")
+    return [Section("reliability", "Reliability", (block,))]
+
+
+def class_sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:
+    """Top-1 of single classes: the change against the first entry, or the lowest ones."""
+    known = [entry for entry in entries if entry.analyses]
+    if not known:
+        return []
+    several = against_first and len(known) > 1
+    baseline = known[0] if several and known[0] is entries[0] else None
+    charts = []
+    for entry in known:
+        if baseline is None:
+            chosen = _lowest(entry)
+        elif entry is not baseline and same_classes(entry, baseline):
+            chosen = _largest_changes(entry, baseline)
+        else:
+            continue
+        if chosen is not None:
+            names, values = chosen
+            what = "top-1 (%)" if baseline is None else "change of top-1 (points)"
+            svg = draw_bars(
+                entry.name, entry.number, names, values, what=what, change=baseline is not None
+            )
+            charts.append(Chart(entry.name, "", svg, entry))
+    if not charts:
+        return []
+    seeds = ", mean over seeds" if has_seeds(entries) else ""
+    if baseline is None:
+        title = "Hardest classes"
+        text = f"The classes with the lowest top-1 on the test images{seeds}{_missing(entries)}."
+    else:
+        title = "Change by class"
+        text = (
+            "The classes whose top-1 on the test images differs most from that of "
+            f"{baseline.name}: at most {_CHANGES} upwards and {_CHANGES} downwards{seeds}"
+            f"{_missing(entries)}. A class has few test images, so single bars are noisy."
+        )
+    return [Section("classes", title, (Block(text, charts=tuple(charts), size="middle"),))]
+
+
+def feature_sections(entries: Sequence[Entry]) -> list[Section]:
+    """Test images in the plane of their features."""
+    charts = []
+    for entry in entries:
+        analysis = entry.first.analysis
+        features = None if analysis is None else analysis.features
+        if analysis is None or features is None or not len(features.x):
+            continue
+        names = [printable(name) or "?" for name in analysis.class_names]
+        svg = draw_features(entry.name, _few_of_each_class(features), names)
+        charts.append(Chart(entry.name, "", svg, entry))
+    if not charts:
+        return []
+    text = (
+        "Some test images of a few classes, each at the first two principal components of what the "
+        "classifier's last layer reads. Axes of different charts are not related"
+        f"{'; the first seed' if has_seeds(entries) else ''}."
+    )
+    block = Block(text, charts=tuple(charts), size="middle")
+    return [Section("features", "Features", (block,))]
+
+
+def _few_of_each_class(features: Features) -> Features:
+    """The first images of each class: more could not be told apart."""
+    earlier = [int((features.classes[:i] == one).sum()) for i, one in enumerate(features.classes)]
+    kept = np.array(earlier) < _POINTS
+    kept &= np.isfinite(features.x) & np.isfinite(features.y)
+    return replace(features, classes=features.classes[kept], x=features.x[kept], y=features.y[kept])
+
+
+def _missing(entries: Sequence[Entry]) -> str:
+    return without(entries, lambda entry: entry.analyses)
+
+
+def _mean_score(entry: Entry, key: str) -> float | None:
+    values = [record.final[key] for record in entry.records if key in record.final]
+    return float(np.mean(values)) if values else None
+
+
+def _differences(entry: Entry, baseline: Entry, key: str) -> list[float]:
+    pairs = zip(entry.records, baseline.records, strict=False)
+    values = [
+        ours.final[key] - theirs.final[key]
+        for ours, theirs in pairs
+        if key in ours.final and key in theirs.final
+    ]
+    return [value for value in values if np.isfinite(value)]
+
+
+def _mean_zipf(analyses: Sequence[Analysis]) -> Zipf:
+    alike = [a.zipf for a in analyses if len(a.per_class) == len(analyses[0].per_class)]
+    length = min(len(zipf.probabilities) for zipf in alike)
+    return Zipf(
+        np.mean([zipf.probabilities[:length] for zipf in alike], 0),
+        float(np.mean([zipf.exponent for zipf in alike])),
+        float(np.mean([zipf.r2 for zipf in alike])),
+        alike[0].ranks,
+    )
+
+
+def _limits(probabilities: Sequence[Numbers]) -> tuple[float, float]:
+    """The smallest and the largest of them, so that charts side by side share an axis."""
+    known = [p[np.isfinite(p)] for p in probabilities]
+    lows = [float(p.min()) for p in known if len(p)]
+    # The straight line often starts above the first point.
+    return (min(lows), 1.0) if lows else (0.1, 1.0)
+
+
+def _pooled(parts: Sequence[Reliability]) -> Reliability:
+    """The bins of all seeds together."""
+    alike = [part for part in parts if len(part.count) == len(parts[0].count)]
+    count = np.array([part.count for part in alike])
+
+    def mean(values: Sequence[Numbers]) -> Numbers:
+        total = np.nansum(np.array(values) * count, 0)
+        return np.asarray(total / np.maximum(count.sum(0), 1), dtype=np.float64)
+
+    return Reliability(
+        mean([part.confidence for part in alike]),
+        mean([part.accuracy for part in alike]),
+        count.sum(0),
+    )
+
+
+def _per_class(entry: Entry) -> Numbers:
+    alike = [a.per_class for a in entry.analyses if a.class_names == entry.analyses[0].class_names]
+    return np.asarray(np.mean(alike, 0), dtype=np.float64)
+
+
+def _lowest(entry: Entry) -> tuple[list[str], Numbers] | None:
+    """The classes with the lowest top-1, the lowest first."""
+    values = _per_class(entry)
+    return _named(entry, values, _order(values)[:_LOWEST])
+
+
+def _largest_changes(entry: Entry, baseline: Entry) -> tuple[list[str], Numbers] | None:
+    """The classes that changed most, from the largest gain to the largest loss."""
+    change = _per_class(entry) - _per_class(baseline)
+    order = _order(change)
+    up, down = (order[change[order] > 0][::-1], order[change[order] < 0])
+    return _named(entry, change, np.concatenate([up[:_CHANGES], down[:_CHANGES][::-1]]))
+
+
+def _order(values: Numbers) -> NDArray[np.int64]:
+    """Indices of the finite values, the lowest first."""
+    order = np.argsort(values, kind="stable")
+    return np.asarray(order[np.isfinite(values[order])], dtype=np.int64)
+
+
+def _named(
+    entry: Entry, values: Numbers, chosen: NDArray[np.int64]
+) -> tuple[list[str], Numbers] | None:
+    names = entry.analyses[0].class_names
+    return ([printable(names[i]) for i in chosen], values[chosen]) if len(chosen) else None

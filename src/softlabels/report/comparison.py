@@ -1,0 +1,154 @@
+"""The page of a comparison: variants, each run with the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softlabels.report.canvas import printable
+from softlabels.report.entries import Entry, join
+from softlabels.report.read import RunRecord, read_run
+from softlabels.report.render import Cell, Heading, Results, write_page
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that a comparison compares.
+
+    Attributes:
+        name: Its name on the page.
+        folders: Its run folders in the order of the seeds.
+    """
+
+    name: str
+    folders: tuple[Path, ...]
+
+
+def write_comparison(
+    variants: Sequence[Variant],
+    output: Path,
+    *,
+    title: str,
+    table: Sequence[Mapping[str, str]],
+    notes: Sequence[str] = (),
+    command: str | None = None,
+) -> Path:
+    """Writes one self-contained HTML page about variants that were run with the same seeds.
+
+    The page needs no network and no script: the table, curves with bands over seeds, paired
+    differences to the first variant, the analysis of the answers, soft labels of some test images,
+    settings that differ, environment and configuration. What some runs lack is left out, or the
+    variant is named. It depends on the arguments and the run folders alone.
+
+    Args:
+        variants: The variants, in the order of the page; the first is the baseline.
+        output: The HTML file to write; missing folders are made.
+        title: The heading.
+        table: A row for each variant, in their order: column heading (with its unit) to text. The
+            headings of the first row are shown.
+        notes: Sentences shown under the heading.
+        command: The command that repeats the comparison.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: There is no variant, two have one name, they have different numbers of runs or
+            different seeds, `table` has another length than `variants`, or a file of a run is
+            missing or damaged (the message names it).
+    """
+    _check(variants, table)
+    entries = [
+        Entry(
+            printable(variant.name).strip() or f"variant {number + 1}",
+            number,
+            tuple(read_run(folder) for folder in variant.folders),
+        )
+        for number, variant in enumerate(variants)
+    ]
+    _check_seeds(entries)
+    return write_page(
+        output,
+        entries,
+        _results(entries, table),
+        title=title,
+        introduction=_introduction(entries),
+        against_first=True,
+        notes=notes,
+        command=command,
+    )
+
+
+def _check(variants: Sequence[Variant], table: Sequence[Mapping[str, str]]) -> None:
+    if not variants:
+        raise ValueError("got no variant, expected at least one")
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} variants are named {name!r}, expected one")
+    runs = len(variants[0].folders)
+    for variant in variants:
+        if not variant.folders or len(variant.folders) != runs:
+            raise ValueError(
+                f"variant {variant.name!r} has {len(variant.folders)} runs, expected "
+                f"{max(runs, 1)}: the same seeds for each variant"
+            )
+    if len(table) != len(variants):
+        raise ValueError(
+            f"table has {len(table)} rows, expected one for each of {len(variants)} variants"
+        )
+
+
+def _check_seeds(entries: Sequence[Entry]) -> None:
+    """Differences of runs with different seeds would not be paired."""
+    expected = _seeds(entries[0])
+    for entry in entries:
+        if _seeds(entry) != expected:
+            raise ValueError(
+                f"variant {entry.name!r} has the seeds {join(_seeds(entry))}, expected "
+                f"{join(expected)} in this order, as {entries[0].name!r}"
+            )
+
+
+def _seeds(entry: Entry) -> list[int]:
+    return [record.seed for record in entry.records]
+
+
+def _introduction(entries: Sequence[Entry]) -> str:
+    records = [record for entry in entries for record in entry.records]
+    seeds = _seeds(entries[0])
+    epochs = join(record.epochs for record in records)
+    variants = f"{len(entries)} variants" if len(entries) > 1 else "one variant"
+    runs = f"{len(records)} runs" if len(records) > 1 else "One run"
+    against = f" Differences are to {entries[0].name}." if len(entries) > 1 else ""
+    return (
+        f"{runs}: {variants} with {'seed' if len(seeds) == 1 else 'seeds'} {join(seeds)}, of "
+        f"{join(r.model for r in records)} on {join(r.data for r in records)}, {epochs} "
+        f"{'epoch' if epochs == '1' else 'epochs'}.{against}"
+    )
+
+
+def _results(entries: Sequence[Entry], table: Sequence[Mapping[str, str]]) -> Results:
+    headings = list(table[0])
+    return Results(
+        corner="variant",
+        headings=tuple(map(Heading, headings)),
+        rows=tuple(
+            (entry, tuple(Cell(row.get(heading, "")) for heading in headings))
+            for entry, row in zip(entries, table, strict=True)
+        ),
+        remarks=tuple(_caveats([record for entry in entries for record in entry.records])),
+    )
+
+
+def _caveats(records: Sequence[RunRecord]) -> list[str]:
+    counts = {record.test_images for record in records if record.test_images is not None}
+    sentences = []
+    if counts:
+        sentences.append(f"{join(f'{count:,}' for count in sorted(counts))} test images.")
+    if len({record.seed for record in records}) == 1:
+        sentences.append("One seed is no evidence of a difference.")
+    if not all(record.is_complete for record in records):
+        sentences.append("Incomplete runs stopped before their last epoch.")
+    return sentences

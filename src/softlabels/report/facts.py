@@ -1,0 +1,144 @@
+"""What was run: tables of facts, environment, and the settings that differ."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from softlabels.report.canvas import decimals, printable
+from softlabels.report.entries import Entry, has_seeds, join
+from softlabels.report.read import RunRecord
+
+_MOST_SETTINGS, _DEEPEST = 2_000, 20
+_OF_A_RUN = ("seed", "output")  # settings that differ between the runs of one variant
+_TOO_LONG_FOR_MANY = ("command",)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A row of a table with a column for each entry.
+
+    Attributes:
+        name: The row's heading.
+        values: A text for each entry; empty where there is none.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether all entries share the value."""
+        return len(set(self.values)) == 1
+
+
+def facts(entries: Sequence[Entry]) -> list[Fact]:
+    """What each entry is, and how long it took."""
+    several = has_seeds(entries)
+    columns: dict[str, Callable[[Entry], str]] = {
+        "model": _all(lambda r: r.model),
+        "parameters": _all(lambda r: f"{r.parameters:,}"),
+        "data": _all(lambda r: r.data),
+        "method": _all(lambda r: r.method or "none"),
+        "teacher's test top-1": _all(_teacher),
+        "agreement with the teacher": _agreement,
+        "seeds" if several else "seed": _all(lambda r: r.seed),
+        "epochs": _all(lambda r: r.epochs),
+        "best test top-1": lambda entry: "" if several else _best(entry.first),
+        "time of a run" if several else "time": _time,
+        "images per second": _speed,
+        "state": lambda entry: "complete" if entry.is_complete else "incomplete",
+        "folders" if several else "folder": _all(lambda r: printable(r.folder.name)),
+    }
+    rows = [Fact(name, tuple(map(of, entries))) for name, of in columns.items()]
+    return [row for row in rows if any(row.values)]
+
+
+def environment(entries: Sequence[Entry]) -> list[Fact]:
+    """Versions, commit and hardware; of several runs all different values."""
+    keys = dict.fromkeys(key for e in entries for record in e.records for key in record.environment)
+    several = has_seeds(entries)
+    return [
+        Fact(
+            key,
+            tuple(
+                join(r.environment[key] for r in entry.records if key in r.environment)
+                for entry in entries
+            ),
+        )
+        for key in keys
+        if not (several and key in _TOO_LONG_FOR_MANY)
+    ]
+
+
+def different_settings(entries: Sequence[Entry]) -> list[Fact]:
+    """The settings that are not the same in all entries (of the first seed)."""
+    settings = [_settings(entry.first.config) for entry in entries]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in _OF_A_RUN)
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    ordered = sorted(keys, key=lambda key: sections.index(key.partition(".")[0]))
+    rows = [Fact(key, tuple(one.get(key, "") for one in settings)) for key in ordered]
+    return [row for row in rows if not row.same]
+
+
+def _settings(text: str) -> dict[str, str]:
+    """The leaves of a configuration by their path; none where it cannot be read."""
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return {}  # it is shown as it stands
+    found: dict[str, str] = {}
+
+    def walk(value: object, path: str, depth: int) -> None:
+        if isinstance(value, dict) and value and depth < _DEEPEST:
+            for key, inner in value.items():
+                if len(found) < _MOST_SETTINGS:
+                    walk(inner, f"{path}.{key}" if path else str(key), depth + 1)
+        elif path:
+            found[printable(path)] = printable("none" if value is None else f"{value!s:.200}")
+
+    walk(content, "", 0)
+    return found
+
+
+def _all(of: Callable[[RunRecord], object]) -> Callable[[Entry], str]:
+    """The different values of an entry's runs."""
+    return lambda entry: join(value for record in entry.records if (value := of(record)) != "")
+
+
+def _agreement(entry: Entry) -> str:
+    values = [a.agreement for a in entry.analyses if a.agreement is not None]
+    return f"{decimals(statistics.fmean(values), 2)} %" if values else ""
+
+
+def _time(entry: Entry) -> str:
+    return _duration(statistics.median(record.seconds for record in entry.records))
+
+
+def _speed(entry: Entry) -> str:
+    speeds = [r.images_per_second for r in entry.records if r.images_per_second is not None]
+    return f"{statistics.median(speeds):,.0f}" if speeds else ""
+
+
+def _teacher(record: RunRecord) -> str:
+    if record.teacher_top1 is None:
+        return ""
+    return f"{decimals(record.teacher_top1, 2)} % ({record.teacher or 'the teacher'})"
+
+
+def _best(record: RunRecord) -> str:
+    if "top1" not in record.best:
+        return ""
+    epoch = "" if record.best_epoch is None else f" (epoch {record.best_epoch})"
+    return f"{decimals(record.best['top1'], 2)} %{epoch}"
+
+
+def _duration(seconds: float) -> str:
+    if not 100 <= seconds < math.inf:
+        return f"{decimals(seconds, 1)} s"
+    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    return f"{minutes} min" if hours < 2 else f"{hours} h {round(seconds / 60) - 60 * hours} min"

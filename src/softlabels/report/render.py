@@ -1,0 +1,165 @@
+"""Puts a page together and writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from softlabels.files import replace_file
+from softlabels.report.answers import (
+    class_sections,
+    difference_sections,
+    feature_sections,
+    reliability_sections,
+    zipf_sections,
+)
+from softlabels.report.canvas import RUN_COLOURS
+from softlabels.report.confusion import confusion_sections
+from softlabels.report.curves import curve_sections, loss_share_sections
+from softlabels.report.entries import Entry, Section
+from softlabels.report.facts import different_settings, environment, facts
+from softlabels.report.read import Gallery, GalleryImage
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Heading of a column of the results.
+
+    Attributes:
+        text: Its words.
+        unit: Unit of the numbers, empty for none.
+        better: `"higher"`, `"lower"`, or empty.
+    """
+
+    text: str
+    unit: str = ""
+    better: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A result.
+
+    Attributes:
+        text: As it is shown; empty: there is none.
+        value: The exact number, None for a text.
+    """
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The table of results.
+
+    Attributes:
+        corner: Heading of the first column.
+        headings: The others.
+        rows: An entry's cells, in the order of the headings.
+        remarks: Sentences below.
+    """
+
+    corner: str
+    headings: tuple[Heading, ...]
+    rows: tuple[tuple[Entry, tuple[Cell, ...]], ...]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image and what each entry says about it."""
+
+    split: str
+    image: GalleryImage
+    answers: tuple[tuple[Entry, GalleryImage], ...]
+
+
+def write_page(
+    output: Path,
+    entries: Sequence[Entry],
+    results: Results,
+    *,
+    title: str,
+    introduction: str,
+    against_first: bool,
+    notes: Sequence[str],
+    command: str | None,
+) -> Path:
+    """Writes a page.
+
+    Args:
+        output: The HTML file; missing folders are made.
+        entries: What is compared; at least one.
+        results: The table.
+        title: The heading.
+        introduction: The paragraph below it.
+        against_first: Whether the first entry is the one that others are measured against.
+        notes: Further sentences.
+        command: The command that made the runs.
+
+    Returns:
+        `output`.
+    """
+    samples = _samples(entries)
+    shares = [share for s in samples for _, image in s.answers for _, share in image.non_target]
+    template = (
+        resources.files("softlabels.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
+    page = (
+        Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        .from_string(template)
+        .render(
+            title=title,
+            command=command,
+            notes=notes,
+            colours=list(enumerate(RUN_COLOURS)),
+            introduction=introduction,
+            entries=entries,
+            results=results,
+            sections=_sections(entries, against_first=against_first),
+            samples=samples,
+            longest_bar=max(shares, default=0.0) or 1.0,
+            facts=facts(entries),
+            differences=different_settings(entries) if len(entries) > 1 else [],
+            environment=environment(entries),
+        )
+    )
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(output) as file:
+        file.write(page.encode(errors="replace"))  # half a surrogate pair has no bytes
+    return output
+
+
+def _sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:
+    """All sections with charts or tables, in the order of the page."""
+    return [
+        *curve_sections(entries),
+        *(difference_sections(entries) if against_first else ()),
+        *zipf_sections(entries),
+        *reliability_sections(entries),
+        *class_sections(entries, against_first=against_first),
+        *confusion_sections(entries),
+        *loss_share_sections(entries),
+        *feature_sections(entries),
+    ]
+
+
+def _samples(entries: Sequence[Entry]) -> list[_Sample]:
+    """The saved images of all entries: one sample an image, even if several saved it."""
+    images: dict[tuple[str, str, int], GalleryImage] = {}
+    answers: dict[tuple[str, str, int], list[tuple[Entry, GalleryImage]]] = {}
+    for entry in entries:
+        gallery = entry.first.gallery or Gallery("", ())
+        for image in gallery.images:
+            key = (entry.first.data, gallery.split, image.index)
+            images.setdefault(key, image)
+            answers.setdefault(key, []).append((entry, image))
+    return [_Sample(key[1], image, tuple(answers[key])) for key, image in images.items()]

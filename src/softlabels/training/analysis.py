@@ -1,0 +1,318 @@
+"""A look at a finished run's network: one pass over the test set, for a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from softlabels.data import DataInfo, DataSource
+from softlabels.data.randomness import permutation
+from softlabels.files import replace_file
+from softlabels.teacher import Teacher, Teachers
+from softlabels.training.assemble import build_source, build_teacher
+from softlabels.training.calibration import cross_fitted, reliability
+from softlabels.training.config import Config, load_recipe, resolve
+from softlabels.training.feature_plane import FirstFeatures, classifier_inputs
+from softlabels.training.folder import RunFolder
+from softlabels.training.predict import load_student
+from softlabels.training.processes import start
+from softlabels.training.settings import TeacherSettings
+from softlabels.training.zipf import FITTED_RANKS, MeanSortedSoftmax, zipf_fit
+
+__all__ = ["Analysis", "analyse", "analyse_run", "teacher_name", "write_analysis"]
+
+_MOST_CONFUSIONS = 5000
+_MEMORY = 2**30  # bytes
+
+Autocast = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a pass over the test set shows.
+
+    Attributes:
+        content: Of analysis.json.
+        predictions: Of predictions.npz, by name; the images in the order of the test set.
+    """
+
+    content: dict[str, Any]
+    predictions: dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the pass gathers, over all images.
+
+    Attributes:
+        index: [N] of the images in the test set, ascending.
+        target: [N].
+        predicted: [N] first classes.
+        confidence: [N] float32, their probabilities.
+        taught: [N] the teacher's first classes, or None.
+        logits: [M, C] float32, of all images or a part of them.
+        logits_target: [M].
+        mean_sorted: [R], the mean sorted softmax.
+        features: Of a few images, in a plane.
+    """
+
+    index: Tensor
+    target: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    taught: Tensor | None
+    logits: Tensor
+    logits_target: Tensor
+    mean_sorted: Tensor
+    features: dict[str, Any] | None
+
+
+def analyse(
+    network: nn.Module,
+    source: DataSource,
+    *,
+    batch_size: int,
+    device: torch.device,
+    autocast: Autocast = nullcontext,
+    teacher: Teacher | Teachers | None = None,
+    teacher_name: str = "",
+    memory: int = _MEMORY,
+) -> Analysis:
+    """Look at what a network says of all test images, in one pass and one process.
+
+    Args:
+        network: [B, C, H, W] -> [B, classes], on the device; put back into its mode afterwards.
+        source: Its test set is read once.
+        batch_size: Images per forward.
+        device: Where the networks are.
+        autocast: Context of the forwards.
+        teacher: What taught it; one with other classes is not asked.
+        teacher_name: What the result calls it.
+        memory: Bytes of logits that are held for the temperature; of a larger test set those of a
+            fixed part are.
+
+    Returns:
+        The content of both files; see docs/analysis.md. What cannot be told is None: the
+        temperature of fewer than 4 images or of logits that are not finite, numbers that such
+        logits give, the accuracy of a class without images, the features of a network without a
+        linear classifier.
+
+    Raises:
+        ValueError: No test images.
+    """
+    networks = [network] if teacher is None else [network, teacher]
+    modes = [each.training for each in networks]
+    for each in networks:
+        each.eval()
+    try:
+        seen = _seen(network, teacher, source, batch_size, device, autocast, memory)
+    finally:
+        for each, mode in zip(networks, modes, strict=True):
+            each.train(mode)
+    predictions = {
+        "index": seen.index.numpy(),
+        "target": seen.target.int().numpy(),
+        "predicted": seen.predicted.int().numpy(),
+        "confidence": seen.confidence.numpy(),
+    }
+    if seen.taught is not None:
+        predictions["teacher_predicted"] = seen.taught.int().numpy()
+    return Analysis(_content(seen, source.info, teacher_name), predictions)
+
+
+def _seen(
+    network: nn.Module,
+    teacher: Teacher | Teachers | None,
+    source: DataSource,
+    batch_size: int,
+    device: torch.device,
+    autocast: Autocast,
+    memory: int,
+) -> _Seen:
+    info = source.info
+    holds = torch.zeros(source.num_test, dtype=torch.bool)
+    holds[permutation(0, 0, source.num_test)[: memory // (4 * info.num_classes)]] = True
+    ranked = MeanSortedSoftmax(info.num_classes, device, sync_on_compute=False)
+    first = FirstFeatures(info)
+    of_all: list[tuple[Tensor, ...]] = []
+    held: list[tuple[Tensor, ...]] = []
+    taught: list[Tensor] = []
+    shape = (info.in_channels, *info.image_size)
+    with classifier_inputs(network, shape) as read, torch.inference_mode():
+        for batch in source.test_batches(batch_size=batch_size, device=device):
+            with autocast():
+                logits = network(batch.images).float()
+                if teacher is not None and not of_all and not _fits(teacher, batch.images, info):
+                    teacher = None
+                if teacher is not None:
+                    taught.append(teacher(batch.images).argmax(1).cpu())
+            probabilities = logits.softmax(1)
+            ranked.update(probabilities)
+            features = read()
+            if features is not None:
+                first.add(batch.index, batch.target, features)
+            target = batch.target.cpu()
+            # The first class as the accuracy counts it, also among equal ones.
+            predicted, confidence = logits.argmax(1).cpu(), probabilities.amax(1).cpu()
+            of_all.append((batch.index, target, predicted, confidence))
+            rows = holds[batch.index % len(holds)]  # a source of one's own may count on
+            held.append((batch.index[rows], logits.cpu()[rows], target[rows]))
+    if not any(len(rows) for rows, *_ in of_all):
+        raise ValueError("the test set holds no images")
+    index, target, predicted, confidence = (torch.cat(parts) for parts in zip(*of_all, strict=True))
+    held_index, held_logits, held_target = (torch.cat(parts) for parts in zip(*held, strict=True))
+    order, held_order = index.argsort(), held_index.argsort()
+    return _Seen(
+        index=index[order],
+        target=target[order],
+        predicted=predicted[order],
+        confidence=confidence[order],
+        taught=torch.cat(taught)[order] if taught else None,
+        logits=held_logits[held_order],
+        logits_target=held_target[held_order],
+        mean_sorted=ranked.compute().cpu(),
+        features=first.plane(),
+    )
+
+
+def _fits(teacher: Teacher | Teachers, images: Tensor, info: DataInfo) -> bool:
+    """Whether a teacher's classes are those of the data: some methods read its features alone."""
+    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    return all(each(images[:1]).shape[1] == info.num_classes for each in every)
+
+
+def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
+    correct = seen.predicted == seen.target
+    temperature: dict[str, Any] | None = cross_fitted(seen.logits, seen.logits_target)
+    if temperature is not None and len(seen.logits) < len(seen.index):
+        temperature["fitted_on"] = len(seen.logits)
+    teacher = None
+    if seen.taught is not None:
+        teacher = {
+            "name": teacher_name,
+            "top1": _percent(seen.taught == seen.target),
+            "agreement": _percent(seen.taught == seen.predicted),
+        }
+    return {
+        "images": len(seen.index),
+        "class_names": list(info.class_names),
+        "groups": None if info.groups is None else list(info.groups),
+        "temperature": temperature,
+        "zipf": _zipf(seen.mean_sorted),
+        "reliability": reliability(seen.confidence, correct),
+        "per_class": [_percent(correct[seen.target == label]) for label in range(info.num_classes)],
+        "confusion": _confusion(seen.target, seen.predicted, info.num_classes),
+        "teacher": teacher,
+        "features": seen.features,
+    }
+
+
+def _percent(correct: Tensor) -> float | None:
+    return 100 * int(correct.sum()) / len(correct) if len(correct) else None
+
+
+def _zipf(mean_sorted: Tensor) -> dict[str, Any]:
+    fit = zipf_fit(mean_sorted)
+    return {
+        "mean_sorted_softmax": [_finite(p) for p in mean_sorted.tolist()],
+        "exponent": _finite(fit.exponent),
+        "r2": _finite(fit.r2),
+        "ranks": [1, min(len(mean_sorted), FITTED_RANKS)],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _confusion(target: Tensor, predicted: Tensor, num_classes: int) -> list[list[int]]:
+    """[true, predicted, count] of the wrong answers, the most frequent first."""
+    wrong = predicted != target
+    pairs, counts = torch.unique(target[wrong] * num_classes + predicted[wrong], return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:_MOST_CONFUSIONS]
+    return [
+        [pair // num_classes, pair % num_classes, count]
+        for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+    ]
+
+
+def write_analysis(folder: RunFolder, analysis: Analysis) -> None:
+    """Write analysis.json and predictions.npz, each whole or not at all."""
+    with replace_file(folder.predictions) as file:
+        np.savez_compressed(file, **analysis.predictions)  # type: ignore[arg-type]  # by name
+    folder.write_json(folder.analysis, analysis.content)
+
+
+def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
+    """What a run calls its teacher: as the settings do, else by the networks' classes."""
+    if teacher is None:
+        return ""
+    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    names: Sequence[str | None]
+    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
+    if None in names or len(names) != len(every):
+        names = [type(each.model).__name__ for each in every]
+    return " + ".join(map(str, names))
+
+
+def analyse_run(folder: Path) -> None:
+    """Write the analysis of a finished run, anew if there is one.
+
+    Student, data, and the teacher if its weights are in a file or published, are those that the
+    run's record names.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        FileNotFoundError: The student's or the teacher's file is gone.
+        ValueError: No finished run, or data or a teacher that cannot be opened.
+    """
+    run = RunFolder(folder)
+    if not run.is_complete():
+        raise ValueError(f"expected the folder of a finished run, {folder} holds none")
+    config = resolve(load_recipe(str(run.config)))
+    network, _ = load_student(folder)
+    accelerator = start(config)  # device, precision and threads of the run
+    source = build_source(config)
+    try:
+        teacher = _teacher_of(config, folder, source.info)
+        analysis = analyse(
+            network.to(accelerator.device),
+            source,
+            batch_size=config.eval_batch_size,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+            teacher=None if teacher is None else teacher.to(accelerator.device),
+            teacher_name=teacher_name(config, teacher),
+        )
+    finally:
+        source.close()
+    write_analysis(run, analysis)
+
+
+def _teacher_of(config: Config, folder: Path, info: DataInfo) -> Teacher | Teachers | None:
+    """The live teacher of a run, if it can be built again."""
+    settings = [config.teacher, *config.further_teachers]
+    if config.generations > 1:
+        before = RunFolder(folder / f"generation-{config.generations - 1}")
+        settings = [TeacherSettings(name=f"file:{before.student}")]
+    if config.teacher.cache is not None or not all(map(_has_weights, settings)):
+        return None
+    every = [build_teacher(each, info) for each in settings]
+    return every[0] if len(every) == 1 else Teachers(every)
+
+
+def _has_weights(settings: TeacherSettings) -> bool:
+    name = settings.name
+    if name is None or name.startswith("object:"):
+        return False
+    return settings.weights is not None or settings.pretrained or name.startswith("file:")

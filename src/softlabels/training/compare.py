@@ -1,0 +1,155 @@
+"""Trains what a comparison needs, and tells what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from softlabels.data import DataSource
+from softlabels.files import replace_file
+from softlabels.report import Variant, write_comparison
+from softlabels.training.analysis import analyse_run
+from softlabels.training.assemble import build_distiller, build_source, with_defaults
+from softlabels.training.comparison import Comparison, PlannedVariant, planned
+from softlabels.training.comparison_results import cells, csv_text, markdown, notes, results_of
+from softlabels.training.config import Config, ConfigError, parse
+from softlabels.training.needs import check_needs
+from softlabels.training.recipe import merged
+from softlabels.training.several import train_several
+
+__all__ = ["Compared", "compare"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Where the results of a comparison are.
+
+    Attributes:
+        results: What came out, as `comparison.json` holds it.
+        folder: `comparison.json`, `.csv` (a line a run), `.md`, `.yaml` (the comparison itself)
+            and `report.html`, beside `runs`.
+    """
+
+    results: dict[str, Any]
+    folder: Path
+
+
+def compare(
+    comparison: Comparison,
+    *,
+    output: Path,
+    runs: Path | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    command: str | None = None,
+    console: Console,
+) -> Compared:
+    """Train all variants over all seeds, and write tables and a report.
+
+    Runs of the same seed share initial weights, order of the data and augmentation. What is
+    complete in `runs` is not trained again, whatever comparison it was trained for.
+
+    Args:
+        comparison: What is compared.
+        output: Folder of everything.
+        runs: Folder of the runs, which several comparisons may share; None: `runs` in `output`.
+        jobs: Runs at a time.
+        threads: CPU threads of each; None: its share of the cores.
+        command: What the report gives as the way to repeat it.
+        console: Where progress and the table are shown.
+
+    Returns:
+        The results and their folder.
+
+    Raises:
+        ValueError: A variant that does not fit, before anything is trained.
+        RunError: A run failed; the same call goes on from there.
+    """
+    folder = output / "runs" if runs is None else runs
+    comparison = _checked(comparison, folder)
+    variants, plan = planned(comparison, folder)
+    output.mkdir(parents=True, exist_ok=True)
+    with replace_file(output / "comparison.yaml") as file:
+        file.write(comparison.dump().encode())
+    for round_ in plan.rounds:
+        train_several(round_, jobs=jobs, threads=threads, console=console)
+    for variant in variants:
+        for run in variant.runs:
+            if not (run.folder.analysis.is_file() and run.folder.predictions.is_file()):
+                analyse_run(run.folder.path)
+    results = {
+        "title": comparison.title or _title(variants),
+        "command": command or f"softlabels compare {output / 'comparison.yaml'}",
+        **results_of(variants, folder),
+    }
+    _write(results, variants, output)
+    console.print(_shown(results))
+    for note in notes(results):
+        console.print(note, highlight=False, markup=False)
+    return Compared(results, output)
+
+
+def _checked(comparison: Comparison, folder: Path) -> Comparison:
+    """With the name of the student; every variant is built once, before anything is trained."""
+    values = comparison.values
+    source = build_source(parse({k: v for k, v in values.items() if k in ("data", "seed")}))
+    try:
+        if not (values.get("student") or {}).get("name"):
+            name = with_defaults(Config(), source.info).student.name
+            settings = merged(comparison.settings, {"student": {"name": name}})
+            comparison = comparison.model_copy(update={"settings": settings})
+        for variant in planned(comparison, folder)[0]:
+            _try(variant, source)
+    finally:
+        source.close()
+    return comparison
+
+
+def _try(variant: PlannedVariant, source: DataSource) -> None:
+    """Build a variant; a teacher that is trained here has random weights for this."""
+    try:
+        config = with_defaults(variant.config, source.info, source.num_train)
+        check_needs(config, build_distiller(config, source.info), source, 1)
+    except ValueError as error:
+        raise ConfigError(f"{variant.name}: {error}") from error
+
+
+def _title(variants: Sequence[PlannedVariant]) -> str:
+    first = variants[0].config
+    student = (first.student.name or "").rpartition(":")[2]
+    return f"{len(variants)} ways to train {student} on {first.data.source or 'its data'}"
+
+
+def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], output: Path) -> None:
+    texts = {
+        "comparison.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        "comparison.csv": csv_text(results),
+        "comparison.md": markdown(results),
+    }
+    for name, text in texts.items():
+        with replace_file(output / name) as file:
+            file.write(text.encode())
+    write_comparison(
+        [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
+        output / "report.html",
+        title=results["title"],
+        table=cells(results),
+        notes=notes(results),
+        command=results["command"],
+    )
+
+
+def _shown(results: Mapping[str, Any]) -> Table:
+    rows = cells(results)
+    table = Table(title=results["title"])
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table

@@ -1,0 +1,302 @@
+"""What a comparison compares: variants of one run, over the same seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from softlabels.losses import METHODS
+from softlabels.training.config import (
+    Config,
+    ConfigError,
+    checked,
+    explain,
+    load_recipe,
+    method_reads_teacher,
+    parse,
+    taught_by_itself,
+)
+from softlabels.training.planning import RunPlan
+from softlabels.training.recipe import merged, parsed_text, read_recipe_text
+from softlabels.training.settings import Section, TeacherSettings
+from softlabels.training.several import PlannedRun
+
+__all__ = [
+    "CompareConfig",
+    "Comparison",
+    "PlannedVariant",
+    "chosen_methods",
+    "planned",
+    "read_comparison",
+]
+
+# What makes a method in a run's settings; the rest is the same for all variants.
+_OF_METHOD = (
+    "method",
+    "method_weight",
+    "method_warmup_epochs",
+    "method_teacher",
+    "further_methods",
+    "further_teachers",
+    "peer",
+    "generations",
+    "task",
+)
+DEFAULT_METHODS = "ce,label_smoothing,tf_kd,zipf_ls,uskd"
+_NOT_COMPARED = ("seed", "output", "assumed", "paper")
+_SHORT_NAMES = {"ce": "cross_entropy", "ls": "label_smoothing"}
+_WITHOUT_METHOD = {"cross_entropy": 0.0, "label_smoothing": 0.1}  # smoothing of the task's labels
+# Recipes whose teachers ship with the package, for the data that they learned from.
+_SHIPPED_TEACHERS = {"glyphs100": "glyphs100/kd"}
+_MOST_VARIANTS = 200
+
+
+class Comparison(Section):
+    """A comparison: a base, and what differs from it."""
+
+    title: str | None = Field(None, description="Heading of the report.")
+    base: str | None = Field(None, description="Recipe that all variants start from.")
+    settings: dict[str, Any] = Field({}, description="Settings over the base, for all variants.")
+    seeds: int = Field(3, ge=1, le=1000, description="Runs of each variant: seed, seed + 1, ...")
+    variants: dict[str, str | dict[str, Any]] = Field(
+        description="By name: a method or a recipe, or settings over the base; the first is the "
+        "baseline.",
+        min_length=1,
+        max_length=_MOST_VARIANTS,
+    )
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The base's settings with those for all variants."""
+        return merged({} if self.base is None else load_recipe(self.base), self.settings)
+
+    def dump(self) -> str:
+        """The YAML that `read_comparison` reads."""
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+        )
+        return text
+
+
+class CompareConfig(Config):
+    """Settings that all compared runs share, and what is compared over which seeds."""
+
+    methods: str | None = Field(
+        None,
+        description="What is compared, with commas between: ce, label_smoothing, a method's kind, "
+        "or a recipe, whose method is taken with its settings. The first is the baseline. None: "
+        f"what the file says, else {DEFAULT_METHODS}.",
+    )
+    seeds: int | None = Field(
+        None, ge=1, le=1000, description="Runs of each method. None: what the file says, else 3."
+    )
+    jobs: int = Field(1, ge=1, le=1024, description="Runs at a time.")
+    runs: str | None = Field(
+        None,
+        description="Folder of the runs, which several comparisons may share. None: runs, in the "
+        "output's folder.",
+    )
+
+    @classmethod
+    def of(cls, config: Config) -> CompareConfig:
+        """Shared settings, and the defaults of what is compared."""
+        return cls(**dict(config))
+
+    def comparison(self, given: Comparison | None) -> Comparison:
+        """What is compared: as the options say, and else a file.
+
+        Args:
+            given: The file's comparison, whose settings are in this configuration.
+
+        Raises:
+            ConfigError: A method's name that is none.
+        """
+        own = {"methods", "seeds", "jobs", "runs", "output"}
+        settings = self.model_dump(mode="json", exclude=own, exclude_defaults=True)
+        if self.method.kind != "none":
+            settings["method"] = self.method.model_dump(mode="json")
+        if self.methods is not None or given is None:
+            variants = chosen_methods((self.methods or DEFAULT_METHODS).split(","))
+        else:
+            variants = given.variants
+        return Comparison(
+            title=None if given is None else given.title,
+            settings=settings,
+            seeds=self.seeds or (3 if given is None else given.seeds),
+            variants=variants,
+        )
+
+
+def read_comparison(path: str) -> Comparison | None:
+    """Read a comparison from a YAML file; None where the file is something else.
+
+    Raises:
+        ConfigError: It has variants, but does not fit the schema.
+    """
+    if not os.path.lexists(path):
+        return None
+    values = parsed_text(read_recipe_text(path), path)
+    if "variants" not in values:
+        return None
+    try:
+        return Comparison.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Comparison)}") from error
+
+
+def chosen_methods(names: Sequence[str]) -> dict[str, str | dict[str, Any]]:
+    """Variants from names of methods or recipes.
+
+    Args:
+        names: `ce`, `label_smoothing`, a method's kind, or a recipe, of which the method's part
+            is taken. The first is the baseline.
+
+    Raises:
+        ConfigError: A name that is none of these, or one twice.
+    """
+    full = [_SHORT_NAMES.get(name, name) for name in names]
+    for name in full:
+        if full.count(name) > 1:
+            raise ConfigError(f"{name!r:.80} is compared twice")
+        if not name:
+            raise ConfigError(f"expected names with commas between them, got {','.join(names)!r}")
+    return {name: name for name in full}
+
+
+def _of_name(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's whole settings, from the name of a method or of a recipe."""
+    plain = {key: value for key, value in base.items() if key not in _OF_METHOD}
+    name = _SHORT_NAMES.get(name, name)
+    if name in _WITHOUT_METHOD:
+        task = dict(base.get("task") or {})
+        task["weight"] = None
+        if name == "cross_entropy" or not task.get("label_smoothing"):
+            task["label_smoothing"] = _WITHOUT_METHOD[name]
+        return {**plain, "task": task}
+    if name in METHODS:
+        own = base.get("method")
+        if isinstance(own, Mapping) and own.get("kind") == name:
+            return dict(base)  # with the settings that the caller gave to it
+        return {**plain, "method": {"kind": name}}
+    try:
+        recipe = load_recipe(name)
+    except ConfigError as error:
+        known = ", ".join([*_WITHOUT_METHOD, *METHODS])
+        raise ConfigError(
+            f"no method {name!r:.80}: expected {known}, or the name of a recipe"
+        ) from error
+    part = {key: recipe[key] for key in _OF_METHOD if key in recipe}
+    if "teacher" in recipe and not (plain.get("teacher") or {}).get("name"):
+        part["teacher"] = recipe["teacher"]
+    return {**plain, **part}
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """A variant with its runs.
+
+    Attributes:
+        name: Its name.
+        config: Its settings, without seed and output.
+        runs: One a seed.
+    """
+
+    name: str
+    config: Config
+    runs: tuple[PlannedRun, ...]
+
+
+def planned(comparison: Comparison, folder: Path) -> tuple[list[PlannedVariant], RunPlan]:
+    """Plan all runs: of the variants, and of the teachers that are trained for them.
+
+    A method that reads a teacher gets the base's; those that read none get none. A teacher that is
+    named without weights is trained once, by its recipe or else as the base with cross-entropy. A
+    method that is taught by the student itself gets the baseline's run of the same seed.
+
+    Args:
+        comparison: What is compared.
+        folder: Of the runs.
+
+    Raises:
+        ConfigError: A variant that does not fit, by its name.
+    """
+    base = {k: v for k, v in comparison.values.items() if k not in _NOT_COMPARED}
+    first_seed = int(comparison.values.get("seed", 0))
+    seeds = range(first_seed, first_seed + comparison.seeds)
+    plan = RunPlan(folder)
+    variants: list[PlannedVariant] = []
+    for name, given in comparison.variants.items():
+        try:
+            values = _of_name(given, base) if isinstance(given, str) else merged(base, given)
+            own_teacher = isinstance(given, Mapping) and "teacher" in given
+            config = _with_teacher(parse(values), own_teacher)
+            baseline = variants[0] if variants else None
+            runs = [_add(plan, name, config, seed, base, baseline, seeds[0]) for seed in seeds]
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        variants.append(PlannedVariant(name, config, tuple(runs)))
+    return variants, plan
+
+
+def _with_teacher(config: Config, own_teacher: bool) -> Config:
+    """With the teacher that its method reads, and no other."""
+    teacher = config.teacher
+    if config.generations > 1 or not method_reads_teacher(config):
+        return checked(
+            config.model_copy(update={"teacher": TeacherSettings(), "further_teachers": ()})
+        )
+    if taught_by_itself(config) and not own_teacher:
+        student = config.student
+        teacher = TeacherSettings(name=student.name, settings=student.settings)
+    elif teacher.name is None and teacher.cache is None:
+        recipe = _SHIPPED_TEACHERS.get(config.data.source or "glyphs100")
+        if recipe is None or config.data.path is not None:
+            raise ConfigError(
+                f"method {config.method.kind!r} reads from a teacher: give teacher.name, with "
+                "teacher.weights or to be trained here first"
+            )
+        teacher = parse(load_recipe(recipe)).teacher
+    return checked(config.model_copy(update={"teacher": teacher}))
+
+
+def _waits_for_teacher(config: Config) -> bool:
+    """Whether a variant's teacher has a name, and weights only once it has been trained."""
+    teacher = config.teacher
+    ready = teacher.weights is not None or teacher.pretrained or teacher.cache is not None
+    return teacher.name is not None and not ready
+
+
+def _add(
+    plan: RunPlan,
+    name: str,
+    config: Config,
+    seed: int,
+    base: Mapping[str, Any],
+    baseline: PlannedVariant | None,
+    first_seed: int,
+) -> PlannedRun:
+    title = f"{name}, seed {seed}"
+    if not _waits_for_teacher(config):
+        return plan.add(title, config, seed)
+    if taught_by_itself(config):
+        if baseline is None:
+            raise ConfigError("its teacher is the baseline's run, so it cannot be the baseline")
+        return plan.add(title, config, seed, taught_by=baseline.runs[seed - first_seed])
+    trained = plan.add("teacher", _of_teacher(config.teacher, base), first_seed)
+    return plan.add(title, config, seed, taught_by=trained)
+
+
+def _of_teacher(teacher: TeacherSettings, base: Mapping[str, Any]) -> Config:
+    """The run that trains a teacher: its recipe on the same data, or the base itself."""
+    if teacher.recipe is not None:
+        values = merged(load_recipe(teacher.recipe), {"data": base.get("data") or {}})
+    else:
+        values = {k: v for k, v in base.items() if k not in (*_OF_METHOD, "teacher")}
+        values["student"] = {"name": teacher.name, "settings": teacher.settings}
+    return checked(parse({k: v for k, v in values.items() if k not in _NOT_COMPARED}))

@@ -1,0 +1,57 @@
+"""The settings of a search, beside those of its runs."""
+
+# pydantic reads the fields' types, so they are not deferred to text.
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from softlabels.data.source import kind_of
+from softlabels.training.config import Config
+from softlabels.training.sweep_record import Metric
+
+__all__ = ["SweepConfig"]
+
+
+class SweepConfig(Config):
+    """Settings of a run, and how some of them are searched.
+
+    --trials, --startup, --space, --metric, --seeds, --jobs and --output are those of the search;
+    the rest is what each trial trains with.
+    """
+
+    trials: int = Field(20, ge=1, le=100_000, description="Settings that are tried.")
+    startup: int = Field(
+        8, ge=0, description="How many of them are drawn at random, before the search learns."
+    )
+    space: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = Field(
+        (),
+        description="What is searched, KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=VALUE,VALUE; once "
+        "for each setting. None: the method's weights and temperatures.",
+    )
+    metric: Metric = Field(
+        "top1", description="What decides, on the validation images after the last epoch."
+    )
+    seeds: int = Field(1, ge=1, le=1000, description="Runs of each trial: seed, seed + 1, ...")
+    jobs: int = Field(1, ge=1, le=1024, description="Runs at a time, and trials proposed together.")
+    output: str | None = Field(
+        None, description="Folder of the runs and the results. None: runs/sweep-DATA-METHOD."
+    )
+
+    @classmethod
+    def of(cls, config: Config) -> "SweepConfig":
+        """A run's configuration with the defaults of the search."""
+        return cls(**dict(config))
+
+    def plain(self) -> Config:
+        """The runs' own settings."""
+        names = (name for name in Config.model_fields if name != "output")
+        return Config(**{name: getattr(self, name) for name in names})
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        data = kind_of(self.data.source, self.data.path)
+        return Path(self.output or f"runs/sweep-{data}-{self.label}")
