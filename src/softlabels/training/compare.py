@@ -21,6 +21,7 @@ from softlabels.training.comparison_results import cells, csv_text, markdown, no
 from softlabels.training.config import Config, ConfigError, parse
 from softlabels.training.needs import check_needs
 from softlabels.training.recipe import merged
+from softlabels.training.settings import TeacherSettings
 from softlabels.training.several import train_several
 
 __all__ = ["Compared", "compare"]
@@ -113,8 +114,12 @@ def _checked(comparison: Comparison, folder: Path) -> Comparison:
 
 def _try(variant: PlannedVariant, source: DataSource) -> None:
     """Build a variant; a teacher that is trained here has random weights for this."""
+    config = variant.config
+    if config.generations > 1:  # the last one
+        teacher = TeacherSettings(name=config.student.name, settings=config.student.settings)
+        config = config.model_copy(update={"generations": 1, "teacher": teacher})
     try:
-        config = with_defaults(variant.config, source.info, source.num_train)
+        config = with_defaults(config, source.info, source.num_train)
         check_needs(config, build_distiller(config, source.info), source, 1)
     except ValueError as error:
         raise ConfigError(f"{variant.name}: {error}") from error
