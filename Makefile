@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods test-browser fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results results-quick docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,10 @@ test: $(STAMP) ## Run the tests (some minutes on 2 cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## Run the tests that train for minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu and not smoke"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu and not smoke and not browser"
+
+test-browser: $(STAMP) ## Look at the report's pages in a headless chromium (needs chromium and chromium-driver)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
 
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
@@ -70,6 +73,9 @@ results: $(STAMP) ## Run a comparison of results/ (make results NAME=few_fonts);
 	$(BIN)/softlabels compare results/$(NAME)/comparison.yaml --output runs/results/$(NAME) \
 		--runs runs/results/runs --jobs 2 --threads 1
 	cp $(addprefix runs/results/$(NAME)/comparison., json csv md) results/$(NAME)/
+
+results-quick: $(STAMP) ## Repeat a small part of results/, and check it against what is committed (10 minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick_results
 
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render

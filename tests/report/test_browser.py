@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 
 import pytest
@@ -104,18 +103,9 @@ def browser(tmp_path_factory):
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with contextlib.closing(
-        _Closing(webdriver.Chrome(options, webdriver.ChromeService(driver)))
-    ) as b:
-        yield b.driver
-
-
-class _Closing:
-    def __init__(self, driver):
-        self.driver = driver
-
-    def close(self):
-        self.driver.quit()
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
 
 
 @pytest.fixture

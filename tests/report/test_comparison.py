@@ -350,10 +350,14 @@ def test_page_of_eight_variants_and_six_seeds_is_small_and_quick(
         },
     )
     variants = [
-        make_variant(f"method {i}", tuple(map(float, range(50, 56))), analysis=analysis,
-                     metrics=log(epochs=300))
+        make_variant(
+            f"method {i}",
+            tuple(map(float, range(50, 56))),
+            analysis=analysis,
+            metrics=log(epochs=300),
+        )
         for i in range(8)
-    ]  # fmt: skip
+    ]
     start = time.perf_counter()
     page = compare(*variants)
     assert time.perf_counter() - start < 30

@@ -109,7 +109,10 @@ def reliability_sections(entries: Sequence[Entry]) -> list[Section]:
             entry.name if small else "Right answers over confidence",
             "" if ece is None else f"ECE {decimals(ece, 2)} %",
             draw_reliability(
-                entry.name, entry.number, _pooled([a.reliability for a in entry.analyses]), ece,
+                entry.name,
+                entry.number,
+                _pooled([a.reliability for a in entry.analyses]),
+                ece,
                 small=small,
             ),
             entry if small else None,
@@ -117,7 +120,7 @@ def reliability_sections(entries: Sequence[Entry]) -> list[Section]:
         for entry in entries
         if entry.analyses
         for ece in [_mean_score(entry, "ece")]
-    )  # fmt: skip
+    )
     if not charts:
         return []
     text = (
