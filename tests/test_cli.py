@@ -14,8 +14,8 @@ from PIL import Image
 from softlabels.cli import main
 
 COMMANDS = (
-    "train", "cache-teacher", "eval", "predict", "export", "demo", "reproduce", "recipes", "taps",
-    "methods", "config",
+    "train", "cache-teacher", "eval", "analyse", "predict", "export", "demo", "compare", "sweep",
+    "reproduce", "recipes", "taps", "methods", "config",
 )  # fmt: skip
 
 

@@ -78,6 +78,8 @@ def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, met
         "timings.jsonl",
         "summary.json",
         "gallery.json",
+        "analysis.json",
+        "predictions.npz",
         "report.html",
         "student.safetensors",
         "student_best.safetensors",

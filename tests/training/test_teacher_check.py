@@ -212,7 +212,7 @@ def test_a_resumed_run_measures_its_teacher_no_second_time(shaded, tmp_path):
     counting = Counting(shaded)
 
     teacher = {"name": Knowing(), "check": "warn"}  # which is no other run
-    printed = run(counting, run_folder, teacher, epochs=2, gallery=0)
+    printed = run(counting, run_folder, teacher, epochs=2, gallery=0, analysis=False)
 
     assert counting.readings == 1  # the evaluation of the second epoch
     assert "top-1 100.00 % on 208 test images" in printed

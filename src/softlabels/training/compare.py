@@ -144,7 +144,7 @@ def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], outpu
         [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
         output / "report.html",
         title=results["title"],
-        table=cells(results),
+        table=[{k: v for k, v in row.items() if k} for row in cells(results)],
         notes=notes(results),
         command=results["command"],
     )

@@ -16,6 +16,7 @@ from softlabels.distiller import Distiller
 from softlabels.signals import reads_teacher
 from softlabels.taps import undisturbed
 from softlabels.teacher import Teacher, Teachers
+from softlabels.training.analysis import teacher_name
 from softlabels.training.config import Config
 from softlabels.training.evaluate import evaluate
 
@@ -112,10 +113,7 @@ def checked_teacher(
         return None
     info = source.info
     every = teacher.all if isinstance(teacher, Teachers) else [teacher]
-    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
-    if None in names or len(names) != len(every):
-        names = [type(each.model).__name__ for each in every]
-    name = " + ".join(map(str, names))
+    name = teacher_name(config, teacher)
     problem = None
     score = known
     if score is None:
