@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods test-browser fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results results-quick docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods test-browser fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results results-sweeps results-quick docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ results: $(STAMP) ## Run a comparison of results/ (make results NAME=few_fonts);
 	$(BIN)/softlabels compare results/$(NAME)/comparison.yaml --output runs/results/$(NAME) \
 		--runs runs/results/runs --jobs 2 --threads 1
 	cp $(addprefix runs/results/$(NAME)/comparison., json csv md) results/$(NAME)/
+
+results-sweeps: $(STAMP) ## Choose every method's settings on held-out training fonts (half an hour)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.sweeps
 
 results-quick: $(STAMP) ## Repeat a small part of results/, and check it against what is committed (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick_results

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["comparison", "read_comparison", "where"]
+__all__ = ["comparison", "comparison_rows", "read_comparison", "where"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -43,35 +43,46 @@ def comparison(
     results = read_comparison(name)
     if results is None:
         return [f"Not run yet: `make results NAME={name}`."]
-    several = len(results["seeds"]) > 1
-    lines = [
-        "| | top-1 % | difference, 95 % interval | in words | NLL nats | ECE % | ECE % after "
-        "temperature |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
     variants = results["variants"]
     if best_first:
         variants = sorted(variants, key=lambda v: -v["scores"]["top1"]["mean"])
-    for variant in variants:
-        scores, against = variant["scores"], variant["against_baseline"].get("top1")
-        difference, words = "baseline", ""
-        if against is not None:
-            difference = f"{against['mean']:+.2f}"
-            if several:
-                low, high = against["t"]
-                difference += f" ({low:+.2f} to {high:+.2f})"
-                words = against["in_words"]
-        cells = (
-            named(variant["name"]),
-            _spread(scores["top1"]),
-            difference,
-            words,
-            f"{scores['nll']['mean']:.3f}",
-            f"{scores['ece']['mean']:.1f}",
-            f"{scores['fitted_ece']['mean']:.1f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [
+        "| | top-1 % | difference, 95 % interval | in words | NLL nats | ECE % | ECE % after "
+        "temperature |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        *(f"| {' | '.join(row)} |" for row in comparison_rows(variants, named=named)),
+    ]
+
+
+def comparison_rows(
+    variants: Sequence[Mapping[str, Any]], *, named: Callable[[str], str] = str
+) -> list[tuple[str, ...]]:
+    """The cells of variants: name, top-1, difference, in words, NLL, ECE, ECE after temperature.
+
+    Args:
+        variants: As comparison.json has them.
+        named: What a variant's name becomes.
+    """
+    return [_row(variant, named(variant["name"])) for variant in variants]
+
+
+def _row(variant: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    scores, against = variant["scores"], variant["against_baseline"].get("top1")
+    difference, words = "baseline", ""
+    if against is not None:
+        difference, words = f"{against['mean']:+.2f}", against["in_words"]
+        if against["t"] is not None:
+            low, high = against["t"]
+            difference += f" ({low:+.2f} to {high:+.2f})"
+    return (
+        name,
+        _spread(scores["top1"]),
+        difference,
+        words,
+        f"{scores['nll']['mean']:.3f}",
+        f"{scores['ece']['mean']:.1f}",
+        f"{scores['fitted_ece']['mean']:.1f}",
+    )
 
 
 def _spread(score: Mapping[str, float | None]) -> str:

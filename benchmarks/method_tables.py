@@ -120,8 +120,9 @@ def comparison() -> str:
         [
             f"glyphs100 with 40 of its 239 training fonts, 5 epochs, {seeds} paired seeds, "
             "`resnet8_glyphs` taught by the shipped `resnet14x4_glyphs`; published weights, not "
-            "tuned for these data, and a schedule so short that what learns fast is ahead. Nothing is called better or worse where an interval of the "
-            "difference to cross-entropy holds 0.",
+            "tuned for these data, and a schedule so short that what learns fast is ahead. "
+            "Nothing is called better or worse where an interval of the difference to "
+            "cross-entropy holds 0.",
             "",
             *table("methods", named=_link, best_first=True),
             "",

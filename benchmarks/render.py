@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import method_tables
+from benchmarks import ablation_tables, comparison_tables, method_tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -21,7 +21,9 @@ PAGES = (
     "docs/imagenet_plan.md",
     "docs/reproduce.md",
     "docs/methods.md",
+    "docs/evidence.md",
 )
+COMPARISONS = ("full_fonts", "few_fonts", "fashion_mnist", "small_vit", "tuned")
 NAMES = {
     "cross_entropy": "cross-entropy",
     "zipf_ls": "Zipf's LS",
@@ -305,6 +307,15 @@ def _plan(name: str) -> str:
     return sections(_read("scaling.json")["decoding"]["images_per_second"]["median"])[name]
 
 
+def _comparison(name: str) -> str:
+    results = comparison_tables.read_comparison(name)
+    table = comparison_tables.comparison(name)
+    if results is None:
+        return "\n".join(table)
+    seeds = f"{len(results['seeds'])} paired seeds; mean ± standard deviation."
+    return "\n".join([*table, "", f"{seeds} {comparison_tables.where(results, name)}"])
+
+
 def published_rows() -> str:
     """All rows of both papers' tables: recipe, published figure, ours."""
     from softlabels.training.config import load_recipe, resolve
@@ -360,6 +371,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "published-rows": published_rows,
     "methods-cost": method_tables.cost,
     "methods-compare": method_tables.comparison,
+    "evidence-ablations": ablation_tables.ablations,
+    **{f"evidence-{name}": partial(_comparison, name) for name in COMPARISONS},
     "scaling": scaling,
     "plan-decoding": plan_decoding,
     **{
@@ -393,6 +406,7 @@ def rendered(text: str) -> str:
 
 def main() -> None:
     """Rewrite the pages."""
+    ablation_tables.draw_sensitivity(ROOT / "docs" / "sensitivity.svg")
     for page in PAGES:
         path = ROOT / page
         before = path.read_text(encoding="utf-8")

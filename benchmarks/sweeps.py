@@ -1,0 +1,96 @@
+"""Choose the settings of every method on held-out training fonts, with equal budgets.
+
+    make results-sweeps           # half an hour on two idle cores; after NAME=few_fonts
+
+For each variant of results/few_fonts so many trials of half its epochs, judged on the last 48 of
+the training fonts; the test fonts are never read. Learning rate and weight decay are chosen for
+cross-entropy and kept for all others, which then have their own settings chosen. The searches go to
+results/sweeps, what they chose to results/tuned/comparison.yaml.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from benchmarks.comparison_tables import RESULTS
+from softlabels.training.comparison import Comparison, planned, read_comparison
+from softlabels.training.recipe import merged
+from softlabels.training.search_space import with_values
+from softlabels.training.sweep import run_sweep
+
+NAME = "few_fonts"
+TRIALS = 8
+EPOCHS = 15
+# Two sets of published weights start one search.
+LEFT_OUT = ("USKD, CIFAR's weights",)
+OUTPUT = Path("runs/sweeps")
+HEAD = """# results/few_fonts with the settings that the searches in results/sweeps chose.
+# Written by make results-sweeps.
+#   make results NAME=tuned
+"""
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their paths, as sections."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        place = found
+        *sections, last = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return found
+
+
+def main() -> None:
+    request = read_comparison(str(RESULTS / NAME / "comparison.yaml"))
+    if request is None:
+        raise ValueError(f"results/{NAME}/comparison.yaml holds no comparison")
+    console = Console(stderr=True)
+    variants, _ = planned(request, Path("runs/results/runs"))
+    settings = request.settings
+    tuned: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for number, variant in enumerate(variants):
+        if variant.name in LEFT_OUT:
+            continue
+        config = variant.runs[0].config.model_copy(
+            update={"output": None, "epochs": EPOCHS, "eval_every": EPOCHS}
+        )
+        config = with_values(config, shared)
+        folder = variant.config.label if number else "cross_entropy"
+        result = run_sweep(
+            config, trials=TRIALS, output=OUTPUT / folder, jobs=2, threads=1, console=console
+        )
+        best = dict(result.best.values)
+        kept = RESULTS / "sweeps" / folder
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in ("sweep.json", "sweep.md"):
+            shutil.copy(result.folder / name, kept / name)
+        if number == 0:
+            shared = best
+            settings = merged(settings, nested(shared))
+            tuned[variant.name] = "cross_entropy"
+            continue
+        given, kind = request.variants[variant.name], config.method.kind
+        own = {} if kind == "none" else {"method": {"kind": kind}}
+        tuned[variant.name] = merged(own if isinstance(given, str) else given, nested(best))
+    comparison = Comparison(
+        title="glyphs100, few fonts, settings chosen on held-out training fonts",
+        settings=settings,
+        seeds=request.seeds,
+        variants=tuned,
+    )
+    path = RESULTS / "tuned" / "comparison.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(HEAD + comparison.dump(), encoding="utf-8")
+    print(yaml.safe_dump(tuned))
+
+
+if __name__ == "__main__":
+    main()
