@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks.comparison_tables import RESULTS
 from softlabels.training.comparison import Comparison, planned, read_comparison
 from softlabels.training.recipe import merged
-from softlabels.training.search_space import with_values
+from softlabels.training.search_space import nested, with_values
 from softlabels.training.sweep import run_sweep
 
 NAME = "few_fonts"
@@ -33,18 +33,6 @@ HEAD = """# results/few_fonts with the settings that the searches in results/swe
 # Written by make results-sweeps.
 #   make results NAME=tuned
 """
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their paths, as sections."""
-    found: dict[str, Any] = {}
-    for path, value in values.items():
-        place = found
-        *sections, last = path.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return found
 
 
 def main() -> None:
