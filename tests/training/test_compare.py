@@ -153,6 +153,7 @@ def test_what_is_complete_is_not_run_again_and_a_change_reruns_what_it_touches(
     assert main(arguments) == 0
     told = capsys.readouterr().err
     assert "complete already: plain, seed 3" in told
+    assert "smoothed, seed 3: top-1 " in told  # a line for each run that ends
     after = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/*/summary.json")}
     assert before.items() <= after.items()
     assert len(after) == len(before) + 1

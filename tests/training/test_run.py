@@ -170,6 +170,24 @@ def test_checkpoints_within_an_epoch_change_no_number(source, tmp_path):
     assert steps == [10, 11, 12]
 
 
+def test_fewer_evaluations_change_no_weight(source, tmp_path):
+    often = train(source, tmp_path / "often", epochs=5)
+    seldom = train(source, tmp_path / "seldom", epochs=5, eval_every=2)
+    written = {
+        folder.name: lines(folder / "metrics.jsonl") for folder in (often.folder, seldom.folder)
+    }
+    epochs = {
+        name: [line["epoch"] for line in each if "eval/top1" in line]
+        for name, each in written.items()
+    }
+    assert epochs == {"often": [1, 2, 3, 4, 5], "seldom": [2, 4, 5]}  # always at the end
+    assert seldom.final == often.final
+    assert seldom.best["epoch"] in (2, 4, 5)
+    assert len(lines(seldom.folder / "timings.jsonl")) == 5
+    for name, value in often.student.state_dict().items():
+        assert torch.equal(seldom.student.state_dict()[name], value)
+
+
 def test_full_disk_is_told_and_keeps_the_last_good_state(source, tmp_path):
     straight = train(source, tmp_path / "straight")
     stopping = Signalling(source, 4, signal.SIGINT)
