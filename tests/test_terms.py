@@ -230,6 +230,7 @@ def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, accumulation):
         accumulation=accumulation,
         log_every=3,
         gallery=0,
+        report=False,
     )
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

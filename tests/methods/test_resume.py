@@ -64,6 +64,7 @@ def train(kind: str, output: Path, data: InMemorySource) -> softlabels.training.
         optimizer={"name": "adamw", "lr": 1e-3},
         checkpoint={"every": EVERY},
         gallery=0,
+        report=False,
         log_every=STEPS_PER_EPOCH,
         device="cpu",
         progress=False,

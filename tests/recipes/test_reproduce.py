@@ -13,7 +13,7 @@ from softlabels.training.recipe import ConfigError, settings_of
 
 CHANGES = [
     "data.source=noise", "data.mean=null", "data.std=null", "data.num_train=64",
-    "data.num_test=40", "epochs=1", "batch_size=32", "gallery=0", "device=cpu",
+    "data.num_test=40", "epochs=1", "batch_size=32", "gallery=0", "report=false", "device=cpu",
     "teacher.check=off", "student.name=timm:resnet8_glyphs", "optimizer.lr=0.02",
 ]  # fmt: skip
 

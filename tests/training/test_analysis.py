@@ -28,6 +28,7 @@ OF_A_RUN = {
     "batch_size": 32,
     "optimizer": {"lr": 0.1},
     "gallery": 0,
+    "report": False,
     "progress": False,
     "device": "cpu",
     "threads": 1,

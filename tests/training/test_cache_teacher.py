@@ -197,7 +197,7 @@ def test_training_equals_that_with_the_teacher_on_the_same_draws(weights, tmp_pa
     build(weights, tmp_path / "cache", top=6)
     options = {
         **FAST, "optimizer": {"lr": 0.01}, "method": method, "epochs": 4, "gallery": 0,
-        "accumulation": 2,
+        "report": False, "accumulation": 2,
     }  # fmt: skip
 
     softlabels.train(
@@ -266,7 +266,7 @@ def test_the_teacher_is_compared_if_it_is_named(built, weights, tmp_path):
     teacher = {"name": "timm:resnet8_glyphs", "weights": str(weights), "cache": str(built)}
 
     softlabels.train(
-        augmented(), method="nkd", teacher=teacher, epochs=1, gallery=0,
+        augmented(), method="nkd", teacher=teacher, epochs=1, gallery=0, report=False,
         output=str(tmp_path / "run"), **FAST,
     )  # fmt: skip
 
@@ -589,7 +589,8 @@ def test_the_command_fills_a_cache_that_the_recipe_trains_from(tmp_path, capsys)
     assert f"train with --teacher.cache {path}" in printed
     command = [
         "train", "glyphs100/nkd", "--data.num-fonts", "1", "--epochs", "1", "--batch-size", "50",
-        "--gallery", "0", "--teacher.cache", str(path), "--output", str(tmp_path / "run"),
+        "--gallery", "0", "--no-report", "--teacher.cache", str(path),
+        "--output", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main(command) == 0
     assert "cache: " + str(path) in (tmp_path / "run" / "config.yaml").read_text()

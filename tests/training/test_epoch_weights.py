@@ -220,7 +220,7 @@ class Stopping(InMemorySource):
 
 SETTINGS = {
     "student": "timm:resnet8", "method": "ps_kd", "epochs": 4, "batch_size": 16, "log_every": 1,
-    "gallery": 0, "progress": False, "optimizer": {"lr": 1e-5},
+    "gallery": 0, "report": False, "progress": False, "optimizer": {"lr": 1e-5},
     "further_methods": [{"kind": "tf_kd", "weight": 2.0, "warmup_epochs": 8}],
 }  # fmt: skip
 

@@ -120,6 +120,7 @@ def finished(tmp_path_factory) -> Path:
         epochs=3,
         batch_size=16,
         gallery=0,
+        report=False,
         assumed={"epochs": "``` nobody | says\n\n# it", "seed": "a guess"},
         paper={"table": "A paper, table 1", "row": "a | b", "top1": 78.5},
         progress=False,

@@ -37,6 +37,7 @@ def train(source: InMemorySource, output, **settings) -> softlabels.training.Tra
         "optimizer": {"lr": 0.1},
         "log_every": 1,
         "gallery": 0,
+        "report": False,
         "precision": "fp16",
         "progress": False,
     }

@@ -34,7 +34,7 @@ DATA = {
 }  # fmt: skip
 SETTINGS = {
     "data": {"source": "noise", **DATA}, "student": "timm:resnet8", "epochs": 1, "batch_size": 16,
-    "gallery": 0, "progress": False,
+    "gallery": 0, "report": False, "progress": False,
 }  # fmt: skip
 TEACHER = {"name": "timm:resnet8"}
 MIXED = {"mix": {"mixup": 0.4}}
@@ -380,7 +380,7 @@ def test_a_step_that_the_trainer_skips_is_not_remembered(tmp_path):
     source = noise(num_train=32, num_test=8, num_classes=4, image_size=8, in_channels=1)
     result = softlabels.train(
         WithBadImages(source, 5), "timm:resnet8", "ps_kd", precision="bf16", epochs=1,
-        batch_size=8, gallery=0, progress=False, output=tmp_path / "run",
+        batch_size=8, gallery=0, report=False, progress=False, output=tmp_path / "run",
     )  # fmt: skip
 
     stored = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).newest().content

@@ -32,6 +32,7 @@ FAST = {
     "optimizer": {"lr": 0.1},
     "log_every": 2,
     "gallery": 3,
+    "report": False,
     "progress": False,
 }
 # One of each kind: a teacher's logits; its maps and learned parts; a memory and indices; votes;
@@ -67,7 +68,8 @@ def gently(method: str | None) -> dict:
     "method", [None, *KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 )
 def test_run_with_each_method_learns_and_writes_everything(source, tmp_path, method):
-    result = train(source, tmp_path / "run", method=method, **teacher_for(method), **gently(method))
+    settings = {**teacher_for(method), **gently(method), "report": True}
+    result = train(source, tmp_path / "run", method=method, **settings)
 
     assert result.final["top1"] > 60  # chance is 17 %
     names = {path.name for path in result.folder.iterdir()}
@@ -470,7 +472,8 @@ def test_gallery_holds_the_same_images_and_soft_labels_for_each_method(source, t
 
 
 def test_assumed_settings_stand_beside_the_results(source, tmp_path):
-    result = train(source, tmp_path / "run", epochs=1, assumed={"batch_size": "nobody says"})
+    assumed = {"batch_size": "nobody says"}
+    result = train(source, tmp_path / "run", epochs=1, assumed=assumed, report=True)
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["assumed"] == {"batch_size": "nobody says"}
     assert "nobody says" in (result.folder / "report.html").read_text()

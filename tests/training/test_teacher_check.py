@@ -205,14 +205,14 @@ def test_a_resumed_run_measures_its_teacher_no_second_time(shaded, tmp_path):
     run_folder = tmp_path / "run"
     stopping = Signalling(shaded, 3, signal.SIGTERM)  # of four steps in two epochs
     with pytest.raises(Interrupted):
-        run(stopping, run_folder, Knowing(), epochs=2, gallery=0)
+        run(stopping, run_folder, Knowing(), epochs=2, gallery=0, report=False)
     measured = json.loads((run_folder / "teacher.json").read_text())
     config = run_folder / "config.yaml"
     config.write_text(config.read_text().replace("object:Signalling", "object:Counting"))
     counting = Counting(shaded)
 
     teacher = {"name": Knowing(), "check": "warn"}  # which is no other run
-    printed = run(counting, run_folder, teacher, epochs=2, gallery=0, analysis=False)
+    printed = run(counting, run_folder, teacher, epochs=2, gallery=0, report=False, analysis=False)
 
     assert counting.readings == 1  # the evaluation of the second epoch
     assert "top-1 100.00 % on 208 test images" in printed

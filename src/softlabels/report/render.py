@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from softlabels.files import replace_file
 from softlabels.report.answers import (
@@ -107,35 +108,34 @@ def write_page(
     """
     samples = _samples(entries)
     shares = [share for s in samples for _, image in s.answers for _, share in image.non_target]
-    template = (
-        resources.files("softlabels.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    )
-    page = (
-        Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        .from_string(template)
-        .render(
-            title=title,
-            command=command,
-            notes=notes,
-            colours=list(enumerate(RUN_COLOURS)),
-            introduction=introduction,
-            entries=entries,
-            results=results,
-            sections=_sections(entries, against_first=against_first),
-            samples=samples,
-            longest_bar=max(shares, default=0.0) or 1.0,
-            facts=facts(entries),
-            differences=different_settings(entries) if len(entries) > 1 else [],
-            environment=environment(entries),
-        )
+    page = _template().render(
+        title=title,
+        command=command,
+        notes=notes,
+        colours=list(enumerate(RUN_COLOURS)),
+        introduction=introduction,
+        entries=entries,
+        results=results,
+        sections=_sections(entries, against_first=against_first),
+        samples=samples,
+        longest_bar=max(shares, default=0.0) or 1.0,
+        facts=facts(entries),
+        differences=different_settings(entries) if len(entries) > 1 else [],
+        environment=environment(entries),
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(output) as file:
         file.write(page.encode(errors="replace"))  # half a surrogate pair has no bytes
     return output
+
+
+@cache
+def _template() -> Template:
+    text = resources.files("softlabels.report").joinpath("page.html.j2").read_text("utf-8")
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(text)
 
 
 def _sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:

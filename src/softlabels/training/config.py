@@ -147,6 +147,7 @@ class Config(Section):
     )
     gallery: int = Field(12, ge=0, le=1000, description="Test images whose soft labels are stored.")
     analysis: bool = Field(True, description="Write analysis.json and predictions.npz at the end.")
+    report: bool = Field(True, description="Write report.html at the end.")
     device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads; None: torch's choice."

@@ -34,6 +34,7 @@ _FREE = {
     "output",
     "paper",
     "process_timeout",
+    "report",
     "threads",
 }
 _FREE_OF_DATA = {

@@ -174,8 +174,8 @@ class _Sweep:
         startup: int,
         seeds: tuple[int, ...],
     ) -> None:
-        # Nobody looks at the trials' galleries.
-        self._config = config.model_copy(update={"gallery": 0})
+        # Nobody looks at the trials' galleries and pages.
+        self._config = config.model_copy(update={"gallery": 0, "report": False})
         self._space = space
         self._output = output
         self._metric = metric

@@ -321,12 +321,13 @@ def _fit(
             raise
     if accelerator.is_main_process:
         finish(config, label, engine, recorder, folder, num_parameters, teacher)
-        write_report(
-            [folder.path],
-            folder.report,
-            title=f"{label} on {info.name}",
-            notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
-        )
+        if config.report:
+            write_report(
+                [folder.path],
+                folder.report,
+                title=f"{label} on {info.name}",
+                notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
+            )
     skipped = len(getattr(source, "skipped", {}))
     if skipped:
         name = folder.skipped_images.name
