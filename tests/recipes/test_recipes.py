@@ -234,6 +234,7 @@ def test_a_shrunk_run_keeps_the_network_the_loss_and_the_size(tmp_path, capsys):
     assert (output / "export" / "safetensors" / "MODEL_CARD.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_shrunk_run_takes_several_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -635,6 +635,7 @@ def test_the_folder_must_be_said(capsys):
     assert "say where the cache shall be: --output FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_build_the_same_bytes_as_one(tmp_path):
     command = glyphs(tmp_path / "two")

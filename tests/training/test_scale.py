@@ -182,6 +182,7 @@ def test_metrics_agree(runs):
     assert [environment["processes"] for environment in environments] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", ["vit"], indirect=True)
 def test_two_machines_equal_one_and_only_the_first_needs_the_folder(runs, folder, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"

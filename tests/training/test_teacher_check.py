@@ -88,7 +88,7 @@ def run(
 
 
 def test_a_teachers_score_is_told_and_recorded(shaded, tmp_path):
-    printed = run(shaded, tmp_path / "run", Knowing())
+    printed = run(shaded, tmp_path / "run", Knowing(), report=True)
 
     assert "teacher object:Knowing: top-1 100.00 % on 208 test images" in printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
