@@ -28,7 +28,13 @@ def arguments(image_folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one process"),
+        pytest.param(2, id="two processes", marks=pytest.mark.slow),
+    ],
+)
 def undisturbed(request, image_folder, tmp_path_factory) -> tuple[int, Path]:
     """Number of processes, and the folder of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"

@@ -265,6 +265,7 @@ def test_chance_is_told_from_knowledge_where_the_images_allow_it(right, images, 
     assert near_chance(score) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_measure_and_average_together(image_folder, tmp_path):
     common = [
