@@ -99,8 +99,7 @@ def test_the_teacher_is_trained_once_and_asked_of_all(compared):
     assert plain["runs"][0]["teacher_agreement"] == 100
 
 
-def test_runs_of_a_seed_begin_alike(compared):
-    """The first step's loss of the task is the same for all methods of a seed."""
+def test_runs_of_a_seed_share_all_but_the_method(compared):
     for number in range(2):
         begins = []
         for variant in content_of(compared)["variants"]:

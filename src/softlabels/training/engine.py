@@ -49,7 +49,10 @@ class Observer(Protocol):
         ...
 
     def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
-        """An epoch is trained and evaluated; `epoch` counts the finished ones."""
+        """An epoch is trained; `scalars` is empty if it was not evaluated.
+
+        `epoch` counts the finished ones.
+        """
         ...
 
     def store(self) -> None:

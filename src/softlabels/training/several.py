@@ -102,7 +102,7 @@ def train_several(
                     running.append(_Running(run, _started(run, threads, processes), task))
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 for one in list(running):
-                    news = _show(progress, one)
+                    _show(progress, one)
                     status = one.process.poll()
                     if status is None:
                         continue
