@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+JOBS := 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods test-browser fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods results results-sweeps results-quick docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods test-browser test-gpu fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods bench-gpu results results-sweeps results-quick docs teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +32,9 @@ test-slow: $(STAMP) ## Run the tests that train for minutes
 
 test-browser: $(STAMP) ## Look at the report's pages in a headless chromium (needs chromium and chromium-driver)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
+
+test-gpu: $(STAMP) ## Check losses, methods and runs on a GPU (3 minutes; needs one)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s -m "slow" tests/training/test_survival.py
@@ -69,13 +73,16 @@ bench-scaling: $(STAMP) ## Measure runs: cache, checkpoints, start-up, memory, t
 bench-methods: $(STAMP) ## Measure what each method costs, and write results/methods_cost.json (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.methods_cost
 
+bench-gpu: $(STAMP) ## Measure the main methods' cost on a GPU, and write results/gpu_cost.json (a minute)
+	$(BIN)/python -m benchmarks.gpu_cost
+
 results: $(STAMP) ## Run a comparison of results/ (make results NAME=few_fonts); an hour on 2 idle cores
 	$(BIN)/softlabels compare results/$(NAME)/comparison.yaml --output runs/results/$(NAME) \
-		--runs runs/results/runs --jobs 2 --threads 1
+		--runs runs/results/runs --jobs $(JOBS) --threads 1
 	cp $(addprefix runs/results/$(NAME)/comparison., json csv md) results/$(NAME)/
 
 results-sweeps: $(STAMP) ## Choose every method's settings on held-out training fonts (half an hour)
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.sweeps
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.sweeps --jobs $(JOBS)
 
 results-quick: $(STAMP) ## Repeat a small part of results/, and check it against what is committed (10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick_results

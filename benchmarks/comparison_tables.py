@@ -24,8 +24,9 @@ def read_comparison(name: str) -> dict[str, Any] | None:
 def where(results: Mapping[str, Any], name: str) -> str:
     """What made a comparison, and on what."""
     environment = results["environment"]
+    device = environment["accelerator"] or environment["processor"]
     return (
-        f"`make results NAME={name}` on {environment['processor']}, {environment['cores']} cores, "
+        f"`make results NAME={name}` on {device}, {environment['cores']} cores, "
         f"one thread a run, torch {environment['torch']}, commit {', '.join(results['commits'])}."
     )
 

@@ -10,6 +10,7 @@ results/sweeps, what they chose to results/tuned/comparison.yaml.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ HEAD = """# results/few_fonts with the settings that the searches in results/swe
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Choose the settings of every method.")
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
+    options = parser.parse_args()
     request = read_comparison(str(RESULTS / NAME / "comparison.yaml"))
     if request is None:
         raise ValueError(f"results/{NAME}/comparison.yaml holds no comparison")
@@ -53,7 +57,12 @@ def main() -> None:
         config = with_values(config, shared)
         folder = variant.config.label if number else "cross_entropy"
         result = run_sweep(
-            config, trials=TRIALS, output=OUTPUT / folder, jobs=2, threads=1, console=console
+            config,
+            trials=TRIALS,
+            output=OUTPUT / folder,
+            jobs=options.jobs,
+            threads=1,
+            console=console,
         )
         best = dict(result.best.values)
         kept = RESULTS / "sweeps" / folder

@@ -84,15 +84,16 @@ class Affine:
         # For each output pixel, where to read: undo the shift, then the turn and the zoom, then the
         # shear. All in pixels from the centre.
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
-        along_x = torch.stack((cos + lean * sin, -sin), dim=1)
-        along_y = torch.stack((sin - lean * cos, cos), dim=1)
+        # grid_sample wants -1..1 from edge to edge.
+        wide, high = 2 / width, 2 / height
+        along_x = torch.stack(((cos + lean * sin) * wide, -sin * high), dim=1)
+        along_y = torch.stack(((sin - lean * cos) * wide, cos * high), dim=1)
         x = torch.arange(width, device=images.device) - (width - 1) / 2 - shift[:, :1]
         y = torch.arange(height, device=images.device) - (height - 1) / 2 - shift[:, 1:]
-        # grid_sample wants -1..1 from edge to edge. The grid is a sum of a row and a column part,
-        # which is several times faster than torch's affine_grid.
-        unit = images.new_tensor((2 / width, 2 / height))
-        columns = x.unsqueeze(2) * (along_x * unit).unsqueeze(1)
-        rows = y.unsqueeze(2) * (along_y * unit).unsqueeze(1)
+        # The grid is a sum of a row and a column part, which is several times faster than torch's
+        # affine_grid.
+        columns = x.unsqueeze(2) * along_x.unsqueeze(1)
+        rows = y.unsqueeze(2) * along_y.unsqueeze(1)
         grid = rows.unsqueeze(2) + columns.unsqueeze(1)
         return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 

@@ -209,6 +209,7 @@ class InMemorySource:
                     f" got {int(split.target.min())}..{int(split.target.max())}"
                 )
         self._info = info
+        self._mean, self._std = torch.tensor((info.mean, info.std)).view(2, 1, -1, 1, 1).unbind()
         self._augmentation = augmentation
         self._train = train
         self._test = test
@@ -319,21 +320,21 @@ class InMemorySource:
 
     def _train_batch(self, index: Tensor, draw: tuple[int, int], further: FurtherImages) -> Batch:
         """Gather, augment and normalise training samples on their device."""
-        rows = index.to(self._train.target.device)
+        rows = index.to(self._train.target.device, non_blocking=True)
         images = self._train.read(rows)
         extras = {}
         for name in further.names:
             shown = images
             if name == PARTNER:
                 partners = self._partners.of(index, seed=further.seed, epoch=further.epoch)
-                shown = self._train.read(partners.to(rows.device))
+                shown = self._train.read(partners.to(rows.device, non_blocking=True))
             extras[name] = self._augmented(shown, rows, *further.key(name, draw))
         images = self._augmented(images, rows, *draw)
         target = self._train.target[rows]
         return Batch(images, target, index, torch.full_like(index, draw[1]), extras)
 
     def _test_batch(self, index: Tensor) -> Batch:
-        rows = index.to(self._test.target.device)
+        rows = index.to(self._test.target.device, non_blocking=True)
         return Batch(self._normalised(self._test.read(rows)), self._test.target[rows], index)
 
     def _augmented(self, images: Tensor, rows: Tensor, *key: int | str) -> Tensor:
@@ -342,7 +343,6 @@ class InMemorySource:
         return self._normalised(images)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        shape = (1, self._info.in_channels, 1, 1)
-        mean = images.new_tensor(self._info.mean).view(shape)
-        std = images.new_tensor(self._info.std).view(shape)
-        return (images - mean).div_(std)
+        if self._mean.device != images.device:
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        return (images - self._mean).div_(self._std)

@@ -281,7 +281,7 @@ class Engine:
             self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
         else:
             self.accelerator.unscale_gradients()
-        parts[_STOP] = torch.tensor(float(asked), device=self.accelerator.device)
+        parts[_STOP] = torch.full((), float(asked), device=self.accelerator.device)
         logged = self._over_processes(parts, share)
         any_asked = logged.pop(_STOP) > 0
         logged[GRADIENT] = _largest_gradient(self.distiller)
@@ -357,7 +357,7 @@ class Engine:
         world_size = self.accelerator.num_processes
         if world_size == 1:
             return float(num_samples)
-        count = torch.tensor(float(num_samples), device=self.accelerator.device)
+        count = torch.full((), float(num_samples), device=self.accelerator.device)
         mean: Tensor = cast("Tensor", self.accelerator.reduce(count, "sum")) / world_size
         return mean
 
