@@ -87,6 +87,10 @@ def test_every_setting_has_a_description():
         ({"epoch": 3}, "unknown setting 'epoch': expected epochs"),
         ({"optimizer": {"lrr": 3}}, "unknown setting 'optimizer.lrr': expected lr"),
         (
+            {"further_methods": [{"kind": "nkd", "wieght": 1.0}]},
+            "unknown setting 'further_methods.0.wieght': expected weight",
+        ),
+        (
             {"method": {"kind": "uskd", "weak_wieght": 1}},
             "unknown setting 'method.weak_wieght': expected weak_weight",
         ),

@@ -105,7 +105,7 @@ class _Predictions(Memory):
         order = index.argsort(stable=True)
         last = order[torch.searchsorted(index[order], index, right=True) - 1]
         self.predictions[index] = predictions[last].to(self.predictions)
-        self.seen[index] = True
+        self.seen.index_fill_(0, index, True)
 
 
 class PSKDLoss(nn.Module):

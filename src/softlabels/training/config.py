@@ -397,6 +397,8 @@ def _keys_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[s
     """Names of the settings of the section at this place."""
     model: Any = schema
     for part in location:
+        if isinstance(part, int):  # of a tuple, whose annotation names the section
+            continue
         if part in METHOD_SETTINGS:
             model = METHOD_SETTINGS[str(part)]
             continue
