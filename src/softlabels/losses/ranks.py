@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from softlabels.losses.checks import in_transform
 from softlabels.losses.nontarget import Labels, NonTarget, non_target_weights, softmax_parts
 
 __all__ = ["DISTRIBUTIONS", "Distribution", "law", "zipf_by_order"]
@@ -148,6 +149,9 @@ def _sort_keys(scores: Tensor) -> Tensor:
 def zipf_by_order(scores: Tensor) -> Tensor:
     """Zipf's law, [B, C]: 1/rank for the strict descending order of scores (ties: lower class)."""
     num_classes = scores.shape[1]
-    order = _sort_keys(scores).sort(dim=1, stable=True).indices
+    # A tensor that older versions of torch (2.11) batch has no bits to be read.
+    descending = in_transform()
+    keys = scores if descending else _sort_keys(scores)
+    order = keys.sort(dim=1, stable=True, descending=descending).indices
     ranks = torch.arange(1, num_classes + 1, device=scores.device, dtype=scores.dtype)
     return torch.empty_like(scores).scatter(1, order, ranks.reciprocal().expand_as(scores))

@@ -148,6 +148,7 @@ class _ClosedForm(torch.autograd.Function):
         labels, non_target = Labels(classes, values), NonTarget(others, total)
         sums = row_sums(logits, labels, temperature)
         value = weights[0] * _target_term(logits, labels, target_values, sums)
+        # Not `+=`, which torch 2.11 compiles to gradients of zero.
         value = value + weights[1] * _non_target_term(logits, non_target, temperature, sums)
         if ctx.needs_input_grad[0]:
             gradient = _gradient(
