@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.comparison_tables import comparison as table
 from benchmarks.comparison_tables import read_comparison, where
 
-__all__ = ["comparison", "cost"]
+__all__ = ["comparison", "cost", "gpu_cost"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 _SHOWN = {
@@ -110,6 +110,40 @@ def cost() -> str:
     return "\n".join([*lines, "", f"{_where(results)}."])
 
 
+def gpu_cost() -> str:
+    """What the main methods cost on an accelerator."""
+    results = _read("gpu_cost.json")
+    if results is None:
+        return "Not measured yet: `make bench-gpu`."
+    lines = [
+        "| student | teacher | method | over | milliseconds | step time | memory MB | memory |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for pair in results["pairs"]:
+        for kind, value in pair["ratio"].items():
+            teacher = pair["teacher"] if "teacher" in value["over"] else ""
+            over = value["over"].replace("_", "-")
+            lines.append(
+                f"| {pair['student']} | {teacher} | {_link(kind)} | {over}, "
+                f"{pair['milliseconds'][value['over']]:.1f} ms | {pair['milliseconds'][kind]:.1f} "
+                f"| {_spread(value, 3)} | {pair['megabytes'][kind]:.0f} | {value['memory']:.3f} |"
+            )
+    environment = results["environment"]
+    sizes = {pair["batch_size"] for pair in results["pairs"]}
+    rounds = {pair["rounds"] for pair in results["pairs"]}
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"224x224 pixels, 1,000 classes, batch {', '.join(map(str, sizes))}, "
+            f"{results['precision']}, channels last, SGD, {', '.join(map(str, rounds))} rounds; "
+            "median and middle half of the ratios of steps in turn, the images on the device "
+            f"already. `{results['command']}` on {environment['accelerator']}, torch "
+            f"{environment['torch']}, commit {environment['commit']}.",
+        ]
+    )
+
+
 def comparison() -> str:
     """All methods on glyphs100."""
     results = read_comparison("methods")
@@ -128,8 +162,8 @@ def comparison() -> str:
             "",
             where(results, "methods"),
             "",
-            "ViTKD needs two transformers (`make results NAME=small_vit`):",
+            "ViTKD needs two transformers (`make results NAME=vitkd`):",
             "",
-            *table("small_vit"),
+            *table("vitkd"),
         ]
     )

@@ -371,6 +371,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "published-rows": published_rows,
     "methods-cost": method_tables.cost,
     "methods-compare": method_tables.comparison,
+    "gpu-cost": method_tables.gpu_cost,
     "evidence-ablations": ablation_tables.ablations,
     **{f"evidence-{name}": partial(_comparison, name) for name in COMPARISONS},
     "scaling": scaling,

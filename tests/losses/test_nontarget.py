@@ -148,7 +148,7 @@ def test_two_columns_hold_the_two_largest_labels_of_which_the_second_may_be_abse
 
     assert labels.classes.tolist() == [[2, 0], [1, 3], [3, 3]]
     assert_six_digits(labels.values, [0.75, 0.25], [0.5, 0.5], [1, 0])
-    assert labels.present.tolist() == [[True, True], [True, True], [True, False]]
+    assert labels.present().tolist() == [[True, True], [True, True], [True, False]]
     assert labels.kept is None
 
 

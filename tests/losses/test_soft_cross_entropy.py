@@ -36,7 +36,7 @@ class Soft(NamedTuple):
 def soft_of(batch: Batch, temperature: float) -> Soft:
     """Soft labels that do not depend on the logits; target values of either sign."""
     labels = label_columns(batch.target, batch.logits)
-    values = (batch.other_logits.gather(1, labels.classes) / 10) * labels.present
+    values = (batch.other_logits.gather(1, labels.classes) / 10) * labels.present()
     others = softmax_parts(batch.other_logits, labels, temperature)[1]
     return Soft(labels, values, others, temperature)
 

@@ -195,7 +195,7 @@ def check_number(
         TypeError: Not a number.
         ValueError: Out of range or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_described(value)}")
     low_fits = value > 0 if positive else value >= 0
     if not (low_fits and value < float("inf") and (at_most is None or value <= at_most)):

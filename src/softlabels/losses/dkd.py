@@ -175,7 +175,7 @@ def _split(
     limit = finite_limit(logits.dtype)
     scaled = (logits / temperature).clamp(-limit, limit)
     sums, others = softmax_parts(scaled, labels)
-    labelled = scaled.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
+    labelled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
     log_labelled = (labelled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
     log_binary = torch.stack((log_labelled, log_non_target_mass(scaled, labels)), 1)
     log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)

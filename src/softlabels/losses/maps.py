@@ -109,7 +109,7 @@ def check_stages(stages: tuple[str, ...]) -> tuple[str, ...]:
         TypeError: Not a tuple or list of strings.
         ValueError: None at all.
     """
-    if not isinstance(stages, tuple | list) or not all(isinstance(name, str) for name in stages):
+    if not isinstance(stages, (tuple, list)) or not all(isinstance(name, str) for name in stages):
         raise TypeError(f"stages must be a tuple of strings, got {stages!r:.60}")
     if not stages:
         raise ValueError("stages must name at least one stage, got none")
@@ -188,7 +188,7 @@ def check_maps(
 
 
 def _check_list(name: str, maps: Sequence[Tensor]) -> None:
-    if not isinstance(maps, list | tuple):
+    if not isinstance(maps, (list, tuple)):
         raise TypeError(f"{name} must be a list of feature maps, got {type(maps).__name__}")
     if not maps:
         raise ValueError(f"{name} must hold at least one feature map, got none")

@@ -209,7 +209,7 @@ def _of_teacher(
     """T at the labelled classes, [B, K], 0 where absent; and N(T) at the temperature."""
     sums, others = softmax_parts(teacher_logits, labels, temperature)
     believed = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
-    return torch.where(labels.present, believed, 0.0), others
+    return torch.where(labels.present(), believed, 0.0), others
 
 
 class NKDLoss(nn.Module):

@@ -77,9 +77,8 @@ class Labels(NamedTuple):
     values: Tensor
     kept: Tensor | None = None
 
-    @property
     def present(self) -> Tensor:
-        """[B, K] boolean."""
+        """[B, K] boolean. No property: torch 2.6 does not compile those of tuples."""
         return self.values > 0
 
 
@@ -158,7 +157,7 @@ def label_probabilities(
 
 def spread(labels: Labels, values: Tensor, like: Tensor) -> Tensor:
     """Put [B, K] values at the labelled classes of a [B, C] tensor; 0 elsewhere."""
-    values = torch.where(labels.present, values, 0.0)
+    values = torch.where(labels.present(), values, 0.0)
     return torch.zeros_like(like).scatter_add(1, labels.classes, values)
 
 
@@ -237,7 +236,7 @@ def softmax_parts(
     scaled = of_scaled.log()
     rest = scaled if temperature == 1 else rest.log()
     rest = rest + top
-    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present, -torch.inf)
+    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
     if labelled.shape[1] > 1:
         labelled = labelled.logsumexp(1, keepdim=True)
     # The second gradient of logaddexp at -inf is NaN.
@@ -266,7 +265,7 @@ def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tenso
         labels: Say which rows have which column.
         sync: Take sums and counts over all processes of the default group.
     """
-    counted = labels.present
+    counted = labels.present()
     if labels.kept is not None:
         counted = counted & labels.kept.unsqueeze(1)
     values = values.detach()

@@ -165,7 +165,7 @@ def ofd_margins(norm_parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check_norms(norm_parameters: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> None:
-    if not isinstance(norm_parameters, list | tuple):
+    if not isinstance(norm_parameters, (list, tuple)):
         raise TypeError(f"norm_parameters must be a list, got {type(norm_parameters).__name__}")
     if len(norm_parameters) != len(teacher_maps):
         raise ValueError(

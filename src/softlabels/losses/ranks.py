@@ -150,7 +150,7 @@ def zipf_by_order(scores: Tensor) -> Tensor:
     """Zipf's law, [B, C]: 1/rank for the strict descending order of scores (ties: lower class)."""
     num_classes = scores.shape[1]
     # A tensor that older versions of torch (2.11) batch has no bits to be read.
-    descending = in_transform()
+    descending = not torch.compiler.is_compiling() and in_transform()
     keys = scores if descending else _sort_keys(scores)
     order = keys.sort(dim=1, stable=True, descending=descending).indices
     ranks = torch.arange(1, num_classes + 1, device=scores.device, dtype=scores.dtype)

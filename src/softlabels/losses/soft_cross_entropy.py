@@ -52,10 +52,11 @@ def soft_cross_entropy(
         temperature: lambda, of the non-target term.
         weights: Of the target and of the non-target term.
     """
-    arguments = logits, *labels[:2], target_values, *non_target, temperature, weights
-    if in_transform() and not torch.compiler.is_compiling():
-        return _weighted(*arguments)
-    return cast("Tensor", _ClosedForm.apply(*arguments))
+    # One by one: torch 2.6 compiles no slices of named tuples.
+    tensors = labels.classes, labels.values, target_values, non_target.weights, non_target.total
+    if not torch.compiler.is_compiling() and in_transform():
+        return _weighted(logits, *tensors, temperature, weights)
+    return cast("Tensor", _ClosedForm.apply(logits, *tensors, temperature, weights))
 
 
 def soft_cross_entropy_terms(
@@ -197,7 +198,7 @@ def _gradient(
         found = found.add_(others.exp_().mul_(filled))
     found = found.sub_(non_target.weights, alpha=pushed).div_(non_target.total)
     labelled = (logits.gather(1, labels.classes) - sums.everything).exp()
-    labelled = torch.where(labels.present, pulled * labelled - weights[0] * target_values, 0.0)
+    labelled = torch.where(labels.present(), pulled * labelled - weights[0] * target_values, 0.0)
     if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
         return torch.where(single_mask(labels, logits), labelled, found)
     return found.scatter_(1, labels.classes, 0.0).scatter_add_(1, labels.classes, labelled)

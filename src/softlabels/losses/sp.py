@@ -89,7 +89,7 @@ class SPLoss(nn.Module):
 
     def __init__(self, *, stages: tuple[str, ...] = ("last",)) -> None:
         super().__init__()
-        if not isinstance(stages, tuple | list):
+        if not isinstance(stages, (tuple, list)):
             raise TypeError(f"stages must be a tuple of names, got {stages!r:.60}")
         self.stages = tuple(stages)
         self.reads: Mapping[str, Signal] = {

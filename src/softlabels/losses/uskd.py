@@ -107,7 +107,7 @@ def _target_values(inputs: _Inputs, sums: RowSums, squared: bool, sync_batch_sta
     if inputs.teacher_logits is None:
         values = values.square() if squared else values
         values = values + labels.values - column_means(values, labels, sync=sync_batch_stats)
-    return torch.where(labels.present, values, 0.0)
+    return torch.where(labels.present(), values, 0.0)
 
 
 def _share_of_rest(logits: Tensor, sums: RowSums) -> Tensor:
@@ -135,7 +135,7 @@ def _scores(inputs: _Inputs, sums: RowSums, rank_from: USKDRankFrom, rank_by: Ra
         final = _share_of_rest(logits, sums)
     else:
         labelled = logits.gather(1, labels.classes) - sums.everything
-        labelled = torch.where(labels.present, labelled, 0.0).sum(1, keepdim=True)
+        labelled = torch.where(labels.present(), labelled, 0.0).sum(1, keepdim=True)
         final = (logits - sums.everything).div_(1 - labelled + _EPSILON)
     return final.add_(_share_of_rest(weak_logits, row_sums(weak_logits, labels)))
 
@@ -410,7 +410,7 @@ def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -
     log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
     lowest = -finite_limit(dtype)
     labelled = log_probabilities.gather(1, labels.classes).clamp(min=lowest)
-    of_labels = torch.where(labels.present, labels.values * labelled, 0.0).sum(1)
+    of_labels = torch.where(labels.present(), labels.values * labelled, 0.0).sum(1)
     of_all = log_probabilities.mean(1).clamp(min=lowest)
     return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * of_all
 

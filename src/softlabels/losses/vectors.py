@@ -53,8 +53,8 @@ def the_only(name: str, features: Tensor | Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: Another number of tensors.
     """
-    if not isinstance(features, list | tuple) or len(features) != 1:
-        got = f"{len(features)}" if isinstance(features, list | tuple) else type(features).__name__
+    if not isinstance(features, (list, tuple)) or len(features) != 1:
+        got = f"{len(features)}" if isinstance(features, (list, tuple)) else type(features).__name__
         raise ValueError(f"{name} must be a list of one tensor, got {got}")
     found: Tensor = features[0]
     return found

@@ -118,7 +118,7 @@ def _checked_variances(
     variances: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
     """Those of the paired levels."""
-    if not isinstance(variances, list | tuple):
+    if not isinstance(variances, (list, tuple)):
         raise TypeError(f"variances must be a list of tensors, got {type(variances).__name__}")
     if len(variances) < len(pairs):
         raise ValueError(

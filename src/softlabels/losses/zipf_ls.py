@@ -403,7 +403,7 @@ class ZipfLSLoss(nn.Module):
         check_choice("vote_interpolation", vote_interpolation, ("bilinear", "bicubic"))
         if not isinstance(vote_upsample, int):
             raise TypeError(f"vote_upsample must be a whole number, got {vote_upsample!r}")
-        if not isinstance(exit_taps, tuple | list) or not all(
+        if not isinstance(exit_taps, (tuple, list)) or not all(
             isinstance(tap, str) for tap in exit_taps
         ):
             raise TypeError(f"exit_taps must be a tuple of strings, got {exit_taps!r:.60}")
