@@ -87,8 +87,8 @@ def test_every_setting_has_a_description():
         ({"epoch": 3}, "unknown setting 'epoch': expected epochs"),
         ({"optimizer": {"lrr": 3}}, "unknown setting 'optimizer.lrr': expected lr"),
         (
-            {"further_methods": [{"kind": "nkd", "wieght": 1.0}]},
-            "unknown setting 'further_methods.0.wieght': expected weight",
+            {"further_methods": [{"kind": "nkd", "weights": 1.0}]},
+            "unknown setting 'further_methods.0.weights': expected weight",
         ),
         (
             {"method": {"kind": "uskd", "weak_wieght": 1}},
