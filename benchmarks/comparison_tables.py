@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["comparison", "comparison_rows", "read_comparison", "where"]
+from softlabels.training.paired import paired
+
+__all__ = ["between", "comparison", "comparison_rows", "read_comparison", "where"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -19,6 +22,32 @@ def read_comparison(name: str) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+# The comparisons besides the one with cross-entropy that the papers make.
+PAIRS = (
+    ("NKD", "KD"),
+    ("Zipf's LS", "label smoothing"),
+    ("USKD, ImageNet's weights", "label smoothing"),
+    ("USKD, ImageNet's weights", "Tf-KD"),
+    ("USKD, ImageNet's weights", "Zipf's LS"),
+)
+
+
+def between(results: Mapping[str, Any]) -> list[str]:
+    """A table of paired differences in top-1 between methods, as lines."""
+    runs = {
+        variant["name"]: [run["top1"] for run in variant["runs"]] for variant in results["variants"]
+    }
+    rows = []
+    for ours, theirs in PAIRS:
+        found = paired(runs[ours], runs[theirs])
+        words = {"higher": "better", "lower": "worse"}.get(found.verdict, found.verdict)
+        low, high = found.t or (math.nan, math.nan)
+        rows.append(
+            f"| {ours} - {theirs} | {found.mean:+.2f} ({low:+.2f} to {high:+.2f}) | {words} |"
+        )
+    return ["| | top-1, 95 % interval | in words |", "| --- | ---: | --- |", *rows]
 
 
 def where(results: Mapping[str, Any], name: str) -> str:

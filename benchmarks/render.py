@@ -307,13 +307,15 @@ def _plan(name: str) -> str:
     return sections(_read("scaling.json")["decoding"]["images_per_second"]["median"])[name]
 
 
-def _comparison(name: str) -> str:
+def _comparison(name: str, *, pairs: bool = True) -> str:
     results = comparison_tables.read_comparison(name)
     table = comparison_tables.comparison(name)
     if results is None:
         return "\n".join(table)
     seeds = f"{len(results['seeds'])} paired seeds; mean ± standard deviation."
-    return "\n".join([*table, "", f"{seeds} {comparison_tables.where(results, name)}"])
+    made = f"{seeds} {comparison_tables.where(results, name)}"
+    others = ["", *comparison_tables.between(results)] if pairs else []
+    return "\n".join([*table, *others, "", made])
 
 
 def published_rows() -> str:
@@ -374,6 +376,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu-cost": method_tables.gpu_cost,
     "evidence-ablations": ablation_tables.ablations,
     **{f"evidence-{name}": partial(_comparison, name) for name in COMPARISONS},
+    "over-seeds": partial(_comparison, "full_fonts", pairs=False),
     "scaling": scaling,
     "plan-decoding": plan_decoding,
     **{
