@@ -33,7 +33,7 @@ test-slow: $(STAMP) ## Run the tests that train for minutes
 test-browser: $(STAMP) ## Look at the report's pages in a headless chromium (needs chromium and chromium-driver)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
 
-test-gpu: $(STAMP) ## Check losses, methods and runs on a GPU (3 minutes; needs one)
+test-gpu: $(STAMP) ## Check losses, methods and runs on a GPU (some minutes; needs one)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 test-survival: $(STAMP) ## Kill runs again and again, and compare what they end with (2 minutes)

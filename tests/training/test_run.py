@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from signalling import Signalling
 from timm import create_model
 from torch import nn
 
@@ -117,22 +117,6 @@ def test_run_with_a_teacher_without_one_is_refused_before_training(source, tmp_p
     with pytest.raises(ValueError, match="'nkd' reads from a teacher"):
         train(source, tmp_path / "run", method="nkd")
     assert not (tmp_path / "run").exists()
-
-
-class Signalling(InMemorySource):
-    """A source whose n-th training batch, over all epochs, comes with a signal to the process."""
-
-    def __init__(self, source: InMemorySource, number: int, signal_number: int) -> None:
-        self.__dict__.update(source.__dict__)
-        self._left = number
-        self._number = signal_number
-
-    def train_batches(self, **where):
-        for batch in super().train_batches(**where):
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), self._number)
-            yield batch
 
 
 @pytest.mark.parametrize("method", [None, "uskd"])
