@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.run import training_step
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
 from softlabels.models import build_model
 from softlabels.training.config import resolve
@@ -76,34 +77,15 @@ def _steps(
         distiller = Distiller(
             model, method, teacher=teacher if name in taught else None, example_shape=SHAPE
         ).to(device)
-        steps[name] = _step(distiller.train(), images, target, device)
+        steps[name] = training_step(distiller, images, target, half=True)
 
     def beside_teacher() -> None:
-        with _autocast(device):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             teacher(images)
         steps[BASELINE]()
 
     bases = {name: WITH_TEACHER if name in taught else BASELINE for name in methods}
     return {**steps, WITH_TEACHER: beside_teacher}, bases
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _step(
-    distiller: Distiller, images: Tensor, target: Tensor, device: torch.device
-) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        with _autocast(device):
-            loss = distiller(images, target).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def _megabytes(step: Callable[[], object], device: torch.device) -> float:

@@ -34,12 +34,17 @@ def _as_json(value: Ratio) -> dict[str, float]:
     return {"median": value.median, "low": value.low, "high": value.high}
 
 
-def _step(distiller: Distiller, images: Tensor, target: Tensor) -> Callable[[], None]:
+def training_step(
+    distiller: Distiller, images: Tensor, target: Tensor, *, half: bool = False
+) -> Callable[[], None]:
+    """A step on one batch, with SGD; `half`: under autocast to bfloat16."""
     optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3, momentum=0.9)
     distiller.train()
 
     def step() -> None:
-        distiller(images, target).loss.backward()
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
+            loss = distiller(images, target).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -60,7 +65,7 @@ def overhead(student: str, channels: int, rounds: int, batch_size: int) -> dict[
 
     def step(method: nn.Module | None) -> Callable[[], None]:
         taught = isinstance(method, KDLoss | NKDLoss)
-        return _step(
+        return training_step(
             Distiller(model, method, teacher=teacher if taught else None, example_shape=shape),
             images,
             target,
