@@ -23,7 +23,7 @@ PAGES = (
     "docs/methods.md",
     "docs/evidence.md",
 )
-COMPARISONS = ("full_fonts", "few_fonts", "fashion_mnist", "small_vit", "tuned")
+COMPARISONS = ("full_fonts", "few_fonts", "fashion_mnist", "small_vit", "vit_patch4", "tuned")
 NAMES = {
     "cross_entropy": "cross-entropy",
     "zipf_ls": "Zipf's LS",

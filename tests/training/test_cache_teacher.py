@@ -593,6 +593,8 @@ def test_the_command_fills_a_cache_that_the_recipe_trains_from(tmp_path, capsys)
         "--output", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main(command) == 0
+    assert "everything is in" in (told := capsys.readouterr().out)
+    assert "report.html" not in told  # it was not asked for
     assert "cache: " + str(path) in (tmp_path / "run" / "config.yaml").read_text()
 
 

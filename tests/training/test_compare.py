@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -148,6 +149,20 @@ def test_what_is_complete_is_not_run_again_and_a_change_reruns_what_it_touches(
     mine, theirs = (content_of(folder)["variants"][0]["runs"] for folder in (output, compared))
     assert mine[0]["top1"] == theirs[0]["top1"]
     assert "One seed" in (output / "comparison.md").read_text()
+
+
+def test_runs_from_elsewhere_are_taken_and_their_accelerator_is_named(compared, file, tmp_path):
+    """Folders that another machine's comparison wrote count as complete here."""
+    runs = tmp_path / "runs"
+    shutil.copytree(compared / "runs", runs, ignore=shutil.ignore_patterns("*.safetensors"))
+    for path in runs.glob("*/*/environment.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "device": "cuda", "accelerator": "NVIDIA H200"}))
+    output = tmp_path / "out"
+    assert main(["compare", str(file), "--output", str(output), "--runs", str(runs)]) == 0
+    assert content_of(output)["variants"] == content_of(compared)["variants"]
+    assert "device NVIDIA H200, torch" in (output / "comparison.md").read_text()
+    assert "device cpu, torch" in (compared / "comparison.md").read_text()
 
 
 def test_the_record_repeats_the_comparison(compared):

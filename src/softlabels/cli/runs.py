@@ -23,11 +23,13 @@ def train(arguments: list[str]) -> int:
                 "mean nothing here"
             )
         return 0
-    result = run(config.plain(), console=console())
+    settings = config.plain()
+    result = run(settings, console=console())
     if not speaks():
         return 0
     print(metrics_line(result.final))
-    print(f"everything is in {result.folder} (report.html, student.safetensors)")
+    page = "report.html, " if settings.report else ""
+    print(f"everything is in {result.folder} ({page}student.safetensors)")
     return 0
 
 

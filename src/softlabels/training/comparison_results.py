@@ -321,9 +321,10 @@ def _escaped(text: str) -> str:
 
 
 def _where(environment: Mapping[str, Any]) -> str:
+    device = environment["accelerator"] or environment["device"]
     return (
         f"{environment['processor']}, {environment['cores']} cores, {environment['threads']} "
-        f"thread(s) a run, device {environment['device']}, torch {environment['torch']}, commit "
+        f"thread(s) a run, device {device}, torch {environment['torch']}, commit "
         f"{environment['commit']}."
     )
 
