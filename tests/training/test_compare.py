@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 import statistics
@@ -49,7 +51,9 @@ def file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def compared(file) -> Path:
     output = file.parent / "out"
-    assert main(["compare", str(file), "--output", str(output), "--jobs", "2"]) == 0
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert main(["compare", str(file), "--output", str(output), "--jobs", "2"]) == 0
+    (output / "told.txt").write_text(told.getvalue())
     return output
 
 
@@ -98,6 +102,12 @@ def test_the_teacher_is_trained_once_and_asked_of_all(compared):
     for variant in content_of(compared)["variants"]:
         assert all(run["teacher_agreement"] is not None for run in variant["runs"])
     assert plain["runs"][0]["teacher_agreement"] == 100
+
+
+def test_progress_counts_the_runs_that_wait_for_a_teacher_too(compared):
+    told = (compared / "told.txt").read_text()
+    assert told.count("all runs") == 1
+    assert "4 of 4, 0:00:00 left" in told
 
 
 def test_runs_of_a_seed_share_all_but_the_method(compared):

@@ -78,8 +78,7 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     with replace_file(output / "comparison.yaml") as file:
         file.write(comparison.dump().encode())
-    for round_ in plan.rounds:
-        train_several(round_, jobs=jobs, threads=threads, console=console)
+    train_several(*plan.rounds, jobs=jobs, threads=threads, console=console)
     for variant in variants:
         for run in variant.runs:
             if not (run.folder.analysis.is_file() and run.folder.predictions.is_file()):

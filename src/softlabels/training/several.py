@@ -51,8 +51,7 @@ class PlannedRun:
 
 
 def train_several(
-    runs: Sequence[PlannedRun],
-    *,
+    *rounds: Sequence[PlannedRun],
     jobs: int,
     console: Console,
     threads: int | None = None,
@@ -60,10 +59,12 @@ def train_several(
 ) -> None:
     """Train what is not complete yet, with a bar for each run at work and one for all together.
 
-    Runs with a teacher take longest and come first, so that none is left alone at the end.
+    Runs with a teacher take longest and come first in their round, so that none is left alone at
+    the end.
 
     Args:
-        runs: In folders that differ.
+        rounds: Runs in folders that differ; those of a round start when the round before is
+            complete.
         jobs: Runs at a time.
         console: Where progress is shown.
         threads: CPU threads of each process; None: its share of the cores, or torch's choice for
@@ -74,18 +75,20 @@ def train_several(
         RunError: A run failed; the message ends with its last line. The others are stopped, and
             go on from there the next time.
     """
-    waiting = sorted(
-        (run for run in runs if not run.folder.is_complete()),
-        key=lambda run: run.config.teacher.name is None,
-    )
-    complete = [run for run in runs if run not in waiting]
+    complete = [run for runs in rounds for run in runs if run.folder.is_complete()]
+    waiting = [
+        sorted(
+            (run for run in runs if run not in complete),
+            key=lambda run: run.config.teacher.name is None,
+        )
+        for runs in rounds
+    ]
     if complete:
         _say(console, f"complete already: {', '.join(run.name for run in complete)}")
-    if not waiting:
+    if not any(waiting):
         return
     if threads is None and jobs > 1:
         threads = max(1, _num_cores() // (jobs * processes))
-    running: list[_Running] = []
     columns = (
         TextColumn("{task.description:14}"),
         BarColumn(),
@@ -93,33 +96,46 @@ def train_several(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        together = _Together(progress, waiting)
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    task = progress.add_task(run.name, total=run.config.epochs, news="starts")
-                    running.append(_Running(run, _started(run, threads, processes), task))
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-                for one in list(running):
-                    _show(progress, one)
-                    status = one.process.poll()
-                    if status is None:
-                        continue
-                    running.remove(one)
-                    if status:
-                        raise RunError(_failure(one.run, status))
-                    news = _show(progress, one)
-                    progress.remove_task(one.task)
-                    seconds = time.perf_counter() - one.since
-                    _say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
-                    together.ended(one.run)
-                together.show(running)
-        finally:
-            for one in running:
-                one.process.terminate()
-            for one in running:
-                one.process.wait()
+        together = _Together(progress, [run for runs in waiting for run in runs])
+        for runs in waiting:
+            _train_round(runs, together, progress, jobs, threads, processes)
+
+
+def _train_round(
+    waiting: list[PlannedRun],
+    together: _Together,
+    progress: Progress,
+    jobs: int,
+    threads: int | None,
+    processes: int,
+) -> None:
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                task = progress.add_task(run.name, total=run.config.epochs, news="starts")
+                running.append(_Running(run, _started(run, threads, processes), task))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            for one in list(running):
+                _show(progress, one)
+                status = one.process.poll()
+                if status is None:
+                    continue
+                running.remove(one)
+                if status:
+                    raise RunError(_failure(one.run, status))
+                news = _show(progress, one)
+                progress.remove_task(one.task)
+                seconds = time.perf_counter() - one.since
+                _say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
+                together.ended(one.run)
+            together.show(running)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
 
 
 @dataclass
