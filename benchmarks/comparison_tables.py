@@ -51,11 +51,13 @@ def between(results: Mapping[str, Any]) -> list[str]:
 
 
 def where(results: Mapping[str, Any], name: str) -> str:
-    """What made a comparison, and on what."""
+    """The accuracy of the teacher, where there is one, and what made a comparison on what."""
     environment = results["environment"]
     device = environment["accelerator"] or environment["processor"]
+    teachers = results["teachers"]
+    teacher = f"Teacher: top-1 {teachers[0]['top1']:.2f} %. " if len(teachers) == 1 else ""
     return (
-        f"`make results NAME={name}` on {device}, {environment['cores']} cores, "
+        f"{teacher}`make results NAME={name}` on {device}, {environment['cores']} cores, "
         f"one thread a run, torch {environment['torch']}, commit {', '.join(results['commits'])}."
     )
 

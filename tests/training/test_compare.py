@@ -102,6 +102,9 @@ def test_the_teacher_is_trained_once_and_asked_of_all(compared):
     for variant in content_of(compared)["variants"]:
         assert all(run["teacher_agreement"] is not None for run in variant["runs"])
     assert plain["runs"][0]["teacher_agreement"] == 100
+    top1 = pytest.approx(plain["runs"][0]["top1"])
+    assert content_of(compared)["teachers"] == [{"name": "timm:resnet8_glyphs", "top1": top1}]
+    assert "Top-1 of what taught: timm:resnet8_glyphs " in (compared / "comparison.md").read_text()
 
 
 def test_progress_counts_the_runs_that_wait_for_a_teacher_too(compared):

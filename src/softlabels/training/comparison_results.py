@@ -61,10 +61,11 @@ def results_of(variants: Sequence[PlannedVariant], folder: Path) -> dict[str, An
         folder: Of the runs, which paths are relative to.
 
     Returns:
-        `baseline`, `seeds`, `environment` (of the first run), `commits` (of all runs), and
-        `variants`: for each its `name`, the `settings` that differ from the baseline's, `runs`
-        (a record a seed), `scores` (mean and deviation of each figure that all its runs have), and
-        `against_baseline` for the figures that are compared.
+        `baseline`, `seeds`, `environment` (of the first run), `commits` (of all runs), `teachers`
+        (`name` and `top1` on the test images, each once), and `variants`: for each its `name`, the
+        `settings` that differ from the baseline's, `runs` (a record a seed), `scores` (mean and
+        deviation of each figure that all its runs have), and `against_baseline` for the figures
+        that are compared.
     """
     agreements = _agreements(variants)
     records = {
@@ -84,6 +85,7 @@ def results_of(variants: Sequence[PlannedVariant], folder: Path) -> dict[str, An
         "seeds": [run.config.seed for run in baseline.runs],
         "environment": first,
         "commits": sorted(commits),
+        "teachers": _teachers(variants),
         "variants": [
             {
                 "name": variant.name,
@@ -136,6 +138,18 @@ def _record(folder: RunFolder, runs: Path) -> dict[str, Any]:
             if all(f"eval/{name}" in line for line in evaluated)
         },
     }
+
+
+def _teachers(variants: Sequence[PlannedVariant]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for run in (run for variant in variants for run in variant.runs):
+        teacher = _read(run.folder.analysis)["teacher"]
+        if teacher is None:
+            continue
+        told = {"name": teacher["name"], "top1": teacher["top1"]}
+        if told not in found:
+            found.append(told)
+    return found
 
 
 def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, dict[str, float]]:
@@ -266,10 +280,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         results: As `results_of` gives them.
     """
     count = len(results["seeds"])
+    teachers = ", ".join(f"{t['name']} {t['top1']:.2f} %" for t in results["teachers"])
+    taught = [f"Top-1 of what taught: {teachers}."] if teachers else []
     if count == 1:
         return [
             "One seed: no spread, no interval, and so no evidence of a difference.",
             f"From 2 seeds on there are intervals, from {LEAST_SEEDS} on an exact test.",
+            *taught,
         ]
     found = [
         f"Mean ± standard deviation over {count} seeds. Differences are between runs of the same "
@@ -287,6 +304,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             f"{_BY_KEY['fitted_ece'].heading}: fitted on one half of the test images and measured "
             "on the other, both ways."
         )
+    found += taught
     if len(results["commits"]) > 1:
         found.append(f"The runs are of several commits: {', '.join(results['commits'])}.")
     return found
