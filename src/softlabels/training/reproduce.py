@@ -215,8 +215,9 @@ def reproduce(
             console.print(
                 f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
             )
-    for runs in table_rows.plan.rounds:
-        train_several(runs, jobs=jobs, console=console, threads=threads, processes=processes)
+    train_several(
+        *table_rows.plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes
+    )
     results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
     environment = json.loads(first.environment.read_text(encoding="utf-8"))
