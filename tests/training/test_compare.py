@@ -113,6 +113,14 @@ def test_progress_counts_the_runs_that_wait_for_a_teacher_too(compared):
     assert "4 of 4, 0:00:00 left" in told
 
 
+def test_the_printed_table_fits_a_terminal(compared):
+    told = (compared / "told.txt").read_text()  # 80 columns wide
+    table = told[told.index("Two ways") : told.index("more columns: comparison.md")]
+    assert "…" not in table
+    assert "top-1 %" in table
+    assert f"{content_of(compared)['variants'][1]['scores']['nll']['mean']:.3f}" in table
+
+
 def test_runs_of_a_seed_share_all_but_the_method(compared):
     for number in range(2):
         begins = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -150,10 +151,17 @@ def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], outpu
 
 
 def _shown(results: Mapping[str, Any]) -> Table:
-    rows = cells(results)
-    table = Table(title=results["title"])
+    rows = cells(results, brief=True)
+    caption = "more columns: comparison.md"
+    table = Table(title=results["title"], caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if number == 0 else "right")
+        words = " ".join([heading, *(row[heading] for row in rows)]).split()
+        table.add_column(
+            heading,
+            justify="left" if number == 0 else "right",
+            min_width=max(map(len, words)),
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*row.values())
     return table

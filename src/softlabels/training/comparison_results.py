@@ -49,6 +49,7 @@ _SCORES = (
     _Score("seconds_per_epoch", "seconds an epoch", 1),
     _Score("peak_memory", "peak memory MB", 0),
 )
+_BRIEF = ("", "top-1 %", "95 % interval (t)", "in words", "NLL nats")
 _BY_KEY = {score.key: score for score in _SCORES}
 _CURVES = ("top1", "nll", "ece", "zipf_r2")
 
@@ -218,14 +219,19 @@ def _in_words(result: Paired, score: _Score) -> str:
     return _IN_WORDS[result.verdict][0 if score.higher_is_better else 1]
 
 
-def cells(results: Mapping[str, Any]) -> list[dict[str, str]]:
+def cells(results: Mapping[str, Any], *, brief: bool = False) -> list[dict[str, str]]:
     """A row of texts for each variant, by heading, for tables and the report.
 
     Args:
         results: As `results_of` gives them.
+        brief: The columns that a terminal has room for.
     """
     shown = [s for s in _SCORES if any(s.key in v["scores"] for v in results["variants"])]
-    return [_row(variant, results, shown) for variant in results["variants"]]
+    rows = [_row(variant, results, shown) for variant in results["variants"]]
+    if not brief:
+        return rows
+    kept = {*_BRIEF, f"difference to {results['baseline']}"}
+    return [{key: text for key, text in row.items() if key in kept} for row in rows]
 
 
 def _row(
