@@ -118,7 +118,7 @@ def test_the_printed_table_fits_a_terminal(compared):
     table = told[told.index("Two ways") : told.index("more columns: comparison.md")]
     assert "…" not in table
     assert "top-1 %" in table
-    assert f"{content_of(compared)['variants'][1]['scores']['nll']['mean']:.3f}" in table
+    assert "shown" in table  # the last column
 
 
 def test_runs_of_a_seed_share_all_but_the_method(compared):

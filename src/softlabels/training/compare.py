@@ -155,13 +155,7 @@ def _shown(results: Mapping[str, Any]) -> Table:
     caption = "more columns: comparison.md"
     table = Table(title=results["title"], caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(rows[0]):
-        words = " ".join([heading, *(row[heading] for row in rows)]).split()
-        table.add_column(
-            heading,
-            justify="left" if number == 0 else "right",
-            min_width=max(map(len, words)),
-            overflow="fold",
-        )
+        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row.values())
     return table

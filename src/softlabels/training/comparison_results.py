@@ -49,7 +49,7 @@ _SCORES = (
     _Score("seconds_per_epoch", "seconds an epoch", 1),
     _Score("peak_memory", "peak memory MB", 0),
 )
-_BRIEF = ("", "top-1 %", "95 % interval (t)", "in words", "NLL nats")
+_BRIEF = ("", "top-1 %", "95 % interval (t)", "in words")
 _BY_KEY = {score.key: score for score in _SCORES}
 _CURVES = ("top1", "nll", "ece", "zipf_r2")
 
