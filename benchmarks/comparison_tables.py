@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softlabels.training.paired import paired
+from softlabels.experiments.statistics import paired
 
 __all__ = ["between", "comparison", "comparison_rows", "read_comparison", "where"]
 

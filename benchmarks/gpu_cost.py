@@ -23,10 +23,10 @@ from torch import nn
 
 from benchmarks.run import training_step
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
+from softlabels.experiments.timing import interleaved, ratio
 from softlabels.models import build_model
 from softlabels.training.config import resolve
-from softlabels.training.folder import environment
-from softlabels.training.timing import interleaved, ratio
+from softlabels.training.run_folder import environment
 
 SHAPE = (3, 224, 224)
 NUM_CLASSES = 1000

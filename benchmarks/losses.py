@@ -28,12 +28,12 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from softlabels import Distiller, ZipfLSLoss
+from softlabels.distill.trainable import Trainable
+from softlabels.experiments.timing import interleaved, ratio
 from softlabels.losses import nkd_loss, uskd_loss, zipf_ls_loss
 from softlabels.models import build_model
-from softlabels.trainable import Trainable
 from softlabels.training.config import resolve
-from softlabels.training.folder import environment
-from softlabels.training.timing import interleaved, ratio
+from softlabels.training.run_folder import environment
 
 Function: TypeAlias = Callable[..., Tensor]
 Run: TypeAlias = Callable[[], tuple[Tensor, ...]]

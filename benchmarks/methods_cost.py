@@ -28,14 +28,15 @@ from torch import Tensor, nn
 
 from benchmarks.losses import check_memory_counter, extra_memory
 from softlabels.data import Batch, mixup_extras
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.trainable import Trainable
+from softlabels.experiments.timing import Ratio, interleaved, ratio
+from softlabels.inputs import PeerLogits
 from softlabels.losses import METHODS
 from softlabels.models import build_model
-from softlabels.signals import PeerLogits, reads_teacher
-from softlabels.trainable import Trainable
 from softlabels.training.config import resolve
-from softlabels.training.folder import environment
-from softlabels.training.timing import Ratio, interleaved, ratio
+from softlabels.training.run_folder import environment
 
 Step: TypeAlias = Callable[[], tuple[Tensor, ...]]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.comparison_tables import RESULTS, read_comparison
-from softlabels.training.compare import compare
-from softlabels.training.comparison import read_comparison as read_request
+from softlabels.experiments.compare import compare
+from softlabels.experiments.comparison import read_comparison as read_request
 
 NAME = "full_fonts"
 VARIANTS = ("Zipf's LS", "USKD, ImageNet's weights")

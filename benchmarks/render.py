@@ -320,8 +320,8 @@ def _comparison(name: str, *, pairs: bool = True) -> str:
 
 def published_rows() -> str:
     """All rows of both papers' tables: recipe, published figure, ours."""
+    from softlabels.experiments.reproduce import recipes_of, tables
     from softlabels.training.config import load_recipe, resolve
-    from softlabels.training.reproduce import recipes_of, tables
 
     lines: list[str] = []
     for table in tables():

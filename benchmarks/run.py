@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
 from softlabels.data import Batch, open_source
+from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.models import build_model
 from softlabels.training.config import resolve
-from softlabels.training.folder import environment
-from softlabels.training.timing import Ratio, interleaved, ratio
+from softlabels.training.run_folder import environment
 
 ROUNDS = 30
 

@@ -26,13 +26,13 @@ from PIL import Image
 import softlabels
 from softlabels import Distiller, NKDLoss, TeacherCache
 from softlabels.data import Batch, DataSource, open_source
-from softlabels.data.folder import FolderSource
+from softlabels.data.sources.folder import FolderSource
+from softlabels.experiments.timing import interleaved
 from softlabels.models import build_model
-from softlabels.training.cache import build_cache
+from softlabels.training.cache_teacher import build_cache
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import load_recipe, resolve
-from softlabels.training.folder import environment
-from softlabels.training.timing import interleaved
+from softlabels.training.run_folder import environment
 
 STUDENT = "timm:resnet8_glyphs"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

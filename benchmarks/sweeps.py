@@ -19,10 +19,10 @@ import yaml
 from rich.console import Console
 
 from benchmarks.comparison_tables import RESULTS
-from softlabels.training.comparison import Comparison, planned, read_comparison
-from softlabels.training.recipe import merged
-from softlabels.training.search_space import nested, with_values
-from softlabels.training.sweep import run_sweep
+from softlabels.experiments.comparison import Comparison, planned, read_comparison
+from softlabels.experiments.search_space import nested, with_values
+from softlabels.experiments.sweep import run_sweep
+from softlabels.training.recipes import merged
 
 NAME = "few_fonts"
 TRIALS = 8

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import softlabels
 from softlabels import NKDLoss, nkd_loss
-from softlabels.answers import CacheFolder, Manifest, bytes_per_view, compress, densify
 from softlabels.data import DataSource
-from softlabels.training.assemble import build_source, build_teacher
-from softlabels.training.cache import answer_error
+from softlabels.distill.cache_format import CacheFolder, Manifest, bytes_per_view, compress, densify
+from softlabels.training.build import build_source, build_teacher
+from softlabels.training.cache_teacher import answer_error
 from softlabels.training.config import build_method, load_recipe, resolve
-from softlabels.training.folder import environment
+from softlabels.training.run_folder import environment
 
 RECIPE = "glyphs100/nkd"
 STORED_CLASSES = (1, 2, 5, 10, 20, 50, 100)

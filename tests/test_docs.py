@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import nn
 
-from small_networks import hard_labels, images_of, small_cnn, small_vit
+from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
 from softlabels.cli import main
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.inputs import Again, PeerLogits
 from softlabels.losses import METHODS
-from softlabels.losses.reads import Again, PeerLogits
-from softlabels.signals import reads_teacher
 from softlabels.training.config import resolve, task_weight_of, warmup_of, weight_of
 
 ROOT = Path(__file__).parents[1]
@@ -357,7 +357,7 @@ def test_the_recipes_on_the_overview_fit_the_settings():
 
 
 def test_the_signals_page_lists_every_signal():
-    from softlabels.losses import reads
+    from softlabels.inputs import declared as reads
 
     text = (ROOT / "docs" / "signals.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}

@@ -25,12 +25,12 @@ def test_the_trainer_is_an_extra():
     "name",
     [
         "py.typed",
-        "data/glyphs100.npz",
+        "data/sources/glyphs100.npz",
         "recipes/glyphs100/teacher.safetensors",
         "recipes/glyphs100/uskd.yaml",
         "recipes/table1/vgg13_vgg8_nkd.yaml",
         "report/page.html.j2",
-        "training/model_card.md.j2",
+        "export/model_card.md.j2",
     ],
 )
 def test_package_files_are_there(name):

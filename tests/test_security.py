@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.tiny_runs import MakesFolder, checkpoint_name, saved, train_arguments, write_pictures
 from softlabels.cli import main
-from tiny_runs import MakesFolder, checkpoint_name, saved, train_arguments, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +235,8 @@ def test_pictures_that_are_no_files_are_not_waited_for(capsys, trained, pictures
 
 
 def test_class_names_of_a_file_give_a_terminal_no_orders(capsys, trained, pictures, tmp_path):
+    from softlabels.io.weights import save_weights
     from softlabels.models import build_model, model_metadata
-    from softlabels.weights import save_weights
 
     metadata = model_metadata(
         "resnet8", num_classes=2, in_channels=3, image_size=8, mean=(0.5,), std=(0.5,),
@@ -254,7 +254,7 @@ def test_unexpected_error_is_one_line_and_shows_where_on_request(capsys, monkeyp
     def fails(*_arguments):
         raise KeyError("odd")
 
-    monkeypatch.setattr("softlabels.training.recipe._read_text", fails)
+    monkeypatch.setattr("softlabels.training.recipes._read_text", fails)
     assert main(["train", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("softlabels train: stopped by KeyError: 'odd' (SOFTLABELS_TRACEBACK=1")
@@ -272,6 +272,6 @@ def test_too_little_memory_is_told_in_words(capsys, monkeypatch, tmp_path, error
     def fails(*_arguments):
         raise error
 
-    monkeypatch.setattr("softlabels.training.recipe._read_text", fails)
+    monkeypatch.setattr("softlabels.training.recipes._read_text", fails)
     assert main(["train", str(tmp_path)]) == 1
     assert "softlabels train: not enough memory" in capsys.readouterr().err

@@ -4,11 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softlabels.distiller import (
+    from softlabels.distill.distiller import (
         Distiller as Distiller,
     )
-    from softlabels.distiller import (
+    from softlabels.distill.distiller import (
         StepOutput as StepOutput,
+    )
+    from softlabels.distill.teacher import (
+        Teacher as Teacher,
+    )
+    from softlabels.distill.teacher_cache import (
+        TeacherCache as TeacherCache,
     )
     from softlabels.losses import (
         KDLoss as KDLoss,
@@ -52,12 +58,6 @@ if TYPE_CHECKING:
     from softlabels.taps import (
         FeatureTap as FeatureTap,
     )
-    from softlabels.teacher import (
-        Teacher as Teacher,
-    )
-    from softlabels.teacher_cache import (
-        TeacherCache as TeacherCache,
-    )
     from softlabels.training import (
         train as train,
     )
@@ -67,8 +67,8 @@ __version__ = "0.1.0"
 # Read when first asked for: `softlabels --help` does not wait for torch, and `train` needs the
 # extra `softlabels[train]`, which the rest does not.
 _ROOMS = {
-    "Distiller": "distiller",
-    "StepOutput": "distiller",
+    "Distiller": "distill",
+    "StepOutput": "distill",
     "KDLoss": "losses",
     "LabelSmoothingLoss": "losses",
     "NKDLoss": "losses",
@@ -83,8 +83,8 @@ _ROOMS = {
     "zipf_ls_loss": "losses",
     "zipf_ls_targets": "losses",
     "FeatureTap": "taps",
-    "Teacher": "teacher",
-    "TeacherCache": "teacher_cache",
+    "Teacher": "distill",
+    "TeacherCache": "distill",
     "train": "training",
 }
 

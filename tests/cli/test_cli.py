@@ -219,7 +219,7 @@ def test_help_does_not_import_torch():
 
 def test_predict_sees_images_as_the_evaluation_did(capsys, trained, folder):
     from softlabels.data import open_source
-    from softlabels.training.predict import load_student
+    from softlabels.export.predict import load_student
 
     network, _ = load_student(trained)
     source = open_source(path=str(folder), image_size=32, workers=0)

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from files import write_images
 
+from shared.data_files import write_images
 from softlabels.data import DataInfo
 from softlabels.data.augment import CropFlip
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
 
 
 @pytest.fixture(scope="session")

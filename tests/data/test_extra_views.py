@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from files import png, write_file
 
-from softlabels.data.folder import FolderSource
-from softlabels.data.further_images import Partners
+from shared.data_files import png, write_file
+from softlabels.data.extra_views import Partners
 from softlabels.data.randomness import permutation
+from softlabels.data.sources.folder import FolderSource
 
 TARGETS = np.array([3, 0, 0, 3, 1, 1, 1, 0, 3, 3, 1, 3])  # 3, 4, 0 and 5 samples of a class
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8}

@@ -4,7 +4,7 @@ import torch
 
 from softlabels.data import Batch, DataInfo
 from softlabels.data.augment import Noise
-from softlabels.data.memory import InMemorySource, Split, channel_statistics
+from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
 
 
 def read(source, **changes):

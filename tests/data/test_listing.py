@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from files import write_images
 
+from shared.data_files import write_images
 from softlabels.data.listing import list_images
 
 

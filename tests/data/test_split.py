@@ -7,13 +7,13 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from files import hugging_face_splits, levels, write_images, write_shards
 
+from shared.data_files import hugging_face_splits, levels, write_images, write_shards
 from softlabels.data import open_source
-from softlabels.data.division import divide
-from softlabels.data.folder import FolderSource
-from softlabels.data.glyphs import glyphs100
-from softlabels.training.assemble import build_source
+from softlabels.data.sources.folder import FolderSource
+from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.split import divide
+from softlabels.training.build import build_source
 from softlabels.training.config import ConfigError, resolve
 
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8, "workers": 0}

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from files import write_images
 from PIL import Image
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
-from softlabels.data.folder import FolderSource
+from shared.data_files import write_images
 from softlabels.data.lighting import Lighting
+from softlabels.data.sources.folder import FolderSource
 from softlabels.data.transforms import ImageSettings, image_transforms
 
 

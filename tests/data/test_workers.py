@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softlabels.data.folder import FolderSource
+from softlabels.data.sources.folder import FolderSource
 
 RANDOM = {"image_size": 16, "augmentation": "crop_flip"}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.tiny_runs import train_arguments, write_pictures
 from softlabels.cli import main
+from softlabels.io.weights import save_weights
 from softlabels.models import build_model, model_metadata
-from softlabels.weights import save_weights
-from tiny_runs import train_arguments, write_pictures
 
 
 @pytest.fixture(scope="module")

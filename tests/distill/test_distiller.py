@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import softlabels.models  # noqa: F401  # registers resnet20 with timm
-from small_networks import (
+from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
     hard_labels,
@@ -44,7 +44,7 @@ from softlabels import (
     zipf_ls_loss,
     zipf_ls_targets,
 )
-from softlabels.signals import FromBatch, Logits, Target
+from softlabels.inputs import FromBatch, Logits, Target
 
 TASK_WEIGHT, METHOD_WEIGHT = 0.7, 1.3
 

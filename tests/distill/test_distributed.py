@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.toy_method import ToyLoss
 from softlabels import Distiller, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
-from toy_method import ToyLoss
 
 pytestmark = pytest.mark.distributed
 

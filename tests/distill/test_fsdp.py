@@ -20,7 +20,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from small_networks import small_cnn
+from shared.small_networks import small_cnn
 from softlabels import Distiller, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
 from softlabels.models import build_model
 

@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, multiprocessing, nn
 
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
 from softlabels import Distiller, USKDLoss
 from softlabels.data import Batch
 from softlabels.losses import uskd_loss
 from softlabels.training.config import resolve
 from softlabels.training.engine import Engine
-from softlabels.training.guards import InterruptGuard
+from softlabels.training.errors import InterruptGuard
 
 pytestmark = pytest.mark.distributed
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
+from softlabels.inputs import Features, FromBatch, Logits, Signal
 from softlabels.losses import CRDLoss, KDLoss, Memory, OLSLoss, PSKDLoss, WeightedSum
-from softlabels.losses.reads import Features, FromBatch, Logits, Signal
 
 NUM_PROCESSES = 2
 NUM_SAMPLES = 8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import softlabels
-from small_networks import (
+from shared.small_networks import (
     IMAGE_SHAPE,
     hard_labels,
     images_of,
@@ -21,12 +21,12 @@ from small_networks import (
     small_vit,
 )
 from softlabels import Distiller, KDLoss, Teacher
-from softlabels.data.noise import noise
+from softlabels.data.sources.noise import noise
+from softlabels.distill.teacher import Teachers, ensembled
+from softlabels.inputs import Classifier, Features, NormParameters, Signal, TeacherLogits
+from softlabels.io.weights import save_weights
 from softlabels.losses import ATLoss, FitNetLoss, NKDLoss, WeightedSum
-from softlabels.losses.reads import Classifier, Features, NormParameters, Signal, TeacherLogits
-from softlabels.teacher import Teachers, ensembled
 from softlabels.training.config import ConfigError, parse, resolve
-from softlabels.weights import save_weights
 
 
 class Recording(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from small_networks import NUM_CLASSES, hard_labels, images_of, small_cnn
+from shared.small_networks import NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller, NKDLoss, Teacher
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
-from small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, TeacherCache, USKDLoss
-from softlabels.answers import (
+from softlabels.distill.cache_format import (
     CacheFolder,
     Manifest,
     bytes_per_view,
@@ -29,8 +29,8 @@ from softlabels.answers import (
     densify,
     unreadable,
 )
-from softlabels.losses.reads import Features, FromBatch, Logits, TeacherLogits
-from softlabels.signals import given_values
+from softlabels.distill.external_inputs import given_values
+from softlabels.inputs import Features, FromBatch, Logits, TeacherLogits
 
 NUM_IMAGES, NUM_DRAWS, PER_FILE = 10, 3, 4
 HALF = 2.0**-10  # of a value in half precision, relative

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 import softlabels
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
+from shared.toy_method import ToyLoss
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
 from softlabels.data import DataInfo
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.losses import LabelSmoothingLoss
-from toy_method import ToyLoss
 
 METHODS = {
     "nkd": (lambda: NKDLoss(target_term="both"), ["target", "rest", "non_target"]),

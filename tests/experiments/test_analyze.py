@@ -16,9 +16,9 @@ import softlabels
 from softlabels.cli import main
 from softlabels.data import Batch, DataInfo
 from softlabels.data.randomness import permutation
-from softlabels.teacher import Teacher, Teachers
-from softlabels.training.analysis import Analysis, analyse, analyse_run
-from softlabels.training.evaluate import evaluate
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.experiments.analyze import Analysis, analyse, analyse_run
+from softlabels.training.metrics import evaluate
 
 CPU = torch.device("cpu")
 FILES = ("analysis.json", "predictions.npz")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from softlabels.cli import main
-from softlabels.training.comparison import Comparison, chosen_methods, planned, read_comparison
+from softlabels.experiments.comparison import Comparison, chosen_methods, planned, read_comparison
 from softlabels.training.config import ConfigError
 
 SETTINGS = {

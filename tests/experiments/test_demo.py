@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from softlabels.cli import main
-from softlabels.training.predict import evaluate_file, load_student
-from softlabels.weights import read_metadata
+from softlabels.export.predict import evaluate_file, load_student
+from softlabels.io.weights import read_metadata
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--epochs", "1", "--fonts", "4", "--steps", "3"]
@@ -76,7 +76,7 @@ def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, demo,
 
 
 def test_failing_run_is_reported_with_its_last_line(tmp_path, monkeypatch, capsys):
-    from softlabels.training import demo as module
+    from softlabels.experiments import demo as module
 
     monkeypatch.setattr(module, "_arguments", lambda *_: ("glyphs100/none",))
     assert main(["demo", "--output", str(tmp_path), "--jobs", "1", *QUICK]) == 1

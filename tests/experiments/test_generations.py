@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import softlabels
 from softlabels.data import Batch
-from softlabels.data.memory import InMemorySource
-from softlabels.data.noise import noise
-from softlabels.losses.reads import FromBatch, Logits, TeacherLogits
+from softlabels.data.in_memory import InMemorySource
+from softlabels.data.sources.noise import noise
+from softlabels.inputs import FromBatch, Logits, TeacherLogits
+from softlabels.io.weights import load_weights
 from softlabels.models import build_model
 from softlabels.training import trainer
 from softlabels.training.config import ConfigError, resolve
-from softlabels.training.guards import Interrupted
-from softlabels.weights import load_weights
+from softlabels.training.errors import Interrupted
 
 DATA = {
     "num_train": 32, "num_test": 16, "num_classes": 4, "image_size": 8, "in_channels": 1,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlabels.training.paired import LEAST_SEEDS, paired, spread
+from softlabels.experiments.statistics import LEAST_SEEDS, paired, spread
 
 OURS = [71.2, 70.8, 71.9, 71.0, 71.4, 70.7]
 THEIRS = [70.6, 70.9, 71.1, 70.5, 70.6, 70.4]

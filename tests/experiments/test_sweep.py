@@ -12,11 +12,8 @@ import yaml
 from rich.console import Console
 
 from softlabels.cli import main
-from softlabels.losses import METHODS
-from softlabels.training import sweep
-from softlabels.training.config import load_recipe, method_reads_teacher, parse, resolve
-from softlabels.training.guards import RunError
-from softlabels.training.search_space import (
+from softlabels.experiments import sweep
+from softlabels.experiments.search_space import (
     Range,
     default_space,
     fitted_space,
@@ -24,7 +21,10 @@ from softlabels.training.search_space import (
     value_of,
     with_values,
 )
-from softlabels.training.sweep import run_sweep
+from softlabels.experiments.sweep import run_sweep
+from softlabels.losses import METHODS
+from softlabels.training.config import load_recipe, method_reads_teacher, parse, resolve
+from softlabels.training.errors import RunError
 
 TEACHER = {"name": "timm:resnet20"}
 NOISE = {"source": "noise", "num_train": 60, "num_test": 10, "num_classes": 3, "image_size": 16}

@@ -17,13 +17,13 @@ from markdown_it import MarkdownIt
 from torch import Tensor, nn
 
 import softlabels
-from small_networks import SmallCNN
+from shared.small_networks import SmallCNN
 from softlabels.data import DataInfo
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
+from softlabels.export.export import export_run
+from softlabels.export.predict import load_student
+from softlabels.io.weights import save_weights
 from softlabels.models import build_model, model_metadata
-from softlabels.training.export import export_run
-from softlabels.training.predict import load_student
-from softlabels.weights import save_weights
 
 NUM_CLASSES = 7
 HOSTILE = (

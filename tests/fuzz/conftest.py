@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzzing import CATEGORIES, COUNTS
 
+from shared.fuzzing import CATEGORIES, COUNTS
+from shared.tiny_runs import train_arguments, write_pictures
 from softlabels.cli import main
-from tiny_runs import train_arguments, write_pictures
 
 _PROPERTY = "fuzz"
 
@@ -74,5 +74,5 @@ def _fast_runs() -> Iterator[None]:
     """The report, the largest part of a tiny run, has cases of its own; so has git's answer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("softlabels.training.trainer.write_report", lambda *_a, **_k: None)
-        patch.setattr("softlabels.training.folder._commit", lambda: None)
+        patch.setattr("softlabels.training.run_folder._commit", lambda: None)
         yield

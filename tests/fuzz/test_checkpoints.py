@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import HOSTILE_TEXTS, assert_finite, case, command, fuzz, mutated, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shared.fuzzing import HOSTILE_TEXTS, assert_finite, case, command, fuzz, mutated, texts
+from shared.tiny_runs import checkpoint_name, saved, train_arguments
 from softlabels.cli import main
-from tiny_runs import checkpoint_name, saved, train_arguments
 
 HALFWAY = (
     "--epochs", "2", "--ema-decay", "0.9", "--optimizer.name", "adamw", "--method.kind", "uskd",

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fuzzing import case, check_refusal, command, fuzz, mutated
 from hypothesis import event, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from shared.fuzzing import case, check_refusal, command, fuzz, mutated
+from shared.tiny_runs import SIDE
 from softlabels.data import DataSource, open_source
+from softlabels.io.weights import save_weights
 from softlabels.models import build_model, model_metadata
-from softlabels.weights import save_weights
-from tiny_runs import SIDE
 
 
 @contextlib.contextmanager

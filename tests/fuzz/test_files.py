@@ -10,15 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
-from fuzzing import assert_finite, case, check_refusal, command, fuzz, mutated, texts, values
 from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from shared.fuzzing import assert_finite, case, check_refusal, command, fuzz, mutated, texts, values
+from shared.tiny_runs import saved, train_arguments
+from softlabels.io.weights import load_weights
 from softlabels.models import build_model
 from softlabels.report import write_report
-from softlabels.weights import load_weights
-from tiny_runs import saved, train_arguments
 
 # --- weight files
 

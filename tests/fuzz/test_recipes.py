@@ -6,11 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from fuzzing import as_yaml, case, command, fuzz, mutated, scalars, texts, values
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from shared.fuzzing import as_yaml, case, command, fuzz, mutated, scalars, texts, values
 from softlabels.training.config import Config, recipe_names
 from softlabels.training.settings import METHOD_SETTINGS
 

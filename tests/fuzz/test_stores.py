@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import case, check_refusal, fuzz, mutated, texts, values
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from shared.fuzzing import case, check_refusal, fuzz, mutated, texts, values
+from shared.tiny_runs import train_arguments
 from softlabels import TeacherCache
 from softlabels.cli import main
-from softlabels.data.shards import ShardSource
-from tiny_runs import train_arguments
+from softlabels.data.sources.webdataset import ShardSource
 
 
 @pytest.fixture(scope="module")

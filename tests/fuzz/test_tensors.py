@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fuzzing import case, check_refusal, fuzz
 from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from shared.fuzzing import case, check_refusal, fuzz
 from softlabels import Distiller, LabelSmoothingLoss, Teacher
+from softlabels.distill.external_inputs import reads_teacher
 from softlabels.losses import METHODS
-from softlabels.signals import reads_teacher
 
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,

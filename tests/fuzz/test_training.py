@@ -8,16 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fuzzing import NUMBERS, as_yaml, assert_finite, case, check_refusal, command, fuzz, texts
 from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shared.fuzzing import (
+    NUMBERS,
+    as_yaml,
+    assert_finite,
+    case,
+    check_refusal,
+    command,
+    fuzz,
+    texts,
+)
+from shared.tiny_runs import SIDE, train_arguments
 from softlabels.data import Batch, DataInfo
 from softlabels.training import train
-from softlabels.training.guards import NonFiniteLossError
-from tiny_runs import SIDE, train_arguments
+from softlabels.training.errors import NonFiniteLossError
 
 NUM_CLASSES = 3
 

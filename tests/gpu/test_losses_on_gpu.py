@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import CASES_AND_INDICES, CASES_AND_KINDS, PLAIN_CASES, case_id, gradients
 from torch import Tensor
 
+from shared.loss_cases import CASES_AND_INDICES, CASES_AND_KINDS, PLAIN_CASES, case_id, gradients
 from softlabels.losses import check_values, nkd_loss
 
 pytestmark = pytest.mark.gpu

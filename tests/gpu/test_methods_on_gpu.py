@@ -6,9 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from timm.layers import DropPath
-from torch import nn
-
 from methods.method_runs import (
     TINY_CNN,
     TINY_NHWC,
@@ -21,6 +18,9 @@ from methods.method_runs import (
     pair_name,
     pairs,
 )
+from timm.layers import DropPath
+from torch import nn
+
 from softlabels import Distiller
 from softlabels.data import Batch
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from signalling import Signalling
 
 import softlabels
+from shared.signalling import Signalling
 from softlabels.data import open_source
-from softlabels.data.memory import InMemorySource
-from softlabels.training.guards import Interrupted
+from softlabels.data.in_memory import InMemorySource
+from softlabels.training.errors import Interrupted
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small_networks import NUM_CLASSES, images_of, small_cnn, small_vit
-from softlabels.signals.branches import Branch, BranchesProvider
+from shared.small_networks import NUM_CLASSES, images_of, small_cnn, small_vit
+from softlabels.inputs.aux_heads import Branch, BranchesProvider
 from softlabels.taps import FeatureTap, Layout, TapPoint
 
 

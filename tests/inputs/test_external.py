@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small_networks import (
+from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
     hard_labels,
@@ -19,8 +19,7 @@ from small_networks import (
     small_vit,
 )
 from softlabels import Distiller, FeatureTap, KDLoss, Teacher, ZipfLSLoss
-from softlabels.losses import KDCLLoss
-from softlabels.losses.reads import (
+from softlabels.inputs.declared import (
     Again,
     Branches,
     Classifier,
@@ -35,6 +34,7 @@ from softlabels.losses.reads import (
     TeacherLogits,
     WeakLogits,
 )
+from softlabels.losses import KDCLLoss
 
 SECOND = images_of(8)[4:]
 PARTNER = images_of(12)[8:]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small_networks import (
+from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
     hard_labels,
@@ -17,8 +17,10 @@ from small_networks import (
     small_cnn,
     small_vit,
 )
+from shared.toy_method import ToyHeads, ToyLoss
 from softlabels import Distiller, FeatureTap, NKDLoss, Teacher, ZipfLSLoss
-from softlabels.signals import (
+from softlabels.distill.external_inputs import given_values, reads_teacher
+from softlabels.inputs import (
     Features,
     FromBatch,
     Logits,
@@ -27,11 +29,8 @@ from softlabels.signals import (
     TeacherLogits,
     Votes,
     WeakLogits,
-    given_values,
-    provider_for,
-    reads_teacher,
 )
-from toy_method import ToyHeads, ToyLoss
+from softlabels.inputs.student import provider_for
 
 
 class Recording(nn.Module):

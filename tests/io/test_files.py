@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from softlabels.files import remove_leftovers, replace_file
+from softlabels.io.files import remove_leftovers, replace_file
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -55,7 +55,7 @@ def test_what_a_killed_writer_leaves_is_hidden_and_can_be_removed(tmp_path):
     path.write_bytes(b"old")
     code = """
 import sys, time
-from softlabels.files import replace_file
+from softlabels.io.files import replace_file
 with replace_file(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file, save_model
 from timm import create_model
 from torch import nn
 
-from softlabels.weights import load_weights, read_metadata, save_weights
+from softlabels.io.weights import load_weights, read_metadata, save_weights
 
 
 def network(seed=0, classes=3):
@@ -459,7 +459,7 @@ def test_needs_torch_alone():
     program = """
 import sys
 sys.modules.update(dict.fromkeys(("timm", "safetensors", "torchvision", "pydantic")))
-import softlabels.weights
+import softlabels.io.weights
 try:
     import timm
 except ImportError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from map_draws import drawn, levels
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.map_draws import drawn, levels
 from softlabels.losses.at import ATLoss, at_loss
 
 CASES = cases_of("at")

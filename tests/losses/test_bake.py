@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.bake import BAKELoss, bake_loss, bake_targets
 
 

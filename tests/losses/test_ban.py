@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import assert_six_digits, logits_of, rows
 
+from shared.by_hand import assert_six_digits, logits_of, rows
 from softlabels.losses.ban import BANLoss, ban_loss
 from softlabels.losses.kd import kd_loss
 

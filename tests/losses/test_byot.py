@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch import Tensor, nn
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.byot import BYOTLoss, byot_loss, split_branches
 
 

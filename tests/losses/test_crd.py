@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses import crd
 from softlabels.losses.crd import CRDLoss, crd_loss, crd_scores, draw_negatives
 

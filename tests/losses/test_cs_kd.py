@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.cs_kd import CSKDLoss, cs_kd_loss
 
 

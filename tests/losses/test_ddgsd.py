@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.ddgsd import DDGSDLoss, ddgsd_loss
 
 NAMES = ("logits_0", "features_0", "logits_1", "features_1")

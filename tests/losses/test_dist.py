@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
-from golden_vectors import assert_close, cases_of
 
+from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.dist import DISTLoss, dist_loss
 from softlabels.losses.kd import KDLoss
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import (
+
+from shared.by_hand import (
     MIXED_TARGET,
     STUDENT_LOGITS,
     TARGET,
@@ -13,8 +14,7 @@ from by_hand import (
     logits_of,
     rows,
 )
-from golden_vectors import assert_close, cases_of
-
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.dkd import DKDLoss, dkd_loss
 
 

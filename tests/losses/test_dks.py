@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from slow_reference import log_softmax, softmax
 from torch import Tensor, nn
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.slow_reference import log_softmax, softmax
 from softlabels.losses.dks import DKSLoss, dks_loss
 
 

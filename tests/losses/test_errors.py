@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import BY_NAME, CASES, INDICES, MIXED, PLAIN_CASES, LossCase, case_id
 from torch import Tensor
 
+from shared.loss_cases import BY_NAME, CASES, INDICES, MIXED, PLAIN_CASES, LossCase, case_id
 from softlabels.losses import (
     NKDLoss,
     USKDLoss,

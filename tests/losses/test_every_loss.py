@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import (
+from torch import Tensor
+
+from shared.loss_cases import (
     CASES,
     CASES_AND_INDICES,
     CASES_AND_KINDS,
@@ -25,8 +27,6 @@ from loss_cases import (
     deterministic,
     gradients,
 )
-from torch import Tensor
-
 from softlabels.losses import LossOutput, uskd_loss
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from map_draws import drawn, heads_of, through
 from torch.nn import functional
 
+from shared.map_draws import drawn, heads_of, through
+from softlabels.losses._features import check_maps, check_stages, paired_from_deepest, pooled_to
 from softlabels.losses.at import ATLoss
 from softlabels.losses.fitnet import FitNetLoss
-from softlabels.losses.maps import check_maps, check_stages, paired_from_deepest, pooled_to
 from softlabels.losses.nst import NSTLoss
 from softlabels.losses.ofd import OFDLoss
 from softlabels.losses.reviewkd import ReviewKDLoss

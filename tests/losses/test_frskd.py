@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 from torch import Tensor, nn
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.frskd import FRSKDLoss, frskd_loss
 
 SHAPES = [(3, 4, 8, 8), (3, 6, 4, 4), (3, 8, 2, 2)]

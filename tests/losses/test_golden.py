@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_vectors import GOLDEN, assert_close, cases_of
 from torch import Tensor
 from torch.nn import functional
 
+from shared.golden_vectors import GOLDEN, assert_close, cases_of
 from softlabels.losses import kd_loss, nkd_loss, uskd_loss, zipf_ls_loss, zipf_ls_targets
 
 DESCRIBED = (GOLDEN / "README.md").read_text(encoding="utf-8")

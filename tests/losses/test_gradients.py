@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import (
+from torch import Tensor
+from torch.nn import functional
+
+from shared.loss_cases import (
     BY_NAME,
     CASES_AND_KINDS,
     DENSE,
@@ -14,9 +17,6 @@ from loss_cases import (
     case_id,
     gradients,
 )
-from torch import Tensor
-from torch.nn import functional
-
 from softlabels.losses import uskd_targets, zipf_ls_targets
 
 BATCH_SIZE, NUM_CLASSES = 4, 6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import STUDENT_LOGITS, TEACHER_LOGITS, assert_six_digits, logits_of, rows
 
+from shared.by_hand import STUDENT_LOGITS, TEACHER_LOGITS, assert_six_digits, logits_of, rows
 from softlabels.losses import KDLoss, kd_loss
 
 

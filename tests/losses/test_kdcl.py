@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from by_hand import assert_six_digits, logits_of, rows
 
+from shared.by_hand import assert_six_digits, logits_of, rows
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.kdcl import KDCLLoss, kdcl_loss
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import MIXED_TARGET, STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 
+from shared.by_hand import MIXED_TARGET, STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from softlabels.losses import label_smoothing_loss
 
 # -ln S = 0.693147, 1.386294, 1.386294.

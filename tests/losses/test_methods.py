@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import CASES, LossCase, case_id
 from torch import Tensor, nn
 
+from shared.loss_cases import CASES, LossCase, case_id
 from softlabels import losses
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
+from softlabels.inputs import declared as signals
 from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
-from softlabels.losses import reads as signals
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
 
 LABELS = torch.tensor([0, 5, 1, 2])
 METHOD_CASES = [case for case in CASES if case.module in METHODS.values()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import (
+from torch import Tensor
+
+from shared.by_hand import (
     MIXED_TARGET,
     STUDENT_LOGITS,
     TARGET,
@@ -13,8 +15,6 @@ from by_hand import (
     logits_of,
     rows,
 )
-from torch import Tensor
-
 from softlabels.losses import NKDLoss, nkd_loss
 
 # S and T of one sample with three labels. -ln 0.4 = 0.916291, -ln 0.3 = 1.203973,

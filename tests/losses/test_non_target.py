@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from by_hand import assert_six_digits, logits_of, rows
-from draws import batches
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.by_hand import assert_six_digits, logits_of, rows
+from shared.draws import batches
 from softlabels.losses import LossOutput, SoftLabels
-from softlabels.losses.checks import (
+from softlabels.losses._checks import (
     check_choice,
     check_flag,
     check_ignore_index,
@@ -24,7 +24,7 @@ from softlabels.losses.checks import (
     check_unsmoothed,
     check_votes,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     column_means,
     finite_limit,

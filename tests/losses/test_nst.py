@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from map_draws import drawn, levels
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.map_draws import drawn, levels
 from softlabels.losses.nst import NSTLoss, nst_loss
 
 CASES = cases_of("nst")

@@ -7,9 +7,9 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from map_draws import drawn, heads_of, levels
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.map_draws import drawn, heads_of, levels
 from softlabels.losses.ofd import OFDLoss, ofd_loss, ofd_margins
 
 CASES = cases_of("ofd")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
-from softlabels.losses.memory import Memory
+from shared.by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
+from shared.golden_vectors import assert_close, cases_of
+from softlabels.losses._memory_bank import Memory
 from softlabels.losses.ols import OLSLoss, ols_loss
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.pkt import PKTLoss, pkt_loss
 
 

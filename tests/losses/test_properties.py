@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from draws import STEP, Batch, batches, ranks_are_clear
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from slow_reference import rank_scores
 from torch import Tensor
 
+from shared.draws import STEP, Batch, batches, ranks_are_clear
+from shared.slow_reference import rank_scores
 from softlabels.losses import (
     LossOutput,
     kd_loss,

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
-from loss_cases import BY_NAME, PLAIN_CASES, case_id
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from shared.loss_cases import BY_NAME, PLAIN_CASES, case_id
 
 NUM_CLASSES = 10
 BATCH_SIZES = (128, 96, 64, 33)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from map_draws import drawn, heads_of, levels, through
 from torch.nn import functional
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.map_draws import drawn, heads_of, levels, through
 from softlabels.losses.reviewkd import ReviewKDLoss, reviewkd_loss
 
 CASES = cases_of("reviewkd")

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from loss_cases import (
+from torch import Tensor
+
+from shared.loss_cases import (
     BY_NAME,
     CASES,
     CASES_AND_INDICES,
@@ -17,8 +19,6 @@ from loss_cases import (
     case_id,
     gradients,
 )
-from torch import Tensor
-
 from softlabels.losses import (
     NKDLoss,
     kd_loss,

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from by_hand import assert_six_digits, logits_of, rows
-from draws import Batch, batches
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import CASES_AND_MAIN_KINDS, case_id
 from torch import Tensor
 
+from shared.by_hand import assert_six_digits, logits_of, rows
+from shared.draws import Batch, batches
+from shared.loss_cases import CASES_AND_MAIN_KINDS, case_id
 from softlabels.losses import NKDLoss, USKDLoss, ZipfLSLoss
-from softlabels.losses.nontarget import Labels, NonTarget, label_columns, softmax_parts
-from softlabels.losses.soft_cross_entropy import (
+from softlabels.losses._non_target import Labels, NonTarget, label_columns, softmax_parts
+from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
     soft_cross_entropy_terms,

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 
-from softlabels.losses.reads import Features
+from shared.golden_vectors import assert_close, cases_of
+from softlabels.inputs import Features
 from softlabels.losses.sp import SPLoss, sp_loss
 
 

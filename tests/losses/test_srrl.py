@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.srrl import SRRLLoss, srrl_loss
 
 

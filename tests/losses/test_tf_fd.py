@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
 
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.tf_fd import TfFDLoss, tf_fd_loss
 
 

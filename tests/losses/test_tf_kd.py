@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from by_hand import rows
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.by_hand import rows
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.tf_kd import TfKDLoss, tf_kd_loss
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS, logits_of
-from golden_vectors import assert_close, cases_of
 from torch.nn import functional
 
+from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS, logits_of
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.kd import KDLoss, kd_loss
 from softlabels.losses.tf_kd_self import TfKDSelfLoss, tf_kd_self_loss
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import MIXED_TARGET, STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
-from golden_vectors import assert_close
 
+from shared.by_hand import MIXED_TARGET, STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
+from shared.golden_vectors import assert_close
 from softlabels.losses.tf_nkd import TfNKDLoss, tf_nkd_loss
 from softlabels.losses.uskd import uskd_loss
 

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from loss_cases import (
+from torch import Tensor
+from torch.func import grad, vmap
+
+from shared.loss_cases import (
     CASES_AND_INDICES,
     CASES_AND_MAIN_KINDS,
     MIXED,
@@ -15,11 +18,8 @@ from loss_cases import (
     deterministic,
     gradients,
 )
-from torch import Tensor
-from torch.func import grad, vmap
-
 from softlabels.losses import check_values, label_smoothing_loss, uskd_loss, zipf_ls_loss
-from softlabels.losses.checks import check_target, check_two_labels, check_votes
+from softlabels.losses._checks import check_target, check_two_labels, check_votes
 
 every_case_once = pytest.mark.parametrize(("case", "kind"), CASES_AND_INDICES, ids=case_id)
 every_case_and_main_kind = pytest.mark.parametrize(

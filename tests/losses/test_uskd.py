@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import (
+from torch import Tensor
+
+from shared.by_hand import (
     MIXED_TARGET,
     STUDENT_LOGITS,
     TARGET,
@@ -13,8 +15,6 @@ from by_hand import (
     logits_of,
     rows,
 )
-from torch import Tensor
-
 from softlabels.losses import USKDLoss, uskd_loss, uskd_targets
 
 both_rankings = pytest.mark.parametrize("rank_by", ["probability", "log_probability"])

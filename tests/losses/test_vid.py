@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import assert_close, cases_of
-from map_draws import drawn, heads_of
 from torch.distributions import Normal
 
+from shared.golden_vectors import assert_close, cases_of
+from shared.map_draws import drawn, heads_of
 from softlabels.losses.vid import VIDLoss, vid_loss
 
 CASES = cases_of("vid")

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.toy_method import ToyLoss
 from softlabels import Distiller
+from softlabels.inputs import (
+    Classifier,
+    Features,
+    FromBatch,
+    Logits,
+    NormParameters,
+    Signal,
+    Target,
+    TeacherLogits,
+)
 from softlabels.losses import (
     ATLoss,
     FitNetLoss,
@@ -23,18 +34,7 @@ from softlabels.losses import (
     WeightedSum,
     ZipfLSLoss,
 )
-from softlabels.losses.reads import (
-    Classifier,
-    Features,
-    FromBatch,
-    Logits,
-    NormParameters,
-    Signal,
-    Target,
-    TeacherLogits,
-)
-from softlabels.losses.together import of_teacher
-from toy_method import ToyLoss
+from softlabels.losses.weighted_sum import of_teacher
 
 NUM_SAMPLES = 8
 INDEX = torch.arange(4)

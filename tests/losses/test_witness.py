@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import slow_reference
 import torch
-from draws import Batch, batches, ranks_are_clear
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared import slow_reference
+from shared.draws import Batch, batches, ranks_are_clear
 from softlabels.losses import (
     kd_loss,
     label_smoothing_loss,

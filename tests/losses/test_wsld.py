@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
-from golden_vectors import assert_close, cases_of
 
+from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
+from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.kd import KDLoss
 from softlabels.losses.wsld import WSLDLoss, wsld_loss
 

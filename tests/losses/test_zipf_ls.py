@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import (
+
+from shared.by_hand import (
     MIXED_TARGET,
     STUDENT_LOGITS,
     TARGET,
@@ -13,7 +14,6 @@ from by_hand import (
     logits_of,
     rows,
 )
-
 from softlabels.losses import ZipfLSLoss, zipf_ls_loss, zipf_ls_targets
 
 THREE_LABELS = rows([0.5, 0.3, 0.2, 0, 0])

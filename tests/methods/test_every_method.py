@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from methods.method_runs import (
     STUDENT,
     TINY_CNN,
@@ -23,6 +21,8 @@ from methods.method_runs import (
     pairs,
     without_gradient,
 )
+from torch import nn
+
 from softlabels.losses import METHODS
 
 IN_HALF_PRECISION = (False, False, True)  # each step: under autocast to bfloat16 or not

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-import softlabels
 from methods.method_runs import (
     BATCH_SIZE,
     CNN,
@@ -21,7 +19,9 @@ from methods.method_runs import (
     teacher_signals,
     trained_vit,
 )
-from softlabels.data.memory import InMemorySource
+
+import softlabels
+from softlabels.data.in_memory import InMemorySource
 from softlabels.losses import METHODS
 from softlabels.training.checkpoint import CheckpointFolder
 

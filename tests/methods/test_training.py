@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import nn
-
 from methods.method_runs import (
     CNN,
     VITS,
@@ -23,6 +21,8 @@ from methods.method_runs import (
     pairs,
     source,
 )
+from torch import nn
+
 from softlabels import Distiller
 from softlabels.data import Batch
 

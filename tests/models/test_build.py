@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
+from softlabels.io.weights import read_metadata, save_weights
 from softlabels.models import InputSpec, build_model, model_input, model_metadata
-from softlabels.weights import read_metadata, save_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from softlabels.io.weights import count_stored, save_weights
 from softlabels.models import build_model, model_metadata
-from softlabels.models.file_record import METADATA_KEY, SizeLimit, find_record, read_record
-from softlabels.weights import count_stored, save_weights
+from softlabels.models.record import METADATA_KEY, SizeLimit, find_record, read_record
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from softlabels.models import build_model
-from softlabels.models.named_code import import_builder
+from softlabels.models.user_code import import_builder
 
 
 @pytest.fixture

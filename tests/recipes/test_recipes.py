@@ -11,11 +11,11 @@ from functools import cache
 import pytest
 
 from softlabels.cli import main
+from softlabels.experiments.reproduce import recipes_of, tables
 from softlabels.losses import METHODS
 from softlabels.models import build_model
 from softlabels.training.config import Config, load_recipe, recipe_names, resolve
-from softlabels.training.recipe import read_recipe_text
-from softlabels.training.reproduce import recipes_of, tables
+from softlabels.training.recipes import read_recipe_text
 
 ROWS = [name for table in tables() if table != "glyphs100" for name in recipes_of(table)]
 GLYPHS = recipes_of("glyphs100")
@@ -180,7 +180,7 @@ def test_published_settings_reach_the_rows_through_their_bases(name, values):
 
 
 def test_two_ways_to_the_same_row_are_the_same_run():
-    from softlabels.training.folder import fixed_settings
+    from softlabels.training.run_folder import fixed_settings
 
     for one, other in (
         ("table2/resnet18_uskd", "table15/t1"),

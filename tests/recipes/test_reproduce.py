@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from softlabels.cli import main
-from softlabels.training.recipe import ConfigError, settings_of
+from softlabels.training.recipes import ConfigError, settings_of
 
 CHANGES = [
     "data.source=noise", "data.mean=null", "data.std=null", "data.num_train=64",

@@ -7,8 +7,8 @@ import re
 import time
 
 import pytest
-from parsed_page import Page
 
+from shared.parsed_page import Page
 from softlabels.report import Variant, write_comparison, write_report
 from softlabels.report.canvas import RUN_COLOURS
 

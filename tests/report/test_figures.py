@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softlabels.report.figures import Line, draw_curves, thin_out
-from softlabels.report.read import Curve
+from softlabels.training.run_records import Curve
 
 
 def label_heights(values):

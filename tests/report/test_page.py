@@ -7,8 +7,8 @@ import re
 
 import matplotlib as mpl
 import pytest
-from parsed_page import Page
 
+from shared.parsed_page import Page
 from softlabels.report import write_report
 
 

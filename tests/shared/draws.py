@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from slow_reference import rank_scores
 from torch import Tensor
+
+from shared.slow_reference import rank_scores
 
 STEP = 1 / 16  # logits lie on a grid of exact binary fractions: ties are exact, near-ties absent
 

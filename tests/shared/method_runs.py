@@ -15,18 +15,19 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from small_networks import NUM_CLASSES, small_cnn
+from shared.small_networks import NUM_CLASSES, small_cnn
 from softlabels import Distiller, StepOutput
 from softlabels.data import Batch
 from softlabels.data.augment import Affine, Compose, Noise
-from softlabels.data.glyphs import glyphs100
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
+from softlabels.data.sources.glyphs import glyphs100
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.inputs import PeerLogits, Signal, TeacherLogits
+from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS
 from softlabels.models import build_model
-from softlabels.signals import PeerLogits, Signal, TeacherLogits, reads_teacher
 from softlabels.training.config import task_weight_of, weight_of
-from softlabels.weights import load_weights
 
 STUDENT = "trainable.student."  # how the names of its parameters begin
 TEACHER_WEIGHTS = "recipes/glyphs100/teacher.safetensors"

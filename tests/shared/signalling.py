@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from softlabels.data.memory import InMemorySource
+from softlabels.data.in_memory import InMemorySource
 
 
 class Signalling(InMemorySource):

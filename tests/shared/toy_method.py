@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.reads import Features, FromBatch, Signal
+from softlabels.inputs import Features, FromBatch, Signal
 
 
 class ToyHeads(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
 from softlabels import Distiller, FeatureTap, USKDLoss, ZipfLSLoss, uskd_loss, zipf_ls_loss
-from softlabels.losses.reads import Logits, Target, Votes, WeakLogits
+from softlabels.inputs import Logits, Target, Votes, WeakLogits
 from softlabels.taps import Layout, TapPoint
 
 NUM_CLASSES = 10

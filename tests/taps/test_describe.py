@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from small_networks import SmallCNN, num_hooks, small_cnn, small_vit
+from shared.small_networks import SmallCNN, num_hooks, small_cnn, small_vit
 from softlabels.taps import Classifier, describe_taps
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from small_networks import images_of, num_hooks, small_cnn
+from shared.small_networks import images_of, num_hooks, small_cnn
 from softlabels import FeatureTap
 
 

@@ -12,7 +12,7 @@ from timm.models.cait import Cait
 from torch import Tensor, nn
 
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
-from small_networks import SmallCNN, hard_labels, images_of, num_hooks, small_cnn, small_vit
+from shared.small_networks import SmallCNN, hard_labels, images_of, num_hooks, small_cnn, small_vit
 from softlabels import FeatureTap
 from softlabels.taps import Layout, TapPoint
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
-from small_networks import NUM_CLASSES, SmallCNN, images_of, small_cnn
+from shared.small_networks import NUM_CLASSES, SmallCNN, images_of, small_cnn
 from softlabels import FeatureTap
 from softlabels.taps import Layout, PositionHead, votes_of
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
 from softlabels import Distiller
-from softlabels.signals import Features
+from softlabels.inputs import Features
 from softlabels.taps import Layout
 
 SHAPE = (3, 32, 32)

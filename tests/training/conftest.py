@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from softlabels.data import DataInfo
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
 
 CLASSES = ("bars", "columns", "checks", "plain", "ramp", "dots")
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from softlabels.report.read import read_run
+from softlabels.training.run_records import read_run
 
 
 @pytest.mark.parametrize(

@@ -21,19 +21,19 @@ from torch import Tensor
 
 import softlabels
 from softlabels import Teacher, TeacherCache
-from softlabels.answers import compress
 from softlabels.cli import main
 from softlabels.data import DataInfo, open_source
 from softlabels.data.augment import Affine, Compose, Noise
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
+from softlabels.distill.cache_format import compress
+from softlabels.io.weights import save_weights
 from softlabels.report import write_report
-from softlabels.training.assemble import build_teacher
-from softlabels.training.cache import answer_error, build_cache
+from softlabels.training.build import build_teacher
+from softlabels.training.cache_teacher import answer_error, build_cache
 from softlabels.training.config import Config, resolve
+from softlabels.training.errors import Interrupted, RunError
 from softlabels.training.fingerprints import teacher_fingerprint
-from softlabels.training.guards import Interrupted, RunError
 from softlabels.training.settings import TeacherSettings
-from softlabels.weights import save_weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NUM_IMAGES = 96

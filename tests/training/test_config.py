@@ -5,9 +5,9 @@ import inspect
 import pytest
 import yaml
 
-from softlabels.data.source import SOURCES
+from softlabels.data.sources.by_name import SOURCES
+from softlabels.distill.external_inputs import reads_teacher
 from softlabels.losses import METHODS
-from softlabels.signals import reads_teacher
 from softlabels.training.config import (
     Config,
     ConfigError,

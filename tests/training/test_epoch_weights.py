@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import softlabels
-from small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
+from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn
 from softlabels import Distiller
 from softlabels.data import Batch
-from softlabels.data.memory import InMemorySource
-from softlabels.data.noise import noise
+from softlabels.data.in_memory import InMemorySource
+from softlabels.data.sources.noise import noise
 from softlabels.losses import KDLoss, NKDLoss, WeightedSum
-from softlabels.training.assemble import with_defaults
+from softlabels.training.build import with_defaults
 from softlabels.training.config import Config, ConfigError, build_method, resolve
 from softlabels.training.epoch_weights import set_weights
-from softlabels.training.guards import Interrupted
+from softlabels.training.errors import Interrupted
 
 DATA = {
     "num_train": 32, "num_test": 16, "num_classes": 4, "image_size": 8, "in_channels": 1,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from shared.tiny_runs import write_pictures
 from softlabels.training import train
 from softlabels.training.checkpoint import CheckpointFolder
-from softlabels.training.guards import NonFiniteLossError
-from tiny_runs import write_pictures
+from softlabels.training.errors import NonFiniteLossError
 
 
 def network(scale: float) -> nn.Module:

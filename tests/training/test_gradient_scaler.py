@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 import softlabels
-from softlabels.data.memory import InMemorySource
-from softlabels.training import processes
-from softlabels.training.guards import NonFiniteLossError
+from softlabels.data.in_memory import InMemorySource
+from softlabels.training import distributed as processes
+from softlabels.training.errors import NonFiniteLossError
 
 
 @pytest.fixture

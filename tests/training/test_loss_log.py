@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from softlabels.training.guards import NonFiniteLossError
+from softlabels.training.errors import NonFiniteLossError
 from softlabels.training.loss_log import GRADIENT, LossLog
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from softlabels.data import Batch, DataInfo
-from softlabels.training.evaluate import evaluate
+from softlabels.training.metrics import evaluate
 
 INFO = DataInfo(
     "numbers", ("a", "b", "c", "d", "e", "f"), 1, (1, 1), (0.0,), (1.0,), (0, 0, 0, 1, 1, 1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from softlabels import Distiller, USKDLoss
 from softlabels.models import build_model
-from softlabels.training.optimizer import build_optimizer
+from softlabels.training.optim import build_optimizer
 from softlabels.training.settings import OptimizerSettings
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)

@@ -12,13 +12,13 @@ from test_run import FAST, Signalling
 from torch import nn
 
 import softlabels
-from small_networks import small_cnn
+from shared.small_networks import small_cnn
 from softlabels.data.randomness import derive_seed
-from softlabels.training.assemble import build_distiller, with_defaults
+from softlabels.training.build import build_distiller, with_defaults
 from softlabels.training.config import resolve
 from softlabels.training.engine import Engine
-from softlabels.training.guards import Interrupted
-from softlabels.training.optimizer import build_optimizer
+from softlabels.training.errors import Interrupted
+from softlabels.training.optim import build_optimizer
 from softlabels.training.precise_bn import recompute_statistics
 from softlabels.training.schedule import build_schedule
 

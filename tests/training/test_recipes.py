@@ -8,7 +8,7 @@ import time
 import pytest
 
 from softlabels.training.config import ConfigError, resolve
-from softlabels.training.recipe import MOST_BYTES, load_recipe, merged
+from softlabels.training.recipes import MOST_BYTES, load_recipe, merged
 
 LAUGHS = (
     "a: &a [x, x, x, x, x, x, x, x, x]\n"

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from signalling import Signalling
 from timm import create_model
 from torch import nn
 
 import softlabels
-from softlabels.data.memory import InMemorySource
+from shared.signalling import Signalling
+from softlabels.data.in_memory import InMemorySource
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS
-from softlabels.signals import reads_teacher
 from softlabels.training import engine, trainer
 from softlabels.training.config import load_recipe, resolve
-from softlabels.training.guards import Interrupted, NonFiniteLossError, RunError
+from softlabels.training.errors import Interrupted, NonFiniteLossError, RunError
 from softlabels.training.loss_log import LossLog
-from softlabels.weights import load_weights
 
 FAST = {
     "student": "timm:resnet8_glyphs",
@@ -248,7 +248,7 @@ def test_not_finite_loss_stops_with_step_and_part(source, tmp_path):
 class Scaled(nn.Module):
     """A method whose value and gradient are what a test wants them to be."""
 
-    from softlabels.signals import Logits
+    from softlabels.inputs import Logits
 
     reads = {"logits": Logits()}  # noqa: RUF012 - a constant
 

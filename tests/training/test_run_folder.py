@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from softlabels.training.folder import RunFolder
+from softlabels.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from softlabels.report.read import read_run
+from softlabels.training.run_records import read_run
 
 
 def change_summary(run, **changes):
@@ -136,7 +136,7 @@ def test_file_nested_too_deeply_is_an_error_that_names_it(make_run, make_gallery
 
 def test_huge_file_is_an_error_that_names_it(make_run, monkeypatch):
     run = make_run()
-    monkeypatch.setattr("softlabels.report.fields.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("softlabels.io.fields.MOST_BYTES", 1 << 20)
     (run / "metrics.jsonl").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(ValueError, match=r"metrics\.jsonl is larger than 1 MiB"):
         read_run(run)

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from softlabels.cli import main
 from softlabels.losses import uskd_loss
-from softlabels.training.assemble import (
+from softlabels.training.build import (
     build_distiller,
     build_source,
     with_defaults,
 )
 from softlabels.training.config import Config, resolve
 from softlabels.training.engine import Engine
-from softlabels.training.evaluate import evaluate
-from softlabels.training.guards import InterruptGuard
-from softlabels.training.optimizer import build_optimizer
+from softlabels.training.errors import InterruptGuard
+from softlabels.training.metrics import evaluate
+from softlabels.training.optim import build_optimizer
 from softlabels.training.schedule import build_schedule
 
 pytestmark = pytest.mark.distributed

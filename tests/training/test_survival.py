@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from living_runs import LivingRun, steps_done, unfinished
+
+from shared.living_runs import LivingRun, steps_done, unfinished
 
 EPOCHS, STEPS_PER_EPOCH = 12, 3
 STEPS = EPOCHS * STEPS_PER_EPOCH

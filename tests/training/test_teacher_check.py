@@ -12,28 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from living_runs import LivingRun
 from rich.console import Console
 from safetensors.torch import load_file
 from test_run import FAST, Signalling
 from torch import Tensor, nn
 
 import softlabels
+from shared.living_runs import LivingRun
 from softlabels import Teacher
 from softlabels.data import DataInfo
-from softlabels.data.folder import FolderSource
-from softlabels.data.memory import InMemorySource, Split
+from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.randomness import derive_seed
-from softlabels.losses.reads import Features, Logits
+from softlabels.data.sources.folder import FolderSource
+from softlabels.inputs import Features, Logits
+from softlabels.io.weights import load_weights
 from softlabels.models import build_model
-from softlabels.report.read import read_run
 from softlabels.training import trainer
-from softlabels.training.cache import build_cache
+from softlabels.training.cache_teacher import build_cache
 from softlabels.training.config import resolve
-from softlabels.training.guards import Interrupted
+from softlabels.training.errors import Interrupted
 from softlabels.training.precise_bn import recompute_statistics
+from softlabels.training.run_records import read_run
 from softlabels.training.teacher_check import TeacherScore, near_chance, read_score
-from softlabels.weights import load_weights
 
 CLASSES = 8
 LEVELS = torch.linspace(0, 1, CLASSES)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.data import Batch, DataInfo
-from softlabels.data.folder import FolderSource
+from softlabels.data.sources.folder import FolderSource
+from softlabels.io.weights import save_weights
 from softlabels.models import build_model, model_metadata
-from softlabels.training.assemble import build_distiller, build_teacher, with_defaults
-from softlabels.training.class_names import map_by_names, read_class_names
+from softlabels.models.class_names import map_by_names, read_class_names
+from softlabels.training.build import build_distiller, build_teacher, with_defaults
 from softlabels.training.config import ConfigError, resolve
 from softlabels.training.settings import TeacherSettings
-from softlabels.weights import save_weights
 
 DATA = ("bars", "checks", "columns", "dots", "plain", "ramp")
 MORE = ("stripes", "dots", "ramp", "plain", "zigzag", "checks", "columns", "bars", "none")

@@ -15,19 +15,19 @@ from rich.console import Console
 from torch import nn
 
 import softlabels
-from small_networks import small_cnn
+from shared.small_networks import small_cnn
 from softlabels import Distiller
 from softlabels.cli import main
 from softlabels.data import Batch
-from softlabels.data.memory import InMemorySource
-from softlabels.data.noise import noise
+from softlabels.data.in_memory import InMemorySource
+from softlabels.data.sources.noise import noise
 from softlabels.losses import CRDLoss, PSKDLoss
 from softlabels.models import build_model
 from softlabels.training import trainer
-from softlabels.training.assemble import build_distiller, build_source, with_defaults
+from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import resolve
-from softlabels.training.needs import check_needs, memory_of
+from softlabels.training.validate import check_needs, memory_of
 
 DATA = {
     "num_train": 32, "num_test": 16, "num_classes": 4, "image_size": 8, "in_channels": 1,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from softlabels.data import Batch, DataInfo, DataSource
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.randomness import permutation
-from softlabels.distiller import Distiller
-from softlabels.signals import reads_teacher
-from softlabels.teacher_cache import TeacherCache
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.teacher_cache import TeacherCache
 
 __all__ = ["make_gallery"]
 

@@ -13,8 +13,8 @@ _SHORT_OPTIONS = {"--student": "--student.name", "--teacher": "--teacher.name"}
 
 def compare(arguments: list[str]) -> int:
     """Compare methods over seeds."""
-    from softlabels.training.compare import compare as run_comparison
-    from softlabels.training.comparison import CompareConfig, Comparison, read_comparison
+    from softlabels.experiments.compare import compare as run_comparison
+    from softlabels.experiments.comparison import CompareConfig, Comparison, read_comparison
     from softlabels.training.config import load_recipe
 
     given: Comparison | None = None

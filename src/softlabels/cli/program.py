@@ -7,7 +7,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from softlabels.cli import comparing, runs, shown, students, sweeping
+from softlabels.cli import compare as comparing
+from softlabels.cli import runs, students
+from softlabels.cli import show as shown
+from softlabels.cli import sweep as sweeping
 from softlabels.cli.parsing import UsageError, printable
 
 __all__ = ["main"]
@@ -108,7 +111,7 @@ def _status(name: str, rest: list[str]) -> int:
         _complain(name, _in_words(error))
         return 2
     except Exception as error:  # no user of the command sees a traceback
-        from softlabels.training.guards import RunError
+        from softlabels.training.errors import RunError
 
         expected = isinstance(error, RunError)
         if not expected and os.environ.get(_TRACEBACK):

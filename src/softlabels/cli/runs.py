@@ -10,7 +10,7 @@ __all__ = ["cache_teacher", "demo", "reproduce", "train"]
 
 def train(arguments: list[str]) -> int:
     """Train a student."""
-    from softlabels.training.smoke import TrainConfig, smoke
+    from softlabels.experiments.smoke import TrainConfig, smoke
     from softlabels.training.trainer import run
 
     config = configured(arguments, "train", TrainConfig.of)
@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> int:
 
 def cache_teacher(arguments: list[str]) -> int:
     """Store a teacher's answers."""
-    from softlabels.training.cache import CacheConfig, build_cache
+    from softlabels.training.cache_teacher import CacheConfig, build_cache
 
     config = configured(arguments, "cache-teacher", CacheConfig.of)
     path = config.output or config.teacher.cache
@@ -91,7 +91,7 @@ def demo(arguments: list[str]) -> int:
             steps: Rounds of the step-time measurement at the end, 2 or more.
             fonts: Train on so many of the 239 fonts only, for a quick look.
         """
-        from softlabels.training.demo import run_demo
+        from softlabels.experiments.demo import run_demo
 
         for name, value, least in (("epochs", epochs, 1), ("jobs", jobs, 1), ("steps", steps, 2)):
             if value < least:
@@ -146,8 +146,8 @@ def reproduce(arguments: list[str]) -> int:
             processes: Processes of each run, started with torchrun: one for each GPU.
             smoke: Shrink all runs to seconds; the figures then mean nothing.
         """
-        from softlabels.training.recipe import settings_of
-        from softlabels.training.reproduce import reproduce as run_rows
+        from softlabels.experiments.reproduce import reproduce as run_rows
+        from softlabels.training.recipes import settings_of
 
         for name, value in (("seeds", seeds), ("jobs", jobs), ("processes", processes)):
             if value < 1:

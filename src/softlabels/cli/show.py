@@ -84,7 +84,7 @@ def recipes(arguments: list[str]) -> int:
             method: Only those of this method, such as uskd, or cross_entropy.
             table: Only those of this table, such as table1.
         """
-        from softlabels.training.reproduce import describe_recipes
+        from softlabels.experiments.reproduce import describe_recipes
 
         lines = describe_recipes(data=data, method=method, table=table)
         print("\n".join(lines))
@@ -103,7 +103,7 @@ def _show_recipe(arguments: list[str]) -> int:
             name: One of `softlabels recipes`, or a YAML file.
         """
         from softlabels.training.config import dump, load_recipe, resolve
-        from softlabels.training.recipe import read_recipe_text
+        from softlabels.training.recipes import read_recipe_text
 
         resolved = dump(resolve(load_recipe(name)))
         comments = [line for line in read_recipe_text(name).splitlines() if line.startswith("#")]

@@ -37,7 +37,7 @@ def evaluate(arguments: list[str]) -> int:
             batch_size: Images per forward.
             format: text or json.
         """
-        from softlabels.training.predict import evaluate_file
+        from softlabels.export.predict import evaluate_file
 
         _check_batch_size(batch_size)
         metrics = evaluate_file(student, path=path, source=source, batch_size=batch_size)
@@ -57,8 +57,8 @@ def analyse(arguments: list[str]) -> int:
         Args:
             run: The run's folder.
         """
-        from softlabels.training.analysis import analyse_run
-        from softlabels.training.folder import RunFolder
+        from softlabels.experiments.analyze import analyse_run
+        from softlabels.training.run_folder import RunFolder
 
         folder = RunFolder(Path(run))
         analyse_run(folder.path)
@@ -88,7 +88,7 @@ def predict(arguments: list[str]) -> int:
             batch_size: Images per forward.
             format: text, json (one object a line), or csv.
         """
-        from softlabels.training.predict import find_images, load_student, predict
+        from softlabels.export.predict import find_images, load_student, predict
 
         if not images:
             raise UsageError("expected one or more images after the student")
@@ -150,7 +150,7 @@ def export(arguments: list[str]) -> int:
             opset: Version of ONNX's operators; torch's choice.
             overwrite: Replace an older file and card.
         """
-        from softlabels.training.export import export_run
+        from softlabels.export.export import export_run
 
         exported = export_run(
             run,

@@ -7,10 +7,10 @@ __all__ = ["sweep"]
 
 def sweep(arguments: list[str]) -> int:
     """Search a method's weights and temperature."""
-    from softlabels.training.search_space import read_space
-    from softlabels.training.sweep import run_sweep
-    from softlabels.training.sweep_results import flags, rank_of
-    from softlabels.training.sweep_settings import SweepConfig
+    from softlabels.experiments.search_space import read_space
+    from softlabels.experiments.sweep import run_sweep
+    from softlabels.experiments.sweep_results import flags, rank_of
+    from softlabels.experiments.sweep_settings import SweepConfig
 
     config = configured(arguments, "sweep", SweepConfig.of)
     result = run_sweep(

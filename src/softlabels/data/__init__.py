@@ -2,6 +2,6 @@
 
 from softlabels.data.batch import Batch, DataInfo, DataSource
 from softlabels.data.mixup import MixupCutmix, mixup_extras
-from softlabels.data.source import open_source
+from softlabels.data.sources.by_name import open_source
 
 __all__ = ["Batch", "DataInfo", "DataSource", "MixupCutmix", "mixup_extras", "open_source"]

@@ -15,10 +15,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
-from softlabels.data.division import divide
-from softlabels.data.further_images import NOTHING_FURTHER, FurtherImages, check_further_images
+from softlabels.data.extra_views import NOTHING_FURTHER, FurtherImages, check_further_images
 from softlabels.data.randomness import permutation
-from softlabels.data.reading import BadImages, ImageReader, Images, SomeImages, Split, View
+from softlabels.data.split import divide
 from softlabels.data.transforms import (
     AugmentationName,
     ImageSettings,
@@ -27,6 +26,7 @@ from softlabels.data.transforms import (
     default_crop_fraction,
     image_transforms,
 )
+from softlabels.data.workers import BadImages, ImageReader, Images, SomeImages, Split, View
 
 __all__ = ["ImageSource"]
 

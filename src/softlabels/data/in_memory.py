@@ -15,8 +15,7 @@ from torch import Tensor
 
 from softlabels.data.augment import Augmentation
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
-from softlabels.data.division import divide
-from softlabels.data.further_images import (
+from softlabels.data.extra_views import (
     NOTHING_FURTHER,
     PARTNER,
     FurtherImages,
@@ -24,6 +23,7 @@ from softlabels.data.further_images import (
     check_further_images,
 )
 from softlabels.data.randomness import permutation
+from softlabels.data.split import divide
 
 _CHUNK = 256
 

@@ -11,7 +11,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from softlabels.data.batch import Batch
-from softlabels.data.further_images import PARTNER, SECOND_VIEW
+from softlabels.data.extra_views import PARTNER, SECOND_VIEW
 from softlabels.data.randomness import derive_seed, seeded
 
 _MIXUP = "mixup"

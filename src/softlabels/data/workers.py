@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabels.data.decoding import DECODING_ERRORS
-from softlabels.data.further_images import NOTHING_FURTHER, PARTNER, FurtherImages, Partners
+from softlabels.data.extra_views import NOTHING_FURTHER, PARTNER, FurtherImages, Partners
 from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 

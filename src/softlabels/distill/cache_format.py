@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softlabels.files import replace_file
+from softlabels.io.files import replace_file
 
 __all__ = [
     "ERRORS",

@@ -12,29 +12,25 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_logits, check_target
-from softlabels.losses.memory import Memory
-from softlabels.losses.nontarget import SoftLabels, in_float32, label_probabilities
-from softlabels.signals import (
-    Again,
+from softlabels.distill.external_inputs import (
     CacheReader,
-    FromBatch,
-    PeerLogits,
-    Signal,
-    TeacherLogits,
     TeacherReader,
-    Value,
     checked_reads,
     given_values,
     images_key,
     reads_teacher,
     teachers_of,
 )
-from softlabels.step_output import StepOutput
+from softlabels.distill.output import StepOutput
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.distill.trainable import Trainable, provided
+from softlabels.inputs import Again, FromBatch, PeerLogits, Signal, TeacherLogits
+from softlabels.inputs.provider import Value
+from softlabels.losses._checks import check_logits, check_target
+from softlabels.losses._memory_bank import Memory
+from softlabels.losses._non_target import SoftLabels, in_float32, label_probabilities
 from softlabels.taps import Layout, undisturbed
-from softlabels.teacher import Teacher, Teachers
-from softlabels.teacher_cache import TeacherCache
-from softlabels.trainable import Trainable, provided
 
 __all__ = ["Distiller", "StepOutput"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.weights import load_weights
+from softlabels.io.weights import load_weights
 
 __all__ = ["Normalization", "Teacher", "Teachers", "ensembled"]
 

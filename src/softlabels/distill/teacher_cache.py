@@ -8,7 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from softlabels.answers import Answers, CacheFolder, bytes_per_view, densify, unreadable
+from softlabels.distill.cache_format import (
+    Answers,
+    CacheFolder,
+    bytes_per_view,
+    densify,
+    unreadable,
+)
 
 __all__ = ["TeacherCache"]
 

@@ -9,7 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.signals import Again, Provider, Signal, Value, images_key, provider_for
+from softlabels.distill.external_inputs import images_key
+from softlabels.inputs import Again, Signal
+from softlabels.inputs.provider import Provider, Value
+from softlabels.inputs.student import provider_for
 from softlabels.taps import FeatureTap, Layout
 
 __all__ = ["PassOf", "Trainable", "provided"]

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softlabels.analysis.calibration import cross_fitted, reliability
+from softlabels.analysis.features import FirstFeatures, classifier_inputs
+from softlabels.analysis.zipf import FITTED_RANKS, MeanSortedSoftmax, zipf_fit
 from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import permutation
-from softlabels.files import replace_file
-from softlabels.teacher import Teacher, Teachers
-from softlabels.training.assemble import build_source, build_teacher
-from softlabels.training.calibration import cross_fitted, reliability
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.export.predict import load_student
+from softlabels.io.files import replace_file
+from softlabels.training.build import build_source, build_teacher
 from softlabels.training.config import Config, load_recipe, resolve
-from softlabels.training.feature_plane import FirstFeatures, classifier_inputs
-from softlabels.training.folder import RunFolder
-from softlabels.training.predict import load_student
-from softlabels.training.processes import start
+from softlabels.training.distributed import start
+from softlabels.training.run_folder import RunFolder
 from softlabels.training.settings import TeacherSettings
-from softlabels.training.zipf import FITTED_RANKS, MeanSortedSoftmax, zipf_fit
 
 __all__ = ["Analysis", "analyse", "analyse_run", "teacher_name", "write_analysis"]
 

@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from softlabels.data import DataSource
-from softlabels.files import replace_file
+from softlabels.experiments.analyze import analyse_run
+from softlabels.experiments.comparison import Comparison, PlannedVariant, planned
+from softlabels.experiments.launcher import train_several
+from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
+from softlabels.io.files import replace_file
 from softlabels.report import Variant, write_comparison
-from softlabels.training.analysis import analyse_run
-from softlabels.training.assemble import build_distiller, build_source, with_defaults
-from softlabels.training.comparison import Comparison, PlannedVariant, planned
-from softlabels.training.comparison_results import cells, csv_text, markdown, notes, results_of
+from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.config import Config, ConfigError, parse
-from softlabels.training.needs import check_needs
-from softlabels.training.recipe import merged
+from softlabels.training.recipes import merged
 from softlabels.training.settings import TeacherSettings
-from softlabels.training.several import train_several
+from softlabels.training.validate import check_needs
 
 __all__ = ["Compared", "compare"]
 

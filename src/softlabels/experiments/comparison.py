@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from softlabels.experiments.launcher import PlannedRun
+from softlabels.experiments.planning import RunPlan
 from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
@@ -22,10 +24,8 @@ from softlabels.training.config import (
     parse,
     taught_by_itself,
 )
-from softlabels.training.planning import RunPlan
-from softlabels.training.recipe import merged, parsed_text, read_recipe_text
+from softlabels.training.recipes import merged, parsed_text, read_recipe_text
 from softlabels.training.settings import Section, TeacherSettings
-from softlabels.training.several import PlannedRun
 
 __all__ = [
     "CompareConfig",

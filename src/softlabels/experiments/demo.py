@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from softlabels.data import Batch, DataSource
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
+from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.report import write_report
-from softlabels.training.assemble import (
+from softlabels.training.build import (
     build_distiller,
     build_source,
     with_defaults,
 )
 from softlabels.training.config import Config, load_recipe, resolve
-from softlabels.training.folder import RunFolder
-from softlabels.training.optimizer import build_optimizer
-from softlabels.training.several import PlannedRun, train_several
-from softlabels.training.timing import Ratio, interleaved, ratio
+from softlabels.training.optim import build_optimizer
+from softlabels.training.run_folder import RunFolder
 
 __all__ = ["RECIPES", "run_demo", "step_ratios"]
 

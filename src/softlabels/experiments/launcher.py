@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from softlabels.training.config import Config
-from softlabels.training.folder import RunFolder
-from softlabels.training.guards import RunError
+from softlabels.training.errors import RunError
+from softlabels.training.run_folder import RunFolder
 
 __all__ = ["PlannedRun", "train_several"]
 

@@ -6,10 +6,10 @@ import json
 from hashlib import blake2b
 from pathlib import Path
 
-from softlabels.files import replace_file
+from softlabels.experiments.launcher import PlannedRun
+from softlabels.io.files import replace_file
 from softlabels.training.config import Config, dump
-from softlabels.training.folder import fixed_settings
-from softlabels.training.several import PlannedRun
+from softlabels.training.run_folder import fixed_settings
 
 __all__ = ["RunPlan"]
 

@@ -14,7 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from softlabels.files import replace_file
+from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.smoke import shrunk
+from softlabels.io.files import replace_file
 from softlabels.training.config import (
     Config,
     ConfigError,
@@ -22,11 +25,8 @@ from softlabels.training.config import (
     recipe_names,
     resolve,
 )
-from softlabels.training.planning import RunPlan
-from softlabels.training.recipe import merged
+from softlabels.training.recipes import merged
 from softlabels.training.settings import PaperSettings
-from softlabels.training.several import PlannedRun, train_several
-from softlabels.training.smoke import shrunk
 
 __all__ = ["Reproduced", "describe_recipes", "recipes_of", "reproduce", "tables"]
 

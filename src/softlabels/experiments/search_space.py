@@ -20,7 +20,7 @@ from softlabels.training.config import (
     warmup_of,
     weight_of,
 )
-from softlabels.training.recipe import settings_of
+from softlabels.training.recipes import settings_of
 
 __all__ = [
     "Choices",

@@ -9,11 +9,11 @@ from pydantic import Field
 from rich.console import Console
 
 from softlabels.data import DataInfo
-from softlabels.data.source import FIXED_FACTS, kind_of
-from softlabels.training.assemble import with_defaults
+from softlabels.data.sources.by_name import FIXED_FACTS, kind_of
+from softlabels.export.export import Exported, export_run
+from softlabels.training.build import with_defaults
 from softlabels.training.config import Config
-from softlabels.training.export import Exported, export_run
-from softlabels.training.processes import start
+from softlabels.training.distributed import start
 from softlabels.training.settings import DataSettings
 from softlabels.training.trainer import TrainResult, run
 

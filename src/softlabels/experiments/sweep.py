@@ -13,13 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from softlabels.data.randomness import derive_seed
-from softlabels.files import replace_file
-from softlabels.training.assemble import build_source
-from softlabels.training.config import Config, ConfigError, explain, resolve
-from softlabels.training.folder import fixed_settings
-from softlabels.training.guards import RunError
-from softlabels.training.planning import RunPlan
-from softlabels.training.search_space import (
+from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.search_space import (
     Range,
     Space,
     default_space,
@@ -27,10 +23,14 @@ from softlabels.training.search_space import (
     value_of,
     with_values,
 )
+from softlabels.experiments.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
+from softlabels.experiments.sweep_results import write_results
+from softlabels.io.files import replace_file
+from softlabels.training.build import build_source
+from softlabels.training.config import Config, ConfigError, explain, resolve
+from softlabels.training.errors import RunError
+from softlabels.training.run_folder import fixed_settings
 from softlabels.training.settings import PaperSettings
-from softlabels.training.several import PlannedRun, train_several
-from softlabels.training.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
-from softlabels.training.sweep_results import write_results
 
 __all__ = ["VALIDATION", "SweepResult", "run_sweep"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from softlabels.files import replace_file
+from softlabels.experiments.search_space import nested
+from softlabels.experiments.sweep_record import MEASURED, SweepRecord, Trial, shown
+from softlabels.io.files import replace_file
 from softlabels.training.config import Config, dump
-from softlabels.training.search_space import nested
-from softlabels.training.sweep_record import MEASURED, SweepRecord, Trial, shown
 
 __all__ = ["flags", "rank_of", "write_results"]
 

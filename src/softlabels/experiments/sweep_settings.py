@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from softlabels.data.source import kind_of
+from softlabels.data.sources.by_name import kind_of
+from softlabels.experiments.sweep_record import Metric
 from softlabels.training.config import Config
-from softlabels.training.sweep_record import Metric
 
 __all__ = ["SweepConfig"]
 

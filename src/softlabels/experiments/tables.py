@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from softlabels.training.comparison import PlannedVariant
-from softlabels.training.folder import RunFolder, fixed_settings
-from softlabels.training.paired import LEAST_SEEDS, Paired, Verdict, paired, spread
+from softlabels.experiments.comparison import PlannedVariant
+from softlabels.experiments.statistics import LEAST_SEEDS, Paired, Verdict, paired, spread
+from softlabels.training.run_folder import RunFolder, fixed_settings
 
 __all__ = ["cells", "csv_text", "markdown", "notes", "results_of"]
 

@@ -14,23 +14,23 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from softlabels.files import replace_file
-from softlabels.models import build_model
-from softlabels.models.file_record import FileRecord, read_record
-from softlabels.report.read import RunRecord, read_run
-from softlabels.training.assemble import try_out
-from softlabels.training.config import Config, load_recipe, resolve
-from softlabels.training.folder import RunFolder
-from softlabels.training.model_card import (
+from softlabels.export.model_card import (
     PUBLIC_FAMILIES,
     CardFacts,
     Format,
     Weights,
     render_card,
 )
-from softlabels.training.onnx_file import check_packages, onnx_classifier, write_onnx
-from softlabels.training.predict import load_student
-from softlabels.weights import load_weights
+from softlabels.export.onnx import check_packages, onnx_classifier, write_onnx
+from softlabels.export.predict import load_student
+from softlabels.io.files import replace_file
+from softlabels.io.weights import load_weights
+from softlabels.models import build_model
+from softlabels.models.record import FileRecord, read_record
+from softlabels.training.build import try_out
+from softlabels.training.config import Config, load_recipe, resolve
+from softlabels.training.run_folder import RunFolder
+from softlabels.training.run_records import RunRecord, read_run
 
 __all__ = ["Exported", "Format", "Weights", "export_run"]
 

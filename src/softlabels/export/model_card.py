@@ -18,9 +18,9 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from softlabels.models.file_record import METADATA_KEY, FileRecord
-from softlabels.report.read import RunRecord
+from softlabels.models.record import METADATA_KEY, FileRecord
 from softlabels.training.config import Config, dump
+from softlabels.training.run_records import RunRecord
 
 __all__ = ["PUBLIC_FAMILIES", "CardFacts", "Format", "Weights", "render_card"]
 
@@ -110,7 +110,7 @@ def render_card(facts: CardFacts) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": _code, "fenced": _fenced, "markdown": _Markdown}
-    template = resources.files("softlabels.training").joinpath("model_card.md.j2")
+    template = resources.files("softlabels.export").joinpath("model_card.md.j2")
     record, run, config = facts.record, facts.run, facts.config
     height, width = record.image_size or (0, 0)
     scores = [key for key in _HEADINGS if run is not None and key in run.final]
@@ -300,7 +300,7 @@ def _loading_code(facts: CardFacts) -> list[tuple[str, str]]:
         return [] if facts.network is None else [("With the network's code:", _own_code(facts))]
     by_itself = (
         "With softlabels, which reads from the file what network it is:",
-        "from softlabels.training.predict import load_student\n\n"
+        "from softlabels.export.predict import load_student\n\n"
         f"model, record = load_student({file!r})",
     )
     if kind == "timm":
@@ -329,7 +329,7 @@ def _own_code(facts: CardFacts) -> str:
     record = facts.record
     return f"""\
 from softlabels.models import build_model
-from softlabels.weights import load_weights
+from softlabels.io.weights import load_weights
 
 model = build_model(
     {facts.network!r}, num_classes={record.num_classes}, in_channels={record.in_channels},

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from softlabels.models.file_record import METADATA_KEY, FileRecord
+from softlabels.models.record import METADATA_KEY, FileRecord
 
 __all__ = ["check_packages", "onnx_classifier", "write_onnx"]
 

@@ -13,14 +13,14 @@ from torch import nn
 
 from softlabels.data import open_source
 from softlabels.data.decoding import DECODING_ERRORS, read_rgb
-from softlabels.data.source import kind_of, settings_of
+from softlabels.data.sources.by_name import kind_of, settings_of
 from softlabels.data.transforms import ImageTransform, evaluation_transform
+from softlabels.distill.teacher import Teacher
 from softlabels.models import build_model
 from softlabels.models.build import FileRecord, read_record
-from softlabels.teacher import Teacher
-from softlabels.training.assemble import build_source, try_out
+from softlabels.training.build import build_source, try_out
 from softlabels.training.config import load_recipe, resolve
-from softlabels.training.evaluate import evaluate
+from softlabels.training.metrics import evaluate
 
 __all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
 
@@ -167,7 +167,7 @@ def evaluate_file(
         batch_size: Images per forward.
 
     Returns:
-        As `softlabels.training.evaluate`.
+        As `softlabels.training.metrics`.
 
     Raises:
         FileNotFoundError: No such file.

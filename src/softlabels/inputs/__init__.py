@@ -1,11 +1,6 @@
-"""The signals that methods read, and how each is provided.
+"""What a method may read: one class for each kind of tensor."""
 
-Signals of the student are provided inside the trained module, by a `Provider` each, which may
-have learned parts. The others are given to it: labels, extras of the batch, the teachers or
-stored answers.
-"""
-
-from softlabels.losses.reads import (
+from softlabels.inputs.declared import (
     Again,
     Branches,
     Classifier,
@@ -21,22 +16,10 @@ from softlabels.losses.reads import (
     Votes,
     WeakLogits,
 )
-from softlabels.signals.given import (
-    CacheReader,
-    TeacherReader,
-    checked_reads,
-    given_values,
-    images_key,
-    reads_teacher,
-    teachers_of,
-)
-from softlabels.signals.provider import Provider, Value
-from softlabels.signals.student import provider_for
 
 __all__ = [
     "Again",
     "Branches",
-    "CacheReader",
     "Classifier",
     "Exits",
     "Features",
@@ -44,18 +27,9 @@ __all__ = [
     "Logits",
     "NormParameters",
     "PeerLogits",
-    "Provider",
     "Signal",
     "Target",
     "TeacherLogits",
-    "TeacherReader",
-    "Value",
     "Votes",
     "WeakLogits",
-    "checked_reads",
-    "given_values",
-    "images_key",
-    "provider_for",
-    "reads_teacher",
-    "teachers_of",
 ]

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.signals.provider import Provider, Value
+from softlabels.inputs.provider import Provider, Value
 from softlabels.taps import TapPoint
 
 __all__ = ["Branch", "BranchesProvider"]

@@ -1,7 +1,7 @@
 """What a method may read: the signals, as plain declarations without any providing code.
 
 A method declares `reads`, a mapping from each argument of its `forward` to one of these.
-How a signal is provided is `softlabels.signals`' business.
+How a signal is provided is `softlabels.inputs`' business.
 """
 
 from __future__ import annotations

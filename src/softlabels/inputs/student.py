@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.reads import (
+from softlabels.inputs.aux_heads import BranchesProvider
+from softlabels.inputs.declared import (
     Again,
     Branches,
     Exits,
@@ -17,9 +18,8 @@ from softlabels.losses.reads import (
     Votes,
     WeakLogits,
 )
-from softlabels.signals.branches import BranchesProvider
-from softlabels.signals.places import Form, in_form, points_of
-from softlabels.signals.provider import Provider, Value
+from softlabels.inputs.provider import Provider, Value
+from softlabels.inputs.tap_points import Form, in_form, points_of
 from softlabels.taps import Layout, PositionHead, TapPoint, votes_of
 
 __all__ = ["provider_for"]

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from softlabels.losses.reads import Features
+from softlabels.inputs.declared import Features
 from softlabels.taps import Layout, TapPoint
 
 __all__ = ["Form", "in_form", "points_of"]

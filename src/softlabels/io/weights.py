@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from softlabels.files import replace_file
+from softlabels.io.files import replace_file
 
 __all__ = [
     "UNREADABLE",

@@ -1,10 +1,13 @@
 """Losses: tensors in, tensors out. They need torch alone, and know no model and no loop."""
 
+from softlabels.losses._checks import check_values
+from softlabels.losses._memory_bank import Memory
+from softlabels.losses._non_target import LossOutput, SoftLabels
+from softlabels.losses._table import METHODS
 from softlabels.losses.at import ATLoss, at_loss
 from softlabels.losses.bake import BAKELoss, bake_loss, bake_targets
 from softlabels.losses.ban import BANLoss, ban_loss
 from softlabels.losses.byot import BYOTLoss, byot_loss
-from softlabels.losses.checks import check_values
 from softlabels.losses.crd import CRDLoss, crd_loss
 from softlabels.losses.cs_kd import CSKDLoss, cs_kd_loss
 from softlabels.losses.ddgsd import DDGSDLoss, ddgsd_loss
@@ -16,11 +19,9 @@ from softlabels.losses.frskd import FRSKDLoss, frskd_loss
 from softlabels.losses.kd import KDLoss, kd_loss
 from softlabels.losses.kdcl import KDCLLoss, kdcl_loss
 from softlabels.losses.label_smoothing import LabelSmoothingLoss, label_smoothing_loss
-from softlabels.losses.memory import Memory
 from softlabels.losses.mgd import MGDLoss, mgd_loss
 from softlabels.losses.mixskd import MixSKDLoss, mixskd_loss
 from softlabels.losses.nkd import NKDLoss, nkd_loss
-from softlabels.losses.nontarget import LossOutput, SoftLabels
 from softlabels.losses.nst import NSTLoss, nst_loss
 from softlabels.losses.ofd import OFDLoss, ofd_loss
 from softlabels.losses.ols import OLSLoss, ols_loss
@@ -31,16 +32,15 @@ from softlabels.losses.rkd import RKDLoss, rkd_loss
 from softlabels.losses.sad import SADLoss, sad_loss
 from softlabels.losses.sp import SPLoss, sp_loss
 from softlabels.losses.srrl import SRRLLoss, srrl_loss
-from softlabels.losses.table import METHODS
 from softlabels.losses.tat import TaTLoss, tat_loss
 from softlabels.losses.tf_fd import TfFDLoss, tf_fd_loss
 from softlabels.losses.tf_kd import TfKDLoss, tf_kd_loss
 from softlabels.losses.tf_kd_self import TfKDSelfLoss, tf_kd_self_loss
 from softlabels.losses.tf_nkd import TfNKDLoss, tf_nkd_loss
-from softlabels.losses.together import WeightedSum
 from softlabels.losses.uskd import USKDLoss, uskd_loss, uskd_targets
 from softlabels.losses.vid import VIDLoss, vid_loss
 from softlabels.losses.vitkd import ViTKDLoss, vitkd_loss
+from softlabels.losses.weighted_sum import WeightedSum
 from softlabels.losses.wsld import WSLDLoss, wsld_loss
 from softlabels.losses.zipf_ls import ZipfLSLoss, zipf_ls_loss, zipf_ls_targets
 

@@ -11,8 +11,8 @@ from typing import TypeAlias, TypeVar
 from torch import Tensor
 from torch.nn import functional
 
-from softlabels.losses.nontarget import LossOutput, in_float32, reduce_parts
-from softlabels.losses.reads import Features, Signal
+from softlabels.inputs import Features, Signal
+from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
 
 __all__ = [
     "Shapes",

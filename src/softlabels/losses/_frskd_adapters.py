@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.maps import Values, tensors_of
+from softlabels.losses._features import Values, tensors_of
 
 __all__ = ["FRSKDHeads"]
 

@@ -9,9 +9,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from softlabels.losses._features import Values, tensors_of
+from softlabels.losses._non_target import in_float32
 from softlabels.losses.byot import split_branches
-from softlabels.losses.maps import Values, tensors_of
-from softlabels.losses.nontarget import in_float32
 
 __all__ = ["Discriminators", "MixSKDHeads", "interpolated"]
 

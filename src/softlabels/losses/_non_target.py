@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from softlabels.losses.checks import check_choice, check_unsmoothed
+from softlabels.losses._checks import check_choice, check_unsmoothed
 
 __all__ = [
     "Labels",

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from softlabels.losses.checks import in_transform
-from softlabels.losses.nontarget import Labels, NonTarget, non_target_weights, softmax_parts
+from softlabels.losses._checks import in_transform
+from softlabels.losses._non_target import Labels, NonTarget, non_target_weights, softmax_parts
 
 __all__ = ["DISTRIBUTIONS", "Distribution", "law", "zipf_by_order"]
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from softlabels.losses.checks import in_transform
-from softlabels.losses.nontarget import (
+from softlabels.losses._checks import in_transform
+from softlabels.losses._non_target import (
     Labels,
     NonTarget,
     RowSums,

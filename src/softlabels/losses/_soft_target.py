@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.losses.checks import check_target
-from softlabels.losses.nontarget import (
+from softlabels.losses._checks import check_target
+from softlabels.losses._non_target import (
     SoftLabels,
     finite_limit,
     in_float32,

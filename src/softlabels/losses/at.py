@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.maps import (
+from softlabels.inputs import Signal
+from softlabels.losses._features import (
     check_maps,
     check_stages,
     map_signals,
@@ -16,8 +17,7 @@ from softlabels.losses.maps import (
     pooled_to_each_other,
     sum_levels,
 )
-from softlabels.losses.nontarget import LossOutput
-from softlabels.losses.reads import Signal
+from softlabels.losses._non_target import LossOutput
 
 __all__ = ["ATLoss", "at_loss"]
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice, check_logits, check_target
-from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.nontarget import (
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.losses._checks import check_choice, check_logits, check_target
+from softlabels.losses._non_target import (
     LossOutput,
     Reduction,
     SoftLabels,
@@ -18,8 +18,8 @@ from softlabels.losses.nontarget import (
     label_probabilities,
     reduce_parts,
 )
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
-from softlabels.losses.soft_target import soft_target_cross_entropy
+from softlabels.losses._soft_target import soft_target_cross_entropy
+from softlabels.losses.kd import KDLoss, kd_loss
 
 __all__ = ["BANForm", "BANLoss", "ban_loss"]
 

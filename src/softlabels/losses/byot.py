@@ -8,17 +8,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Branches, Features, Logits, Signal, Target
+from softlabels.losses._checks import (
     check_choice,
     check_logits,
     check_number,
     check_temperature,
 )
+from softlabels.losses._features import check_stages
+from softlabels.losses._non_target import LossOutput, Reduction, in_float32, reduce_parts
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
-from softlabels.losses.maps import check_stages
-from softlabels.losses.nontarget import LossOutput, Reduction, in_float32, reduce_parts
-from softlabels.losses.reads import Branches, Features, Logits, Signal, Target
 
 __all__ = ["BYOTLoss", "byot_loss", "split_branches"]
 

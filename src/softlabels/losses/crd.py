@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_number, values_can_be_read
-from softlabels.losses.memory import Memory
-from softlabels.losses.nontarget import LossOutput, in_float32, reduce_parts
-from softlabels.losses.reads import Features, FromBatch, Signal, Target
-from softlabels.losses.vectors import check_vectors, the_only, unit_vectors
+from softlabels.inputs import Features, FromBatch, Signal, Target
+from softlabels.losses._checks import check_number, values_can_be_read
+from softlabels.losses._memory_bank import Memory
+from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
+from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
 __all__ = ["CRDLoss", "crd_loss", "crd_scores", "draw_negatives"]
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice, check_logits, check_temperature
+from softlabels.inputs import Again, Logits, Signal
+from softlabels.losses._checks import check_choice, check_logits, check_temperature
+from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.nontarget import Reduction, SoftLabels
-from softlabels.losses.reads import Again, Logits, Signal
 
 __all__ = ["CSKDLoss", "cs_kd_loss"]
 

@@ -8,16 +8,16 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Again, Features, Logits, Signal, Target
+from softlabels.losses._checks import (
     check_logits,
     check_number,
     check_target,
     check_temperature,
 )
+from softlabels.losses._non_target import LossOutput, in_float32
+from softlabels.losses._vectors import check_vectors, the_only
 from softlabels.losses.kd import kd_loss
-from softlabels.losses.nontarget import LossOutput, in_float32
-from softlabels.losses.reads import Again, Features, Logits, Signal, Target
-from softlabels.losses.vectors import check_vectors, the_only
 
 __all__ = ["DDGSDLoss", "ddgsd_loss"]
 

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_flag, check_logits, check_number, check_temperature
+from softlabels.inputs import Logits, Signal, TeacherLogits
+from softlabels.losses._checks import check_flag, check_logits, check_number, check_temperature
+from softlabels.losses._non_target import LossOutput, SoftLabels
+from softlabels.losses._soft_target import log_softened
 from softlabels.losses.kd import KDLoss
-from softlabels.losses.nontarget import LossOutput, SoftLabels
-from softlabels.losses.reads import Logits, Signal, TeacherLogits
-from softlabels.losses.soft_target import log_softened
 
 __all__ = ["DISTLoss", "dist_loss"]
 

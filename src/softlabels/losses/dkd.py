@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
     check_logits,
@@ -17,7 +18,7 @@ from softlabels.losses.checks import (
     check_target,
     check_temperature,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     LossOutput,
     MixedTarget,
@@ -30,9 +31,8 @@ from softlabels.losses.nontarget import (
     softmax_parts,
     spread,
 )
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
-from softlabels.losses.soft_cross_entropy import log_non_target_mass
-from softlabels.losses.soft_target import log_softened
+from softlabels.losses._soft_cross_entropy import log_non_target_mass
+from softlabels.losses._soft_target import log_softened
 
 __all__ = ["DKDLoss", "dkd_loss"]
 

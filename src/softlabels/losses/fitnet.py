@@ -7,7 +7,8 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from softlabels.losses.maps import (
+from softlabels.inputs import Signal
+from softlabels.losses._features import (
     Shapes,
     Values,
     check_maps,
@@ -20,8 +21,7 @@ from softlabels.losses.maps import (
     sum_levels,
     tensors_of,
 )
-from softlabels.losses.nontarget import LossOutput
-from softlabels.losses.reads import Signal
+from softlabels.losses._non_target import LossOutput
 
 __all__ = ["FitNetLoss", "fitnet_loss"]
 

@@ -7,18 +7,18 @@ from typing import Literal, cast, overload
 
 from torch import Tensor, nn
 
-from softlabels.losses.at import at_loss
-from softlabels.losses.checks import (
+from softlabels.inputs import Features, Logits, Signal, Target
+from softlabels.losses._checks import (
     check_logits,
     check_number,
     check_temperature,
 )
-from softlabels.losses.frskd_heads import FRSKDHeads
+from softlabels.losses._features import Shapes, check_maps, check_stages
+from softlabels.losses._frskd_adapters import FRSKDHeads
+from softlabels.losses._non_target import LossOutput, reduce_parts
+from softlabels.losses.at import at_loss
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
-from softlabels.losses.maps import Shapes, check_maps, check_stages
-from softlabels.losses.nontarget import LossOutput, reduce_parts
-from softlabels.losses.reads import Features, Logits, Signal, Target
 
 __all__ = ["FRSKDLoss", "frskd_loss"]
 

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, TeacherLogits
+from softlabels.losses._checks import (
     check_choice,
     check_logits,
     check_target,
     check_temperature,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     LossOutput,
     Reduction,
     SoftLabels,
@@ -22,8 +23,7 @@ from softlabels.losses.nontarget import (
     softmax_parts,
     spread,
 )
-from softlabels.losses.reads import Logits, Signal, TeacherLogits
-from softlabels.losses.soft_target import log_softened
+from softlabels.losses._soft_target import log_softened
 
 __all__ = ["KDLoss", "kd_loss"]
 

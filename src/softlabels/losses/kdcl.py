@@ -8,15 +8,15 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, PeerLogits, Signal, Target
+from softlabels.losses._checks import (
     check_choice,
     check_logits,
     check_number,
     check_target,
     check_temperature,
 )
-from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     LossOutput,
     Reduction,
     SoftLabels,
@@ -25,8 +25,8 @@ from softlabels.losses.nontarget import (
     label_probabilities,
     reduce_parts,
 )
-from softlabels.losses.reads import Logits, PeerLogits, Signal, Target
-from softlabels.losses.soft_target import soft_target_cross_entropy
+from softlabels.losses._soft_target import soft_target_cross_entropy
+from softlabels.losses.kd import KDLoss, kd_loss
 
 __all__ = ["KDCLEnsemble", "KDCLLoss", "kdcl_loss"]
 

@@ -7,14 +7,14 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
     check_logits,
     check_number,
     check_target,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     LossOutput,
     Reduction,

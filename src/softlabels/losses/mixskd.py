@@ -9,20 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.byot import split_branches
-from softlabels.losses.checks import (
-    check_choice,
-    check_logits,
-    check_number,
-    check_temperature,
-    values_can_be_read,
-)
-from softlabels.losses.kd import kd_loss
-from softlabels.losses.label_smoothing import label_smoothing_loss
-from softlabels.losses.maps import Shapes, check_stages
-from softlabels.losses.mixskd_heads import Discriminators, MixSKDHeads, interpolated
-from softlabels.losses.nontarget import LossOutput, in_float32, label_probabilities
-from softlabels.losses.reads import (
+from softlabels.inputs import (
     Again,
     Branches,
     Features,
@@ -31,6 +18,19 @@ from softlabels.losses.reads import (
     Signal,
     Target,
 )
+from softlabels.losses._checks import (
+    check_choice,
+    check_logits,
+    check_number,
+    check_temperature,
+    values_can_be_read,
+)
+from softlabels.losses._features import Shapes, check_stages
+from softlabels.losses._mixskd_adapters import Discriminators, MixSKDHeads, interpolated
+from softlabels.losses._non_target import LossOutput, in_float32, label_probabilities
+from softlabels.losses.byot import split_branches
+from softlabels.losses.kd import kd_loss
+from softlabels.losses.label_smoothing import label_smoothing_loss
 
 __all__ = ["MixSKDLoss", "mixskd_loss"]
 

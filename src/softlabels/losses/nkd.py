@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
     check_logits,
@@ -17,7 +18,7 @@ from softlabels.losses.checks import (
     check_target,
     check_temperature,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     LossOutput,
     MixedTarget,
@@ -30,8 +31,7 @@ from softlabels.losses.nontarget import (
     softmax_parts,
     spread,
 )
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
-from softlabels.losses.soft_cross_entropy import (
+from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
     soft_cross_entropy_terms,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.maps import (
+from softlabels.inputs import Signal
+from softlabels.losses._features import (
     check_maps,
     check_stages,
     map_signals,
@@ -17,8 +18,7 @@ from softlabels.losses.maps import (
     pooled_to_each_other,
     sum_levels,
 )
-from softlabels.losses.nontarget import LossOutput
-from softlabels.losses.reads import Signal
+from softlabels.losses._non_target import LossOutput
 
 __all__ = ["NSTLoss", "nst_loss"]
 

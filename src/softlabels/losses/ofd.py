@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_flag
-from softlabels.losses.maps import (
+from softlabels.inputs import NormParameters, Signal
+from softlabels.losses._checks import check_flag
+from softlabels.losses._features import (
     Shapes,
     Values,
     check_maps,
@@ -22,8 +23,7 @@ from softlabels.losses.maps import (
     sum_levels,
     tensors_of,
 )
-from softlabels.losses.nontarget import LossOutput, in_float32
-from softlabels.losses.reads import NormParameters, Signal
+from softlabels.losses._non_target import LossOutput, in_float32
 
 __all__ = ["OFDLoss", "ofd_loss", "ofd_margins"]
 

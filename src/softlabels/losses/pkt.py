@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.nontarget import in_float32
-from softlabels.losses.reads import Features, Signal
-from softlabels.losses.vectors import check_vectors, the_only, unit_vectors
+from softlabels.inputs import Features, Signal
+from softlabels.losses._non_target import in_float32
+from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
 __all__ = ["PKTLoss", "pkt_loss"]
 

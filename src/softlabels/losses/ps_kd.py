@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice, check_logits, check_number
-from softlabels.losses.memory import Memory
-from softlabels.losses.nontarget import Reduction, SoftLabels, label_probabilities, reduce_parts
-from softlabels.losses.reads import FromBatch, Logits, Signal, Target
-from softlabels.losses.soft_target import (
+from softlabels.inputs import FromBatch, Logits, Signal, Target
+from softlabels.losses._checks import check_choice, check_logits, check_number
+from softlabels.losses._memory_bank import Memory
+from softlabels.losses._non_target import Reduction, SoftLabels, label_probabilities, reduce_parts
+from softlabels.losses._soft_target import (
     from_heads,
     log_softened,
     soft_target_cross_entropy,

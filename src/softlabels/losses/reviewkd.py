@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_flag
-from softlabels.losses.maps import (
+from softlabels.inputs import Features, Signal
+from softlabels.losses._checks import check_flag
+from softlabels.losses._features import (
     Shapes,
     Values,
     check_maps,
@@ -22,8 +23,7 @@ from softlabels.losses.maps import (
     sum_levels,
     tensors_of,
 )
-from softlabels.losses.nontarget import LossOutput
-from softlabels.losses.reads import Features, Signal
+from softlabels.losses._non_target import LossOutput
 
 __all__ = ["ReviewKDLoss", "reviewkd_loss"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_number
-from softlabels.losses.nontarget import LossOutput, in_float32, reduce_parts
-from softlabels.losses.reads import Features, Signal
-from softlabels.losses.vectors import check_vectors, the_only, unit_vectors
+from softlabels.inputs import Features, Signal
+from softlabels.losses._checks import check_number
+from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
+from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
 __all__ = ["RKDLoss", "rkd_loss"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.maps import check_maps, wide_maps
-from softlabels.losses.reads import Features, Signal
+from softlabels.inputs import Features, Signal
+from softlabels.losses._features import check_maps, wide_maps
 
 __all__ = ["SADLoss", "sad_loss"]
 

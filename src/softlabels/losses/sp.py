@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.maps import check_maps, paired_from_deepest, wide_maps
-from softlabels.losses.reads import Features, Signal
-from softlabels.losses.vectors import unit_vectors
+from softlabels.inputs import Features, Signal
+from softlabels.losses._features import check_maps, paired_from_deepest, wide_maps
+from softlabels.losses._vectors import unit_vectors
 
 __all__ = ["SPLoss", "sp_loss"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_logits, check_number
-from softlabels.losses.maps import check_maps
-from softlabels.losses.nontarget import LossOutput, in_float32
-from softlabels.losses.reads import Classifier, Features, Signal, TeacherLogits
+from softlabels.inputs import Classifier, Features, Signal, TeacherLogits
+from softlabels.losses._checks import check_logits, check_number
+from softlabels.losses._features import check_maps
+from softlabels.losses._non_target import LossOutput, in_float32
 
 __all__ = ["SRRLLoss", "srrl_loss"]
 

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice
-from softlabels.losses.maps import check_maps
-from softlabels.losses.nontarget import in_float32
-from softlabels.losses.reads import Features, Signal
-from softlabels.losses.vectors import the_only
+from softlabels.inputs import Features, Signal
+from softlabels.losses._checks import check_choice
+from softlabels.losses._features import check_maps
+from softlabels.losses._non_target import in_float32
+from softlabels.losses._vectors import the_only
 
 __all__ = ["SoftmaxOver", "TaTHeads", "TaTLoss", "tat_loss"]
 

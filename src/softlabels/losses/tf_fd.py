@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_number
-from softlabels.losses.maps import check_maps, pooled_to, wide_maps
-from softlabels.losses.nontarget import LossOutput
-from softlabels.losses.reads import Features, Signal
+from softlabels.inputs import Features, Signal
+from softlabels.losses._checks import check_number
+from softlabels.losses._features import check_maps, pooled_to, wide_maps
+from softlabels.losses._non_target import LossOutput
 
 __all__ = ["TfFDLoss", "tf_fd_loss"]
 

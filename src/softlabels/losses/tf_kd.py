@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, Target
+from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
     check_logits,
@@ -15,8 +16,7 @@ from softlabels.losses.checks import (
     check_target,
     check_temperature,
 )
-from softlabels.losses.kd import kd_loss
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     Reduction,
     SoftLabels,
@@ -26,7 +26,7 @@ from softlabels.losses.nontarget import (
     reduce_parts,
     spread,
 )
-from softlabels.losses.reads import Logits, Signal, Target
+from softlabels.losses.kd import kd_loss
 
 __all__ = ["TfKDLoss", "tf_kd_loss"]
 

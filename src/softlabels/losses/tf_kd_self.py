@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice, check_number, check_temperature
+from softlabels.inputs import Logits, Signal, TeacherLogits
+from softlabels.losses._checks import check_choice, check_number, check_temperature
+from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.nontarget import Reduction, SoftLabels
-from softlabels.losses.reads import Logits, Signal, TeacherLogits
 
 __all__ = ["TfKDSelfLoss", "tf_kd_self_loss"]
 

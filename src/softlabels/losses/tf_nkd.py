@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_choice, check_flag, check_ignore_index
-from softlabels.losses.nontarget import Reduction, SoftLabels
-from softlabels.losses.reads import Logits, Signal, Target
+from softlabels.inputs import Logits, Signal, Target
+from softlabels.losses._checks import check_choice, check_flag, check_ignore_index
+from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.uskd import uskd_loss, uskd_targets
 
 __all__ = ["TfNKDLoss", "tf_nkd_loss"]

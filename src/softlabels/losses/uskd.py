@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits, WeakLogits
+from softlabels.losses._checks import (
     check_choice,
     check_flag,
     check_ignore_index,
@@ -19,8 +20,7 @@ from softlabels.losses.checks import (
     check_two_labels,
     values_can_be_read,
 )
-from softlabels.losses.nkd import TargetTerm
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     LossOutput,
     NonTarget,
@@ -36,13 +36,13 @@ from softlabels.losses.nontarget import (
     row_sums,
     spread,
 )
-from softlabels.losses.ranks import zipf_by_order
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits, WeakLogits
-from softlabels.losses.soft_cross_entropy import (
+from softlabels.losses._ranks import zipf_by_order
+from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
     soft_cross_entropy_terms,
 )
+from softlabels.losses.nkd import TargetTerm
 
 __all__ = [
     "RankBy",

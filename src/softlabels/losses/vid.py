@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.losses.checks import check_number
-from softlabels.losses.maps import (
+from softlabels.inputs import Signal
+from softlabels.losses._checks import check_number
+from softlabels.losses._features import (
     Shapes,
     Values,
     check_maps,
@@ -25,8 +26,7 @@ from softlabels.losses.maps import (
     sum_levels,
     tensors_of,
 )
-from softlabels.losses.nontarget import LossOutput, in_float32
-from softlabels.losses.reads import Signal
+from softlabels.losses._non_target import LossOutput, in_float32
 
 __all__ = ["VIDLoss", "vid_loss"]
 

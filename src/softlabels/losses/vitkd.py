@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_number
-from softlabels.losses.maps import check_maps, wide_maps
+from softlabels.inputs import Features, Signal
+from softlabels.losses._checks import check_number
+from softlabels.losses._features import check_maps, wide_maps
+from softlabels.losses._non_target import LossOutput, in_float32
+from softlabels.losses._vectors import the_only
 from softlabels.losses.mgd import generator
-from softlabels.losses.nontarget import LossOutput, in_float32
-from softlabels.losses.reads import Features, Signal
-from softlabels.losses.vectors import the_only
 
 __all__ = ["ViTKDHeads", "ViTKDLoss", "vitkd_loss"]
 

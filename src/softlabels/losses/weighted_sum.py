@@ -10,9 +10,9 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from softlabels.losses.checks import check_number
-from softlabels.losses.nontarget import LossOutput, SoftLabels
-from softlabels.losses.reads import Classifier, Features, NormParameters, Signal, TeacherLogits
+from softlabels.inputs import Classifier, Features, NormParameters, Signal, TeacherLogits
+from softlabels.losses._checks import check_number
+from softlabels.losses._non_target import LossOutput, SoftLabels
 
 __all__ = ["WeightedSum", "of_teacher"]
 

@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
     check_logits,
     check_target,
     check_temperature,
 )
-from softlabels.losses.kd import KDLoss
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     Reduction,
     SoftLabels,
@@ -24,8 +24,8 @@ from softlabels.losses.nontarget import (
     label_columns,
     reduce_parts,
 )
-from softlabels.losses.reads import Logits, Signal, Target, TeacherLogits
-from softlabels.losses.soft_target import log_softened, soft_target_cross_entropy
+from softlabels.losses._soft_target import log_softened, soft_target_cross_entropy
+from softlabels.losses.kd import KDLoss
 
 __all__ = ["WSLDLoss", "wsld_loss"]
 

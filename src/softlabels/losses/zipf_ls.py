@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.checks import (
+from softlabels.inputs import Exits, Logits, Signal, Target, Votes
+from softlabels.losses._checks import (
     check_choice,
     check_flag,
     check_ignore_index,
@@ -18,7 +19,7 @@ from softlabels.losses.checks import (
     check_unsmoothed,
     check_votes,
 )
-from softlabels.losses.nontarget import (
+from softlabels.losses._non_target import (
     Labels,
     LossOutput,
     MixedTarget,
@@ -30,9 +31,8 @@ from softlabels.losses.nontarget import (
     reduce_parts,
     spread,
 )
-from softlabels.losses.ranks import DISTRIBUTIONS, Distribution, law
-from softlabels.losses.reads import Exits, Logits, Signal, Target, Votes
-from softlabels.losses.soft_cross_entropy import soft_cross_entropy
+from softlabels.losses._ranks import DISTRIBUTIONS, Distribution, law
+from softlabels.losses._soft_cross_entropy import soft_cross_entropy
 
 __all__ = ["Distribution", "RankFrom", "ZipfLSLoss", "zipf_ls_loss", "zipf_ls_targets"]
 

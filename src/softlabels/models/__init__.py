@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from softlabels.models.build import InputSpec, build_model, model_input, model_metadata
+
 # Each registers its models with timm.
-from softlabels.models import (
+from softlabels.models.zoo import (
     densenet_small,
     mobilenet_small,
     preact_resnet,
@@ -13,7 +15,6 @@ from softlabels.models import (
     vgg_small,
     vit_small,
 )
-from softlabels.models.build import InputSpec, build_model, model_input, model_metadata
 
 __all__ = [
     "InputSpec",

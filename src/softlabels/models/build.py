@@ -16,15 +16,15 @@ from pydantic_core import PydanticSerializationError
 from timm.models import adapt_input_conv
 from torch import nn
 
-from softlabels.models.file_record import (
+from softlabels.io.weights import count_stored, load_weights
+from softlabels.models.record import (
     METADATA_KEY,
     FileRecord,
     SizeLimit,
     read_record,
     weights_file,
 )
-from softlabels.models.named_code import MODEL_NAMES, import_builder
-from softlabels.weights import count_stored, load_weights
+from softlabels.models.user_code import MODEL_NAMES, import_builder
 
 __all__ = [
     "FileRecord",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softlabels.weights import read_metadata
+from softlabels.io.weights import read_metadata
 
 __all__ = ["METADATA_KEY", "FileRecord", "SizeLimit", "find_record", "read_record", "weights_file"]
 

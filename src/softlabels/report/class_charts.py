@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from softlabels.report.analysis import Features, Numbers
 from softlabels.report.canvas import (
     FONT_SIZE,
     LEADER,
@@ -25,6 +24,7 @@ from softlabels.report.canvas import (
     spread,
     text_width,
 )
+from softlabels.training.analysis_record import Features, Numbers
 
 _WIDTH = 260.0
 _LARGEST_NAME_OF_A_POINT = 3

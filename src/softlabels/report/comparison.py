@@ -8,8 +8,8 @@ from pathlib import Path
 
 from softlabels.report.canvas import printable
 from softlabels.report.entries import Entry, join
-from softlabels.report.read import RunRecord, read_run
 from softlabels.report.render import Cell, Heading, Results, write_page
+from softlabels.training.run_records import RunRecord, read_run
 
 
 @dataclass(frozen=True)

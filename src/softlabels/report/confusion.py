@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softlabels.report.analysis import Analysis
 from softlabels.report.canvas import printable, shorten
 from softlabels.report.entries import (
     Bar,
@@ -16,6 +15,7 @@ from softlabels.report.entries import (
     same_classes,
     without,
 )
+from softlabels.training.analysis_record import Analysis
 
 _PAIRS, _GROUPS, _GROUP_NAME = 15, 25, 40
 

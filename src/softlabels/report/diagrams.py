@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from softlabels.report.analysis import Numbers, Reliability, Zipf
 from softlabels.report.canvas import (
     LINE_GAP,
     MUTED,
@@ -26,6 +25,7 @@ from softlabels.report.canvas import (
     text_width,
 )
 from softlabels.report.figures import SMALL_WIDTH, WIDTH
+from softlabels.training.analysis_record import Numbers, Reliability, Zipf
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from softlabels.report.analysis import Analysis
 from softlabels.report.canvas import MARKERS, RUN_COLOURS
-from softlabels.report.read import Curve, RunRecord
+from softlabels.training.analysis_record import Analysis
+from softlabels.training.run_records import Curve, RunRecord
 
 
 @dataclass(frozen=True, eq=False)

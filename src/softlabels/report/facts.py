@@ -11,7 +11,7 @@ import yaml
 
 from softlabels.report.canvas import decimals, printable
 from softlabels.report.entries import Entry, has_seeds, join
-from softlabels.report.read import RunRecord
+from softlabels.training.run_records import RunRecord
 
 _MOST_SETTINGS, _DEEPEST = 2_000, 20
 _OF_A_RUN = ("seed", "output")  # settings that differ between the runs of one variant

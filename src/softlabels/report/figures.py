@@ -25,7 +25,7 @@ from softlabels.report.canvas import (
     shorten,
     text_width,
 )
-from softlabels.report.read import Curve
+from softlabels.training.run_records import Curve
 
 # The natural width of a chart is that of a phone's screen, of a small one half of that.
 WIDTH, SMALL_WIDTH = 360.0, 176.0

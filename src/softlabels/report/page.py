@@ -8,9 +8,9 @@ from pathlib import Path
 
 from softlabels.report.canvas import decimals, printable
 from softlabels.report.entries import Entry, join
-from softlabels.report.read import RunRecord, read_run
 from softlabels.report.render import Cell, Heading, Results, write_page
 from softlabels.report.scores import SCORES, Score
+from softlabels.training.run_records import RunRecord, read_run
 
 
 def write_report(

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.report.analysis import Analysis, Features, Numbers, Reliability, Zipf
 from softlabels.report.canvas import decimals, printable
 from softlabels.report.class_charts import draw_bars, draw_features
 from softlabels.report.curves import merge, over_epochs
@@ -20,6 +19,7 @@ from softlabels.report.diagrams import (
 )
 from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, same_classes, without
 from softlabels.report.scores import CURVE_SCORES
+from softlabels.training.analysis_record import Analysis, Features, Numbers, Reliability, Zipf
 
 _CHANGES, _LOWEST, _POINTS = 10, 20, 20
 

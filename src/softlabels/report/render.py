@@ -10,20 +10,20 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from softlabels.files import replace_file
-from softlabels.report.answers import (
+from softlabels.io.files import replace_file
+from softlabels.report.canvas import RUN_COLOURS
+from softlabels.report.confusion import confusion_sections
+from softlabels.report.curves import curve_sections, loss_share_sections
+from softlabels.report.entries import Entry, Section
+from softlabels.report.facts import different_settings, environment, facts
+from softlabels.report.predictions import (
     class_sections,
     difference_sections,
     feature_sections,
     reliability_sections,
     zipf_sections,
 )
-from softlabels.report.canvas import RUN_COLOURS
-from softlabels.report.confusion import confusion_sections
-from softlabels.report.curves import curve_sections, loss_share_sections
-from softlabels.report.entries import Entry, Section
-from softlabels.report.facts import different_settings, environment, facts
-from softlabels.report.read import Gallery, GalleryImage
+from softlabels.training.run_records import Gallery, GalleryImage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.report.fields import Fields, number_of, read_object
+from softlabels.io.fields import Fields, number_of, read_object
 
 Numbers = NDArray[np.float64]
 """A column of numbers; NaN where there is none."""

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from softlabels.data import DataInfo, DataSource, open_source
 from softlabels.data.mixup import MixupCutmix
 from softlabels.data.randomness import seeded
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.inputs import PeerLogits, TeacherLogits
+from softlabels.io.weights import UNREADABLE, load_weights
 from softlabels.losses import LabelSmoothingLoss
-from softlabels.losses.table import METHODS
+from softlabels.losses._table import METHODS
 from softlabels.models import InputSpec, build_model, model_input
-from softlabels.models.file_record import FileRecord, find_record, weights_file
-from softlabels.signals import PeerLogits, TeacherLogits, reads_teacher
+from softlabels.models.class_names import map_by_names, read_class_names
+from softlabels.models.record import FileRecord, find_record, weights_file
 from softlabels.taps import undisturbed
-from softlabels.teacher import Teacher, Teachers
-from softlabels.teacher_cache import TeacherCache
-from softlabels.training.class_names import map_by_names, read_class_names
 from softlabels.training.config import (
     Config,
     build_method,
@@ -37,7 +39,6 @@ from softlabels.training.settings import (
     StudentSettings,
     TeacherSettings,
 )
-from softlabels.weights import UNREADABLE, load_weights
 
 __all__ = [
     "build_distiller",

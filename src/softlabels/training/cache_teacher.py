@@ -24,7 +24,8 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from softlabels.answers import (
+from softlabels.data import Batch, DataSource
+from softlabels.distill.cache_format import (
     Answers,
     CacheFolder,
     Manifest,
@@ -32,20 +33,19 @@ from softlabels.answers import (
     densify,
     unreadable,
 )
-from softlabels.data import Batch, DataSource
-from softlabels.files import remove_leftovers
-from softlabels.teacher import Teacher
-from softlabels.teacher_cache import TeacherCache
-from softlabels.training.assemble import build_source, build_teacher
+from softlabels.distill.teacher import Teacher
+from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.io.files import remove_leftovers
+from softlabels.training.build import build_source, build_teacher
 from softlabels.training.config import Config
-from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
-from softlabels.training.guards import (
+from softlabels.training.distributed import from_main, lost_processes, start
+from softlabels.training.errors import (
     Interrupted,
     InterruptGuard,
     RunError,
     told_of_full_disks,
 )
-from softlabels.training.processes import from_main, lost_processes, start
+from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
 
 __all__ = [
     "IMAGES_PER_FILE",

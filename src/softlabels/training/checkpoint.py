@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from softlabels.files import remove_leftovers, replace_file
-from softlabels.weights import UNREADABLE, read_plain
+from softlabels.io.files import remove_leftovers, replace_file
+from softlabels.io.weights import UNREADABLE, read_plain
 
 __all__ = ["CheckpointFolder", "OptimizerState", "Progress", "Stateful", "restore", "state_of"]
 

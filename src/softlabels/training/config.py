@@ -11,9 +11,10 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.inputs import Signal
 from softlabels.losses import METHODS, WeightedSum
-from softlabels.signals import Signal, reads_teacher
-from softlabels.training.recipe import ConfigError, load_recipe, recipe_names
+from softlabels.training.recipes import ConfigError, load_recipe, recipe_names
 from softlabels.training.settings import (
     LARGEST_FACTOR,
     METHOD_SETTINGS,

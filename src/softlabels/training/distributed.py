@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from softlabels.training.config import Config
-from softlabels.training.guards import LostProcessError, RunError
+from softlabels.training.errors import LostProcessError, RunError
 
 __all__ = ["from_main", "gathered", "lost_processes", "start"]
 

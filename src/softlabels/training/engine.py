@@ -22,16 +22,16 @@ from torch.nn.utils import get_total_norm
 from softlabels.data import Batch, DataSource
 from softlabels.data.mixup import MIXUP_EXTRAS, MixupCutmix, mixup_extras
 from softlabels.data.randomness import derive_seed
-from softlabels.distiller import Distiller, StepOutput
+from softlabels.distill.distiller import Distiller, StepOutput
 from softlabels.losses import Memory
 from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
+from softlabels.training.distributed import gathered
 from softlabels.training.epoch_weights import set_weights
-from softlabels.training.evaluate import evaluate
-from softlabels.training.guards import Interrupted, InterruptGuard
+from softlabels.training.errors import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
+from softlabels.training.metrics import evaluate
 from softlabels.training.precise_bn import recompute_statistics
-from softlabels.training.processes import gathered
 
 __all__ = ["Engine", "Observer"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
 from softlabels.losses import WeightedSum
 from softlabels.training.config import Config
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softlabels.answers import FINGERPRINTS
 from softlabels.data import DataInfo, DataSource
+from softlabels.distill.cache_format import FINGERPRINTS
+from softlabels.distill.teacher import Teacher
+from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.models import model_metadata
-from softlabels.teacher import Teacher
-from softlabels.teacher_cache import TeacherCache
-from softlabels.training.assemble import build_teacher
+from softlabels.training.build import build_teacher
 from softlabels.training.config import Config
 from softlabels.training.settings import TeacherSettings
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from softlabels.teacher import Teacher, Teachers
-from softlabels.training.analysis import analyse, teacher_name, write_analysis
+from softlabels.analysis.gallery import make_gallery
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.experiments.analyze import analyse, teacher_name, write_analysis
 from softlabels.training.config import Config
 from softlabels.training.engine import Engine
-from softlabels.training.folder import RunFolder
-from softlabels.training.gallery import make_gallery
 from softlabels.training.recorder import Recorder
+from softlabels.training.run_folder import RunFolder
 from softlabels.training.teacher_check import TeacherScore
 
 __all__ = ["finish", "peak_memory"]

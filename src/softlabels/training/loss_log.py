@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabels.training.guards import NonFiniteLossError
+from softlabels.training.errors import NonFiniteLossError
 
 __all__ = ["GRADIENT", "LossLog"]
 

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from softlabels.analysis.calibration import NUM_BINS
+from softlabels.analysis.zipf import MeanSortedSoftmax, zipf_fit
 from softlabels.data import Batch, DataInfo
-from softlabels.training.calibration import NUM_BINS
-from softlabels.training.zipf import MeanSortedSoftmax, zipf_fit
 
 __all__ = ["evaluate"]
 

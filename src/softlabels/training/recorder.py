@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Mapping
 
+from softlabels.io.weights import not_finite, save_weights
 from softlabels.training.checkpoint import Progress, state_of
+from softlabels.training.distributed import gathered
 from softlabels.training.engine import Engine
-from softlabels.training.folder import RunFolder
-from softlabels.training.guards import NonFiniteLossError
-from softlabels.training.processes import gathered
+from softlabels.training.errors import NonFiniteLossError
+from softlabels.training.run_folder import RunFolder
 from softlabels.training.tracking import Tracker
-from softlabels.weights import not_finite, save_weights
 
 __all__ = ["Recorder", "infinite_parts"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from softlabels.files import remove_leftovers, replace_file
+from softlabels.io.files import remove_leftovers, replace_file
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, resolve
 

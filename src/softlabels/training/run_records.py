@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabels.report.analysis import Analysis, read_analysis
-from softlabels.report.fields import Fields, number_of, read_object, read_text
+from softlabels.io.fields import Fields, number_of, read_object, read_text
+from softlabels.training.analysis_record import Analysis, read_analysis
 
 SCORES = ("top1", "top5", "group_top1", "nll", "ece")
 """The scores of an evaluation that the report knows; others are ignored."""

@@ -16,8 +16,8 @@ import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import nn
 
-from softlabels.data.division import LARGEST_VALIDATION
-from softlabels.data.source import SOURCES
+from softlabels.data.sources.by_name import SOURCES
+from softlabels.data.split import LARGEST_VALIDATION
 from softlabels.losses import METHODS
 from softlabels.losses.label_smoothing import SmoothOver
 

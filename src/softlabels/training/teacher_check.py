@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from softlabels.data import DataSource
-from softlabels.distiller import Distiller
-from softlabels.signals import reads_teacher
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.teacher import Teacher, Teachers
+from softlabels.experiments.analyze import teacher_name
 from softlabels.taps import undisturbed
-from softlabels.teacher import Teacher, Teachers
-from softlabels.training.analysis import teacher_name
 from softlabels.training.config import Config
-from softlabels.training.evaluate import evaluate
+from softlabels.training.metrics import evaluate
 
 __all__ = ["TeacherScore", "checked_teacher", "near_chance", "read_score"]
 

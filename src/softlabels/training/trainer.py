@@ -17,11 +17,11 @@ from torch import nn
 
 from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import derive_seed
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
+from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.models import model_metadata
 from softlabels.report import write_report
-from softlabels.teacher_cache import TeacherCache
-from softlabels.training.assemble import (
+from softlabels.training.build import (
     build_distiller,
     build_mixer,
     build_source,
@@ -30,26 +30,26 @@ from softlabels.training.assemble import (
 )
 from softlabels.training.checkpoint import Progress, restore
 from softlabels.training.config import Config, resolve, with_method
+from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.engine import Engine
-from softlabels.training.fingerprints import check_cache
-from softlabels.training.finish import finish
-from softlabels.training.folder import RunFolder, environment
-from softlabels.training.guards import (
+from softlabels.training.errors import (
     Interrupted,
     InterruptGuard,
     NonFiniteLossError,
     RunError,
     told_of_full_disks,
 )
-from softlabels.training.needs import check_needs, memory_of
-from softlabels.training.optimizer import build_optimizer
+from softlabels.training.fingerprints import check_cache
+from softlabels.training.finish import finish
+from softlabels.training.optim import build_optimizer
 from softlabels.training.precise_bn import check_precise_bn
-from softlabels.training.processes import from_main, lost_processes, start
 from softlabels.training.recorder import Recorder, infinite_parts
+from softlabels.training.run_folder import RunFolder, environment
 from softlabels.training.schedule import build_schedule
 from softlabels.training.settings import NoMethod, TeacherSettings
 from softlabels.training.teacher_check import TeacherScore, checked_teacher, read_score
 from softlabels.training.tracking import Tracker
+from softlabels.training.validate import check_needs, memory_of
 
 __all__ = ["TrainResult", "run", "train"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 
 from softlabels.data import DataSource
-from softlabels.data.further_images import PARTNER
+from softlabels.data.extra_views import PARTNER
 from softlabels.data.mixup import MIXUP_EXTRAS
-from softlabels.distiller import Distiller
+from softlabels.distill.distiller import Distiller
 from softlabels.training.config import Config
 
 __all__ = ["check_needs", "memory_of"]

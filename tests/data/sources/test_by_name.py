@@ -2,11 +2,11 @@ import inspect
 import typing
 
 import pytest
-from files import write_idx
 
+from shared.data_files import write_idx
 from softlabels.data import open_source
-from softlabels.data.folder import FolderSource
-from softlabels.data.source import SOURCES
+from softlabels.data.sources.by_name import SOURCES
+from softlabels.data.sources.folder import FolderSource
 
 
 def test_without_anything_it_is_the_embedded_glyphs():

@@ -8,11 +8,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from files import write_cifar
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from shared.data_files import write_cifar
 from softlabels.data import open_source
-from softlabels.data.cifar import cifar10, cifar100
+from softlabels.data.sources.cifar import cifar10, cifar100
 
 NAMES = ["apple", "baby", "pear"]
 
@@ -75,7 +75,7 @@ def test_the_superclasses_are_groups(folder, tmp_path, monkeypatch):
 
 
 def test_the_published_names_make_twenty_groups_of_five(tmp_path, monkeypatch):
-    from softlabels.data.cifar import _SUPERCLASSES
+    from softlabels.data.sources.cifar import _SUPERCLASSES
 
     names = sorted(_SUPERCLASSES.split())
     assert len({*names}) == 100

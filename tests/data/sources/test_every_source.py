@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
-from files import (
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from shared.data_files import (
     SPECIES,
     TINY_WNIDS,
     hugging_face_splits,
@@ -15,10 +17,8 @@ from files import (
     write_shards,
     write_tiny_imagenet,
 )
-from torchvision.datasets import CIFAR10, CIFAR100
-
 from softlabels.data import open_source
-from softlabels.data.source import FIXED_FACTS, SOURCES, kind_of
+from softlabels.data.sources.by_name import FIXED_FACTS, SOURCES, kind_of
 
 RANDOM = {"image_size": 16, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5}
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8}

@@ -8,10 +8,10 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from files import write_images
 from PIL import Image
 
-from softlabels.data.folder import FolderSource
+from shared.data_files import write_images
+from softlabels.data.sources.folder import FolderSource
 
 SETTINGS = {"image_size": 16, "workers": 0}
 RANDOM = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5}

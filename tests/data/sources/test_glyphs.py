@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softlabels.data.glyphs import glyphs100
+from softlabels.data.sources.glyphs import glyphs100
 
 
 def read_test_set(source):
@@ -20,7 +20,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def file():
-    with np.load(str(files("softlabels.data") / "glyphs100.npz")) as archive:
+    with np.load(str(files("softlabels.data.sources") / "glyphs100.npz")) as archive:
         return dict(archive)
 
 

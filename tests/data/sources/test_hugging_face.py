@@ -1,10 +1,10 @@
 import sys
 
 import pytest
-from files import hugging_face_splits, levels, png
 
-from softlabels.data.hugging_face import HuggingFaceSource
-from softlabels.data.source import kind_of
+from shared.data_files import hugging_face_splits, levels, png
+from softlabels.data.sources.by_name import kind_of
+from softlabels.data.sources.hugging_face import HuggingFaceSource
 
 datasets = pytest.importorskip("datasets")
 

@@ -3,9 +3,9 @@ import gzip
 import numpy as np
 import pytest
 import torch
-from files import encode, write_idx
 
-from softlabels.data.idx import holds_idx, idx, read_idx
+from shared.data_files import encode, write_idx
+from softlabels.data.sources.idx import holds_idx, idx, read_idx
 
 
 @pytest.mark.parametrize("gz", [False, True])

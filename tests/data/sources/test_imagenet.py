@@ -1,9 +1,9 @@
 import shutil
 
 import pytest
-from files import png, write_file, write_imagenet
 
-from softlabels.data.imagenet import ImageNetSource
+from shared.data_files import png, write_file, write_imagenet
+from softlabels.data.sources.imagenet import ImageNetSource
 
 
 def test_another_number_of_classes_is_told(tmp_path):

@@ -2,9 +2,9 @@ import json
 import shutil
 
 import pytest
-from files import SPECIES, levels, png, species_folder, write_file, write_inat21
 
-from softlabels.data.inat21 import INat21Source
+from shared.data_files import SPECIES, levels, png, species_folder, write_file, write_inat21
+from softlabels.data.sources.inat21 import INat21Source
 
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8, "workers": 0}
 

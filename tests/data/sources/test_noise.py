@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from softlabels.data import open_source
-from softlabels.data.noise import noise
+from softlabels.data.sources.noise import noise
 
 
 def views(source, draw=(0, 0)):

@@ -1,9 +1,9 @@
 import shutil
 
 import pytest
-from files import TINY_WNIDS, levels, png, write_file, write_tiny_imagenet
 
-from softlabels.data.tiny_imagenet import TinyImageNetSource
+from shared.data_files import TINY_WNIDS, levels, png, write_file, write_tiny_imagenet
+from softlabels.data.sources.tiny_imagenet import TinyImageNetSource
 
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8, "workers": 0}
 

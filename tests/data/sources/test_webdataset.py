@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from softlabels.data import open_source
-from softlabels.data.shards import ShardSource
+from softlabels.data.sources.webdataset import ShardSource
 
 SETTINGS = {"image_size": 16, "workers": 0, "augmentation": "none"}
 SIZES = {"train": (7, 5, 8, 6, 4), "val": (5, 4)}  # images in each shard

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import softlabels.models  # noqa: F401  registers the models
 from softlabels import Distiller, USKDLoss, ZipfLSLoss
-from softlabels.models.preact_resnet import WideResNet
+from softlabels.models.zoo.preact_resnet import WideResNet
 from softlabels.taps import Layout, TapPoint
 
 

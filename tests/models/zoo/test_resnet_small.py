@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import softlabels.models  # noqa: F401  registers the models
-from softlabels.models.resnet_small import SmallResNet
+from softlabels.models.zoo.resnet_small import SmallResNet
 
 # Parameters with 100 classes and 3 channels. resnet20, 32, 56, 110, 8x4 and 32x4 are the sizes that
 # CRD and its successors report (0.28, 0.47, 0.86, 1.74, 1.23 and 7.43 million); the others follow

@@ -12,16 +12,16 @@ from typing import NamedTuple
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from softlabels.data.batch import DividedSource
-from softlabels.data.cifar import cifar10, cifar100, holds_cifar
-from softlabels.data.folder import FolderSource
-from softlabels.data.glyphs import glyphs100
-from softlabels.data.hugging_face import HuggingFaceSource, holds_hugging_face
-from softlabels.data.idx import holds_idx, idx
-from softlabels.data.imagenet import ImageNetSource
-from softlabels.data.inat21 import INat21Source, holds_inat21
-from softlabels.data.noise import noise
-from softlabels.data.shards import ShardSource, holds_shards
-from softlabels.data.tiny_imagenet import TinyImageNetSource, holds_tiny_imagenet
+from softlabels.data.sources.cifar import cifar10, cifar100, holds_cifar
+from softlabels.data.sources.folder import FolderSource
+from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.sources.hugging_face import HuggingFaceSource, holds_hugging_face
+from softlabels.data.sources.idx import holds_idx, idx
+from softlabels.data.sources.imagenet import ImageNetSource
+from softlabels.data.sources.inat21 import INat21Source, holds_inat21
+from softlabels.data.sources.noise import noise
+from softlabels.data.sources.tiny_imagenet import TinyImageNetSource, holds_tiny_imagenet
+from softlabels.data.sources.webdataset import ShardSource, holds_shards
 
 # The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
 SOURCES: Mapping[str, Callable[..., DividedSource]] = MappingProxyType(

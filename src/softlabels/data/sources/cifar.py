@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from softlabels.data.augment import CropFlip
 from softlabels.data.batch import DataInfo
-from softlabels.data.memory import InMemorySource, Split, channel_statistics
+from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
 
 # The 20 superclasses, each with its five classes.
 _SUPERCLASSES = """

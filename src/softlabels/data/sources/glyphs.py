@@ -13,9 +13,9 @@ import numpy as np
 
 from softlabels.data.augment import Affine, Augmentation, Compose, Contrast, Noise
 from softlabels.data.batch import DataInfo
-from softlabels.data.division import check_shares, part_of
-from softlabels.data.memory import InMemorySource, Split, channel_statistics
+from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
 from softlabels.data.randomness import permutation
+from softlabels.data.split import check_shares, part_of
 
 # Part of the data set's definition: the fonts that `num_fonts` takes and the test images are the
 # same for everybody.
@@ -33,7 +33,10 @@ def _load() -> tuple[Split, Split, DataInfo]:
         The training split with the fonts in their fixed random order, all 100 classes of a font
         side by side; the test split; the facts.
     """
-    with as_file(files("softlabels.data") / "glyphs100.npz") as path, np.load(path) as archive:
+    with (
+        as_file(files("softlabels.data.sources") / "glyphs100.npz") as path,
+        np.load(path) as archive,
+    ):
         images, is_test = archive["images"], archive["is_test"]
         characters, groups = archive["characters"].tolist(), archive["groups"].tolist()
     train_fonts = images[~is_test]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softlabels.data.augment import CropFlip
 from softlabels.data.batch import DataInfo
-from softlabels.data.memory import InMemorySource, Split, channel_statistics
+from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
 
 ClassNames = Literal["auto", "digits", "fashion_mnist"]
 

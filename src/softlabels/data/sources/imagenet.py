@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabels.data.folder import FileSource
 from softlabels.data.listing import ImageList, list_folders, subfolders
+from softlabels.data.sources.folder import FileSource
 
 _NUM_CLASSES = 1000
 

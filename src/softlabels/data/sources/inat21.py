@@ -9,7 +9,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from softlabels.data.folder import FileSource
 from softlabels.data.listing import (
     ImageList,
     check_classes_have_images,
@@ -17,6 +16,7 @@ from softlabels.data.listing import (
     images_below,
     list_folders,
 )
+from softlabels.data.sources.folder import FileSource
 
 _TRAIN: Sequence[str] = ("train_mini", "train")
 _VAL = "val"

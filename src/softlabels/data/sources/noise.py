@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from softlabels.data.augment import CropFlip
 from softlabels.data.batch import DataInfo
-from softlabels.data.memory import InMemorySource
+from softlabels.data.in_memory import InMemorySource
 from softlabels.data.randomness import derive_seed, normal
 
 _CELLS = 8  # a pattern has at most so many along each side, so that it outlives a crop

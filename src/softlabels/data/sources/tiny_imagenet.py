@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabels.data.folder import FileSource
 from softlabels.data.listing import (
     ImageList,
     check_classes_have_images,
@@ -15,6 +14,7 @@ from softlabels.data.listing import (
     list_classes,
     list_folders,
 )
+from softlabels.data.sources.folder import FileSource
 
 _ANNOTATIONS = "val_annotations.txt"
 

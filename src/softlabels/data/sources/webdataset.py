@@ -22,7 +22,7 @@ from torch import Tensor
 from softlabels.data.decoding import read_rgb
 from softlabels.data.image_source import ImageSource
 from softlabels.data.randomness import permutation
-from softlabels.files import replace_file
+from softlabels.io.files import replace_file
 
 __all__ = ["ShardImages", "ShardSource", "holds_shards"]
 

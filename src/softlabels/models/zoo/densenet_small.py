@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from softlabels.models.small_network import build, cifar_cfg, shrink_stem
+from softlabels.models.zoo.small_network import build, cifar_cfg, shrink_stem
 
 __all__: list[str] = []
 

@@ -15,7 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, decode_arch_def, round_channels
 from torch import nn
 
-from softlabels.models.small_network import build, cifar_cfg, normal_weights
+from softlabels.models.zoo.small_network import build, cifar_cfg, normal_weights
 
 __all__: list[str] = []
 

@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from softlabels.models.small_network import build, cifar_cfg, normal_weights, shrink_stem
+from softlabels.models.zoo.small_network import build, cifar_cfg, normal_weights, shrink_stem
 
 __all__: list[str] = []
 

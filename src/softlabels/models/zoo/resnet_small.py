@@ -15,7 +15,13 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from softlabels.models.small_network import SmallNetwork, build, cifar_cfg, normal_weights, stage
+from softlabels.models.zoo.small_network import (
+    SmallNetwork,
+    build,
+    cifar_cfg,
+    normal_weights,
+    stage,
+)
 
 __all__ = ["SmallResNet"]
 

@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual, channel_shuffle
 
-from softlabels.models.small_network import SmallNetwork, build, cifar_cfg, stage
+from softlabels.models.zoo.small_network import SmallNetwork, build, cifar_cfg, stage
 
 __all__ = ["SmallShuffleNet"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from softlabels.models.small_network import SmallNetwork, build, cifar_cfg, normal_weights
+from softlabels.models.zoo.small_network import SmallNetwork, build, cifar_cfg, normal_weights
 
 __all__ = ["SmallVGG"]
 

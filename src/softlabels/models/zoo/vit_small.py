@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from softlabels.models.small_network import cifar_cfg
+from softlabels.models.zoo.small_network import cifar_cfg
 
 __all__: list[str] = []
 

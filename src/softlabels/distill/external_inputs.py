@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from softlabels.losses.reads import (
+from softlabels.distill.teacher import Teacher, Teachers, ensembled
+from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.inputs import (
     Again,
     Classifier,
     Features,
@@ -18,11 +20,9 @@ from softlabels.losses.reads import (
     Target,
     TeacherLogits,
 )
-from softlabels.signals.places import in_form, points_of
-from softlabels.signals.provider import Value
+from softlabels.inputs.provider import Value
+from softlabels.inputs.tap_points import in_form, points_of
 from softlabels.taps import FeatureTap, Layout, TapPoint
-from softlabels.teacher import Teacher, Teachers, ensembled
-from softlabels.teacher_cache import TeacherCache
 
 __all__ = [
     "CacheReader",

@@ -1,0 +1,1 @@
+"""The data sources, a reader a file; `by_name` opens them."""

@@ -1,0 +1,1 @@
+"""Many runs: comparisons over seeds, searches, the papers' tables, the demo."""

@@ -1,0 +1,1 @@
+"""A trained student for others: exported, described, and used on pictures."""

@@ -1,0 +1,1 @@
+"""The papers' networks for small images, registered with timm."""

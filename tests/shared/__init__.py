@@ -1,0 +1,1 @@
+"""What tests share: networks, data, draws, references and runs."""
