@@ -47,7 +47,7 @@ def plugin(block: str = BLOCK) -> FullyShardedDataParallelPlugin:
 def sharded(
     distiller: Distiller, accelerator: Accelerator, lr: float, block: str = BLOCK
 ) -> tuple[Distiller, torch.optim.Optimizer]:
-    """Shard all that is trained, with an optimiser over the shards.
+    """Shard all that is trained, with an optimizer over the shards.
 
     Blocks inside the student, then `trainable` around student and heads; not the student as a
     whole: its head is also called from outside of the student's forward, for votes.
@@ -77,7 +77,7 @@ class Average:
         }
 
     def update(self, distiller: Distiller) -> None:
-        """Take in the weights after an optimiser step."""
+        """Take in the weights after an optimizer step."""
         for name, weight in distiller.state_dict().items():
             if weight.is_floating_point():
                 self.weights[name].lerp_(weight.detach(), 1 - self.decay)

@@ -14,7 +14,7 @@ from PIL import Image
 from softlabels.cli import main
 
 COMMANDS = (
-    "train", "cache-teacher", "eval", "analyse", "predict", "export", "demo", "compare", "sweep",
+    "train", "cache-teacher", "eval", "analyze", "predict", "export", "demo", "compare", "sweep",
     "reproduce", "recipes", "taps", "methods", "config",
 )  # fmt: skip
 

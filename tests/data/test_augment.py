@@ -34,7 +34,7 @@ def test_affine_without_any_change_keeps_the_pixels():
 
 
 def moments(image: torch.Tensor) -> tuple[float, float, float, float, float]:
-    """Centre (x, y) relative to the middle, and spread (xx, yy, xy), of an image [H, W]."""
+    """Center (x, y) relative to the middle, and spread (xx, yy, xy), of an image [H, W]."""
     height, width = image.shape
     weight = image.double() / image.sum()
     y = (torch.arange(height) - (height - 1) / 2).double()[:, None]
@@ -54,10 +54,10 @@ def blob(height: int = 48, width: int = 64) -> torch.Tensor:
 
 def test_shift_moves_by_up_to_its_pixels_along_both_axes():
     images = still(shift=3)(blob(), torch.arange(100), 0)
-    centres = torch.tensor([moments(image[0])[:2] for image in images])
-    assert centres.abs().max() <= 3.01
-    assert (centres.max(dim=0).values > 2.5).all()
-    assert (centres.min(dim=0).values < -2.5).all()
+    centers = torch.tensor([moments(image[0])[:2] for image in images])
+    assert centers.abs().max() <= 3.01
+    assert (centers.max(dim=0).values > 2.5).all()
+    assert (centers.min(dim=0).values < -2.5).all()
 
 
 def test_scale_changes_the_size_by_its_factors():

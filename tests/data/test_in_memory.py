@@ -117,7 +117,7 @@ def test_errors_come_with_the_call_not_with_the_first_batch(memory_source):
         memory_source.test_batches(batch_size=4, rank=1, device="cpu")
 
 
-def test_normalisation_with_the_channels_statistics_gives_mean_0_and_std_1():
+def test_normalization_with_the_channels_statistics_gives_mean_0_and_std_1():
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (50, 6, 5, 3), dtype=np.uint8)
     images[..., 1] //= 3

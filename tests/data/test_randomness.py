@@ -82,7 +82,7 @@ def test_normal_is_finite_where_the_uniform_number_is_0():
 
 
 @pytest.mark.parametrize("draw", [uniform, normal])
-def test_neighbours_are_independent(draw):
+def test_neighbors_are_independent(draw):
     draws = draw(1000, INDEX, 16)
     assert abs(correlation(draws[1:], draws[:-1])) < 0.02
     assert abs(correlation(draws[2:], draws[:-2])) < 0.02

@@ -76,8 +76,8 @@ def test_the_augmentation_of_imagenets_convolutional_networks():
         None
     ] * 4  # so it does nothing
     assert [type(step).__name__ for step in finish] == ["MaybeToTensor", "Normalize"]
-    resize, centre, *_ = steps_of(test)
-    assert (resize.size, tuple(centre.size)) == (256, (224, 224))
+    resize, center, *_ = steps_of(test)
+    assert (resize.size, tuple(center.size)) == (256, (224, 224))
 
 
 def test_crop_and_flip_of_small_images_has_a_border_of_4():
@@ -89,8 +89,8 @@ def test_crop_and_flip_of_small_images_has_a_border_of_4():
 
 
 @pytest.mark.parametrize("augmentation", ["random_resized_crop", "crop_flip"])
-def test_lighting_comes_before_the_normalisation(augmentation):
-    """It adds a colour; dividing by the channels' deviation scales that too."""
+def test_lighting_comes_before_the_normalization(augmentation):
+    """It adds a color; dividing by the channels' deviation scales that too."""
     image = Image.new("RGB", (32, 32), (100, 100, 100))
     pixels = []
     for changes in ({}, {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2)}):
@@ -104,7 +104,7 @@ def test_lighting_comes_before_the_normalisation(augmentation):
     assert not torch.allclose(pixels[0], torch.tensor(100 / 255))
 
 
-def test_lighting_adds_one_colour_to_a_training_image_and_none_to_a_test_image(tmp_path):
+def test_lighting_adds_one_color_to_a_training_image_and_none_to_a_test_image(tmp_path):
     for split in ("train", "val"):
         for label in "ab":
             write_images(tmp_path / split / label, 3)

@@ -826,11 +826,11 @@ def test_soft_labels_are_those_of_the_method(name, target):
         assert not part.requires_grad
 
 
-def teachers(target_logits: Tensor, other_logits: Tensor, labelled: Tensor) -> SoftLabels:
-    """The softmax at labelled classes, and the softmax over all others."""
-    others = other_logits.exp() * ~labelled
+def teachers(target_logits: Tensor, other_logits: Tensor, labeled: Tensor) -> SoftLabels:
+    """The softmax at labeled classes, and the softmax over all others."""
+    others = other_logits.exp() * ~labeled
     return SoftLabels(
-        target_logits.softmax(1) * labelled, (others / others.sum(1, keepdim=True)).detach()
+        target_logits.softmax(1) * labeled, (others / others.sum(1, keepdim=True)).detach()
     )
 
 

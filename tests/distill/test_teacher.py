@@ -65,7 +65,7 @@ def test_the_same_normalization_changes_nothing():
     torch.testing.assert_close(teacher.prepared(images_of()), images_of())
 
 
-def test_grey_images_reach_a_teacher_of_colours():
+def test_grey_images_reach_a_teacher_of_colors():
     teacher = Teacher(
         small_cnn(), normalization=(MEAN, STD), student_normalization=((0.3,), (0.2,))
     )

@@ -17,7 +17,7 @@ from softlabels.cli import main
 from softlabels.data import Batch, DataInfo
 from softlabels.data.randomness import permutation
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.experiments.analyze import Analysis, analyse, analyse_run
+from softlabels.experiments.analyze import Analysis, analyze, analyze_run
 from softlabels.training.metrics import evaluate
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ class Numbers:
 
 def look(rows, source: Numbers, **options) -> Analysis:
     network = rows if isinstance(rows, nn.Module) else Table(rows)
-    return analyse(network, source, batch_size=7, device=CPU, **options)
+    return analyze(network, source, batch_size=7, device=CPU, **options)
 
 
 def softmax(logits, temperature=1.0):
@@ -299,12 +299,12 @@ def test_features_are_principal_components_with_a_fixed_sign():
     vectors = vectors.astype(np.float32)
     found = picture(vectors, np.arange(30) % 3, 3)
 
-    centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(0)
-    values, axes = np.linalg.eigh(centred.T @ centred)
+    centered = vectors.astype(np.float64) - vectors.astype(np.float64).mean(0)
+    values, axes = np.linalg.eigh(centered.T @ centered)
     for number, name in ((1, "x"), (2, "y")):
         axis = axes[:, -number]
         axis = axis * np.sign(axis[np.abs(axis).argmax()])
-        np.testing.assert_allclose(found[name], centred @ axis, atol=1e-9)
+        np.testing.assert_allclose(found[name], centered @ axis, atol=1e-9)
     np.testing.assert_allclose(found["explained"], values[[-1, -2]] / values.sum(), rtol=1e-9)
     assert found["class"] == (np.arange(30) % 3).tolist()
     assert "classifier" in found["what"]
@@ -459,7 +459,7 @@ def test_an_older_run_gets_the_same_files_later(which, request, tmp_path, capsys
     shutil.copytree(folder, later)
     for name in FILES:
         (later / name).unlink()
-    assert main(["analyse", str(later)]) == 0
+    assert main(["analyze", str(later)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{later / FILES[0]}, with {FILES[1]}"]
     for name in FILES:
         assert (later / name).read_bytes() == (folder / name).read_bytes(), name
@@ -489,7 +489,7 @@ def test_the_setting_turns_it_off_and_may_change_in_a_run(run, image_folder, tmp
 
 
 def test_a_run_that_is_not_finished_is_refused_in_a_line(tmp_path, capsys):
-    assert main(["analyse", str(tmp_path)]) == 2
+    assert main(["analyze", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "finished run" in error
@@ -501,4 +501,4 @@ def test_a_run_whose_teacher_is_gone_is_refused(taught, tmp_path):
     config = (later / "config.yaml").read_text()
     (later / "config.yaml").write_text(config.replace("student.safetensors", "gone.safetensors"))
     with pytest.raises((OSError, ValueError), match=r"gone\.safetensors"):
-        analyse_run(later)
+        analyze_run(later)

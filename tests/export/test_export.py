@@ -348,7 +348,7 @@ def test_names_that_do_their_worst_change_nothing_but_themselves(finished):
         "Training",
         "Assumed",
         "Environment",
-        "Licence",
+        "License",
     ]
     assert set(html) == {"<details>", "<summary>", "</summary>", "</details>"}
     shown = (" ".join(name.split()) for name in HOSTILE)

@@ -59,8 +59,8 @@ class TensorSource:
         """Nothing is open."""
 
 
-def network(normalised: bool) -> nn.Module:
-    norm = nn.BatchNorm2d(4) if normalised else nn.Identity()
+def network(normalized: bool) -> nn.Module:
+    norm = nn.BatchNorm2d(4) if normalized else nn.Identity()
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1),
@@ -112,7 +112,7 @@ def pictures_and_labels(draw) -> Drawn:
 @given(
     data=pictures_and_labels(),
     method=methods,
-    normalised=st.booleans(),
+    normalized=st.booleans(),
     lr=rates,
     optimizer=st.sampled_from(["sgd", "adamw", "rmsprop", "lion", "lamb", "adafactor"]),
     more=st.fixed_dictionaries(
@@ -132,7 +132,7 @@ def pictures_and_labels(draw) -> Drawn:
         },
     ),
 )  # fmt: skip
-def test_training_steps(data, method, normalised, lr, optimizer, more):
+def test_training_steps(data, method, normalized, lr, optimizer, more):
     with case("training steps"), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         run = Path(folder) / "run"
@@ -140,9 +140,9 @@ def test_training_steps(data, method, normalised, lr, optimizer, more):
         try:
             result = train(
                 TensorSource(data.images, data.labels),
-                network(normalised),
+                network(normalized),
                 method,
-                network(normalised) if kind in WITH_TEACHER else None,
+                network(normalized) if kind in WITH_TEACHER else None,
                 epochs=2, batch_size=4, optimizer={"name": optimizer, "lr": lr}, seed=0,
                 output=str(run), gallery=1, device="cpu", threads=1, progress=False, **more,
             )  # fmt: skip

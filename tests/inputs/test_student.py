@@ -243,7 +243,7 @@ def test_the_teacher_runs_once_for_all_that_is_read_from_it():
 
 
 def test_features_of_the_teacher_are_of_its_own_input():
-    """The teacher sees larger images, normalised its own way, and of three channels."""
+    """The teacher sees larger images, normalized its own way, and of three channels."""
     method = Recording(Features(of="teacher", stages=("middle",)))
     teacher = Teacher(
         small_cnn(seed=1),

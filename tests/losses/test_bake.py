@@ -66,7 +66,7 @@ def test_the_module_is_the_function():
 
 
 @pytest.mark.parametrize(("logits", "omega"), [(torch.randn(1, 4), 0.9), (torch.randn(3, 4), 0.0)])
-def test_without_neighbours_each_keeps_its_own(logits, omega):
+def test_without_neighbors_each_keeps_its_own(logits, omega):
     features = torch.randn(len(logits), 6)
 
     targets = bake_targets(logits, features, temperature=1.0, omega=omega)

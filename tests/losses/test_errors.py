@@ -349,7 +349,7 @@ def test_only_uskd_refuses_three_labels(case):
     inputs["target"] = torch.tensor([[0.5, 0.5, 0, 0, 0], [0.2, 0.5, 0, 0.3, 0]])
 
     if case.name.startswith("uskd"):
-        with pytest.raises(ValueError, match=r"row 1 .* has 3 labelled classes.*unsmoothed"):
+        with pytest.raises(ValueError, match=r"row 1 .* has 3 labeled classes.*unsmoothed"):
             case(inputs)
     else:
         assert bool(torch.isfinite(case(inputs)))
@@ -364,7 +364,7 @@ def test_smoothed_labels_are_refused_by_uskd_with_advice():
     inputs = BY_NAME["uskd"].make(INDICES)
 
     for called in (uskd_loss, uskd_targets, USKDLoss(), USKDLoss().soft_labels):
-        with pytest.raises(ValueError, match=r"6 labelled classes, at most two .* unsmoothed labe"):
+        with pytest.raises(ValueError, match=r"6 labeled classes, at most two .* unsmoothed labe"):
             called(inputs["logits"], inputs["weak_logits"], smoothed())
 
 

@@ -75,11 +75,11 @@ def test_nkd_pulls_to_the_teachers_target_and_non_target_parts(kind, temperature
 
     logits, teacher_logits = inputs["logits"], inputs["teacher_logits"]
     labels = labels_of(inputs["target"]) if mixed_target == "all" else largest_of(inputs["target"])
-    labelled = labels > 0
-    target = teacher_logits.softmax(1) * labelled
+    labeled = labels > 0
+    target = teacher_logits.softmax(1) * labeled
     of_target = logits.softmax(1) * target.sum(1, keepdim=True) - target
-    of_others = softmax_without(logits / temperature, labelled) - softmax_without(
-        teacher_logits / temperature, labelled
+    of_others = softmax_without(logits / temperature, labeled) - softmax_without(
+        teacher_logits / temperature, labeled
     )
     assert_close(found["logits"], (of_target + 0.7 * temperature * of_others) / BATCH_SIZE)
 

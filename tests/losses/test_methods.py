@@ -171,15 +171,15 @@ def test_soft_labels_lie_where_they_belong_and_carry_no_gradient(case):
 @every_method_case
 def test_soft_labels_take_mixed_labels(case):
     if "mixed_target" in case.settings or case.module in (losses.KDLoss, USKDLoss):
-        labelled_classes = 2
+        labeled_classes = 2
     else:
-        labelled_classes = 1
+        labeled_classes = 1
     labels = torch.tensor([[0.6, 0.4, 0, 0, 0, 0], [0, 0, 0, 0.3, 0, 0.7]]).double().repeat(2, 1)
 
     soft = case.module(**case.module_settings).soft_labels(*arguments_of(case, labels))
 
-    assert bool(((soft.target != 0).sum(1) == labelled_classes).all())
-    assert bool(((soft.non_target != 0).sum(1) == 6 - labelled_classes).all())
+    assert bool(((soft.target != 0).sum(1) == labeled_classes).all())
+    assert bool(((soft.non_target != 0).sum(1) == 6 - labeled_classes).all())
 
 
 @every_method_case

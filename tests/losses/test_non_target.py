@@ -78,7 +78,7 @@ def test_the_row_that_is_furthest_off_is_named():
 def test_the_row_with_the_most_labels_is_named():
     target = rows([0.5, 0.5, 0, 0], [0.4, 0.3, 0.3, 0], [0.25, 0.25, 0.25, 0.25])
 
-    with pytest.raises(ValueError, match="row 2 of target has 4 labelled classes"):
+    with pytest.raises(ValueError, match="row 2 of target has 4 labeled classes"):
         check_two_labels(target)
 
 
@@ -163,7 +163,7 @@ def test_columns_spread_out_are_the_labels_again(batch):
         assert bool(batch.labels.gather(1, labels.classes).gt(0).all())
 
 
-def test_removal_writes_at_labelled_classes_of_a_copy():
+def test_removal_writes_at_labeled_classes_of_a_copy():
     values = rows([1, 2, 3], [4, 5, 6])
     labels = Labels(torch.tensor([[0, 2], [1, 1]]), rows([0.5, 0.5], [1, 0]))
 
@@ -222,7 +222,7 @@ def test_the_removed_logit_may_be_anything(extreme, others):
     assert_six_digits(logits.grad, [[0, 0.25, 0.75]])
 
 
-def test_a_row_whose_every_class_is_labelled_has_no_softmax():
+def test_a_row_whose_every_class_is_labeled_has_no_softmax():
     logits = rows([1, 2, 3])
 
     soft = softmax_parts(logits, label_columns(rows([0.2, 0.3, 0.5]), logits))[1]

@@ -148,7 +148,7 @@ def test_the_module_reads_before_the_activation() -> None:
     assert reads["norm_parameters"].stages == ("stage:1",)
 
 
-def test_connectors_have_the_published_initialisation() -> None:
+def test_connectors_have_the_published_initialization() -> None:
     # Normal with a variance of 2 over the output channels.
     values = {"student_maps": drawn((1, 300, 1, 1)), "teacher_maps": drawn((1, 200, 1, 1))}
     weight = heads_of(OFDLoss(), values).connectors[0][0].weight

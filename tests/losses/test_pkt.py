@@ -31,7 +31,7 @@ def test_values_and_gradients_of_the_reference(case):
 def test_a_loop_over_pairs():
     student, teacher = features(5, 3), features(5, 8, seed=1)
 
-    def neighbours(rows):
+    def neighbors(rows):
         lengths = [math.hypot(*row) + 1e-7 for row in rows]
         kernel = [
             [(1 + sum(x * y for x, y in zip(a, b, strict=True)) / m / n) / 2 for b, n in both]
@@ -40,7 +40,7 @@ def test_a_loop_over_pairs():
         ]
         return [[value / sum(line) for value in line] for line in kernel]
 
-    ours, theirs = neighbours(student.tolist()), neighbours(teacher.tolist())
+    ours, theirs = neighbors(student.tolist()), neighbors(teacher.tolist())
     expected = sum(
         theirs[i][j] * math.log((theirs[i][j] + 1e-7) / (ours[i][j] + 1e-7))
         for i in range(5)
@@ -91,7 +91,7 @@ def test_hazards_stay_finite_also_in_half_precision():
     assert teacher.grad is None
 
 
-def test_one_sample_has_no_neighbours_to_choose_from():
+def test_one_sample_has_no_neighbors_to_choose_from():
     assert pkt_loss(features(1, 3), features(1, 4)) == 0
 
 

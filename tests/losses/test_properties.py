@@ -349,23 +349,23 @@ def test_kd_in_cross_entropy_form_is_target_binary_and_non_target_parts(batch):
 @given(batch=batches())
 def test_uskds_soft_labels_lie_where_they_belong_and_follow_the_ranks(rank_by, batch):
     assume(ranks_are_clear(batch, rank_by))
-    labelled = batch.labels > 0
+    labeled = batch.labels > 0
 
     soft = uskd_targets(batch.logits, batch.other_logits, batch.target, rank_by=rank_by)
 
-    assert not soft.target[~labelled].any()
-    assert not soft.non_target[labelled].any()
-    assert bool((soft.non_target[~labelled] > 0).all())
-    expected_sums = (~labelled).any(1).double()
+    assert not soft.target[~labeled].any()
+    assert not soft.non_target[labeled].any()
+    assert bool((soft.non_target[~labeled] > 0).all())
+    expected_sums = (~labeled).any(1).double()
     assert_close(soft.non_target.sum(1), expected_sums)
-    for row in range(len(labelled)):
+    for row in range(len(labeled)):
         scores = rank_scores(
             batch.logits[row].tolist(),
             batch.other_logits[row].tolist(),
             batch.labels[row].tolist(),
             rank_by,
         )
-        free = [index for index in range(len(scores)) if not labelled[row, index]]
+        free = [index for index in range(len(scores)) if not labeled[row, index]]
         by_score = sorted(free, key=lambda index: (-scores[index], index))
         by_label = sorted(free, key=lambda index: -float(soft.non_target[row, index]))
         assert by_score == by_label
@@ -522,7 +522,7 @@ def test_nkds_non_target_term_is_dkds_up_to_the_teachers_non_target_entropy(batc
 
 
 @given(batch=batches(most_labels=1))
-def test_tf_nkd_weighs_cross_entropy_by_the_centred_confidence(batch):
+def test_tf_nkd_weighs_cross_entropy_by_the_centered_confidence(batch):
     target = largest(batch)
     rows = torch.arange(len(target))
     log_s = batch.logits.log_softmax(1)[rows, target]

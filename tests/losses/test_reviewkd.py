@@ -111,14 +111,14 @@ def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
         mean = map.mean((0, 2, 3), keepdim=True)
         return (map - mean) / (map.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
 
-    # A 1x1 convolution is a product over channels; of a 3x3 one, a lone position sees the centre.
+    # A 1x1 convolution is a product over channels; of a 3x3 one, a lone position sees the center.
     def narrowed(map, block):
         weight = parameters[f"blocks.{block}.narrow.0.weight"][..., 0, 0]
         return normed(torch.einsum("bdhw,ed->behw", map, weight))
 
     deep = narrowed(student_pooled[0][..., None, None], 1)
-    centre = parameters["blocks.1.widen.0.weight"][..., 1, 1]
-    deep_output = normed(torch.einsum("bdhw,ed->behw", deep, centre))
+    center = parameters["blocks.1.widen.0.weight"][..., 1, 1]
+    deep_output = normed(torch.einsum("bdhw,ed->behw", deep, center))
     own = narrowed(student[0], 0)
     both = torch.cat((own, deep.expand_as(own)), 1)
     weight = parameters["blocks.0.attention.weight"][..., 0, 0]

@@ -44,7 +44,7 @@ def test_plain_sums_with_a_row_doubled_by_hand():
     shallow = torch.randn(2, 3, 1, 4, generator=generator).double()
     deep = torch.randn(2, 5, 1, 2, generator=generator).double()
 
-    # Doubled with half-pixel centres: a, 3/4 a + 1/4 b, 1/4 a + 3/4 b, b.
+    # Doubled with half-pixel centers: a, 3/4 a + 1/4 b, 1/4 a + 3/4 b, b.
     total = 0.0
     for ours, theirs in zip(shallow.tolist(), deep.tolist(), strict=True):
         doubled = [[[a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b]] for ((a, b),) in theirs]

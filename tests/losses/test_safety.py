@@ -283,7 +283,7 @@ def test_sorted_draws_follow_the_logits_in_every_row():
     ("distribution", "mean"), [("random_uniform", 0.5), ("random_gaussian", 0.7979)]
 )
 def test_draws_have_the_law_of_their_name(distribution, mean):
-    # The ratio of mean and root mean square is that of the law, whatever the normalisation.
+    # The ratio of mean and root mean square is that of the law, whatever the normalization.
     torch.manual_seed(0)
     soft = zipf_ls_targets(torch.zeros(1, 200_001), torch.tensor([0]), distribution=distribution)[
         0, 1:

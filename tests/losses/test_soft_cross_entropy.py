@@ -88,11 +88,11 @@ def test_the_gradient_is_the_written_out_formula(batch, temperature):
     for column in range(soft.labels.classes.shape[1]):
         for row in range(len(p)):
             p[row, soft.labels.classes[row, column]] += soft.target_values[row, column]
-    labelled = batch.labels > 0
+    labeled = batch.labels > 0
     pulled = p.sum(1, keepdim=True) * batch.logits.softmax(1) - p
-    prediction = (batch.logits / temperature).masked_fill(labelled, -torch.inf).softmax(1)
+    prediction = (batch.logits / temperature).masked_fill(labeled, -torch.inf).softmax(1)
     difference = (prediction - soft.non_target.normalized()) / temperature
-    difference = torch.where(labelled, 0.0, difference)
+    difference = torch.where(labeled, 0.0, difference)
     assert_close(found, WEIGHTS[0] * pulled + WEIGHTS[1] * difference)
 
 
@@ -148,7 +148,7 @@ def test_soft_labels_get_no_gradient(batch):
 
 
 @given(batch=batches(most_labels=7), steps=st.integers(-160, 160), temperature=temperatures)
-def test_labelled_logits_have_no_influence_on_the_non_target_term(batch, steps, temperature):
+def test_labeled_logits_have_no_influence_on_the_non_target_term(batch, steps, temperature):
     soft = soft_of(batch, temperature)
     moved = batch.logits + (steps / 16) * (batch.labels > 0)
 

@@ -123,5 +123,5 @@ def test_wrong_settings_are_refused(change, error, message):
 
 
 def test_smoothed_labels_are_refused():
-    with pytest.raises(ValueError, match="5 labelled classes, at most two can be used"):
+    with pytest.raises(ValueError, match="5 labeled classes, at most two can be used"):
         tf_nkd_loss(STUDENT_LOGITS, torch.full((2, 5), 0.2))

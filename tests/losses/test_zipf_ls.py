@@ -93,7 +93,7 @@ def test_the_power_bends_the_law():
 
 
 def test_the_loss_of_one_sample():
-    # q = (0, 12, 4, 3) / 19 as above. p = e^(1, 0, -1) normalised: logsumexp 1.407606,
+    # q = (0, 12, 4, 3) / 19 as above. p = e^(1, 0, -1) normalized: logsumexp 1.407606,
     # -ln p = 0.407606, 1.407606, 2.407606. Entropy of q: 12/19 * 0.459532 + 4/19 * 1.558145
     # + 3/19 * 1.845827 = 0.909708. Cross-entropy: (12 * 0.407606 + 4 * 1.407606 + 3 * 2.407606)
     # / 19 = 0.933922. Difference 0.024214.
@@ -109,7 +109,7 @@ def test_by_default_the_largest_label_is_the_target():
     assert_six_digits(zipf_ls_loss(STUDENT_LOGITS, MIXED_TARGET, VOTES), 0.063214)
 
 
-def test_all_labelled_classes_are_removed():
+def test_all_labeled_classes_are_removed():
     # Row 1: ranks [1, 2, 3, 4, 4] without 0 and 2: 1/2 : 1/4 : 1/4.
     # Row 2: ranks [3, 3, 1, 2, 5] without 1 and 3: 1/3 : 1 : 1/5 = 5 : 15 : 3.
     soft = zipf_ls_targets(STUDENT_LOGITS, MIXED_TARGET, VOTES, mixed_target="all")

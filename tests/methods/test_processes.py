@@ -32,7 +32,7 @@ PER_PROCESS = {
     "rkd": "distances and angles between samples",
     "sp": "similarities of samples",
     "pkt": "similarities of samples",
-    "bake": "neighbours",
+    "bake": "neighbors",
     "tf_fd": "the order of channels",
     "tf_nkd": "a mean target",
     "uskd": "a mean target",

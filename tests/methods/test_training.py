@@ -47,7 +47,7 @@ ALONE = {
     "tf_kd": "its target is nearly uniform: the term rises with all confidence",
     "zipf_ls": "the ranks follow the network's own votes",
     "cs_kd": "two images of a class are predicted alike while nothing is predicted",
-    "bake": "neighbours in the batch are predicted alike while nothing is predicted",
+    "bake": "neighbors in the batch are predicted alike while nothing is predicted",
     "tf_fd": "its weights are so small that the task moves the term more than it does",
     "ols": "the target is the network's own mean prediction",
     "ps_kd": "the target is the network's own prediction",
@@ -86,7 +86,7 @@ class Trained:
 
 
 class Training:
-    """A distiller with its optimiser, and what happened to it."""
+    """A distiller with its optimizer, and what happened to it."""
 
     def __init__(self, trained: Trained, distiller: Distiller) -> None:
         self.trained = trained

@@ -229,8 +229,8 @@ def test_timm_never_reaches_for_the_hub():
 
 @pytest.mark.parametrize("name", ["timm:resnet8", "torchvision:resnet18"])
 def test_setting_that_the_model_does_not_take(name):
-    with pytest.raises(ValueError, match=f"'{name}' does not take the setting 'colour'"):
-        build_model(name, num_classes=7, settings={"colour": 1})
+    with pytest.raises(ValueError, match=f"'{name}' does not take the setting 'color'"):
+        build_model(name, num_classes=7, settings={"color": 1})
 
 
 def test_setting_that_the_caller_sets():

@@ -68,8 +68,8 @@ const behind = e => {
     const style = getComputedStyle(e);
     // A bar behind the text of a cell counts as its background.
     if (style.backgroundImage.includes('gradient')) return rgba(style.getPropertyValue('--bar'));
-    const colour = rgba(style.backgroundColor);
-    if (colour[3] === 255) return colour;
+    const color = rgba(style.backgroundColor);
+    if (color[3] === 255) return color;
   }
   return [255, 255, 255, 255];
 };

@@ -364,21 +364,21 @@ def test_page_of_eight_variants_and_six_seeds_is_small_and_quick(
     assert len(page.source) < 2_000_000
 
 
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @pytest.mark.parametrize(("number", "page"), [(0, "#fcfcfb"), (1, "#1c1f23")])
-def test_every_colour_can_be_read_as_text(number, page):
+def test_every_color_can_be_read_as_text(number, page):
     for pair in RUN_COLOURS:
         light, dark = sorted((luminance(pair[number]), luminance(page)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
     assert len({pair[number] for pair in RUN_COLOURS}) == 8
 
 
-def test_page_defines_each_colour_for_both_schemes(make_variant, compare):
+def test_page_defines_each_color_for_both_schemes(make_variant, compare):
     page = compare(make_variant("base", whole=False))
     for number in range(len(RUN_COLOURS)):
         assert len(re.findall(rf"--run-{number}: #", page.source)) == 2

@@ -225,7 +225,7 @@ def test_identifiers_are_unique_and_references_resolve(make_run, write):
     assert len(names) == len(set(names))
 
 
-def test_lines_take_the_colours_of_the_page(make_run, write):
+def test_lines_take_the_colors_of_the_page(make_run, write):
     page = write(make_run("a"), make_run("b"))
     styles = " ".join(attributes.get("style", "") for _, attributes in page.elements)
     assert "stroke: var(--run-0)" in styles

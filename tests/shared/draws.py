@@ -47,7 +47,7 @@ def batches(
 
     Args:
         draw: Given by hypothesis.
-        most_labels: How many labelled classes a row may have; rows with fewer are mixed in.
+        most_labels: How many labeled classes a row may have; rows with fewer are mixed in.
         min_classes: The least number of classes.
         distinct: No two logits of a row are equal, nor two of its positive labels.
         unsmoothed: Every row of three classes or more has a class without a label.

@@ -40,7 +40,7 @@ def one_hot(label: int, num_classes: int) -> list[float]:
     return [1.0 if index == label else 0.0 for index in range(num_classes)]
 
 
-def labelled_classes(labels: Sequence[float], mixed_target: str) -> list[int]:
+def labeled_classes(labels: Sequence[float], mixed_target: str) -> list[int]:
     """The classes that count as the target: all with a label, or the first with the largest."""
     if mixed_target == "all":
         return [index for index, value in enumerate(labels) if value > 0]
@@ -86,7 +86,7 @@ def nkd(
     """Spec 1.4 and its ablations 4.5 and 4.14; targets removed from the non-target part."""
     losses = []
     for student, teacher, label in zip(logits, teacher_logits, labels, strict=True):
-        targets = labelled_classes(label, mixed_target)
+        targets = labeled_classes(label, mixed_target)
         rest = others(len(student), targets)
         log_s, t = log_softmax(student), softmax(teacher)
         loss = 0.0
@@ -172,7 +172,7 @@ def zipf_ls_targets(
                 counts[vote] += 1
             ranks = competition_ranks(counts)
         weights = law(ranks, distribution, settings)
-        rest = others(num_classes, labelled_classes(label, mixed))
+        rest = others(num_classes, labeled_classes(label, mixed))
         total = sum(weights[index] for index in rest)
         row = [0.0] * num_classes
         for index in rest:
@@ -193,7 +193,7 @@ def zipf_ls(
     losses = []
     targets = zipf_ls_targets(logits, labels, votes, mixed, distribution, settings)
     for student, label, soft in zip(logits, labels, targets, strict=True):
-        rest = others(len(student), labelled_classes(label, mixed))
+        rest = others(len(student), labeled_classes(label, mixed))
         loss = 0.0
         if rest:
             log_p = log_softmax([student[index] for index in rest])
@@ -218,10 +218,10 @@ def cross_entropy(logits: Rows, labels: Rows) -> list[float]:
 
 
 def columns(label: Sequence[float]) -> list[int]:
-    """The one or two labelled classes of a row, the major one first (equal: the lower class)."""
-    labelled = [index for index, value in enumerate(label) if value > 0]
-    assert 1 <= len(labelled) <= 2
-    return sorted(labelled, key=lambda index: (-label[index], index))
+    """The one or two labeled classes of a row, the major one first (equal: the lower class)."""
+    labeled = [index for index, value in enumerate(label) if value > 0]
+    assert 1 <= len(labeled) <= 2
+    return sorted(labeled, key=lambda index: (-label[index], index))
 
 
 def rank_scores(
@@ -237,13 +237,13 @@ def rank_scores(
     """
     if rank_from in ("weak", "final"):
         return list(weak_logits if rank_from == "weak" else logits)
-    labelled = columns(label)
+    labeled = columns(label)
     final = softmax(logits) if rank_by == "probability" else log_softmax(logits)
     weak = softmax(weak_logits)
     final_rest = weak_rest = 1.0
     if rank_from == "both":
-        final_rest = 1 - sum(final[index] for index in labelled) + EPSILON
-        weak_rest = 1 - sum(weak[index] for index in labelled) + EPSILON
+        final_rest = 1 - sum(final[index] for index in labeled) + EPSILON
+        weak_rest = 1 - sum(weak[index] for index in labeled) + EPSILON
     return [w / weak_rest + f / final_rest for w, f in zip(weak, final, strict=True)]
 
 
@@ -256,7 +256,7 @@ def uskd_targets(
     squared: bool = True,
     teacher_logits: Rows | None = None,
 ) -> Soft:
-    """Equations 6, 10 and 11; ranks over all classes, the labelled ones removed afterwards."""
+    """Equations 6, 10 and 11; ranks over all classes, the labeled ones removed afterwards."""
     batch_size, num_classes = len(logits), len(logits[0])
     target = [[0.0] * num_classes for _ in range(batch_size)]
     for column in range(2):

@@ -69,7 +69,7 @@ def hard_labels(batch_size: int = 4, num_classes: int = NUM_CLASSES) -> Tensor:
 
 
 def mixed_labels(batch_size: int = 4, num_classes: int = NUM_CLASSES) -> Tensor:
-    """Two labelled classes of 0.7 and 0.3; the last row has one."""
+    """Two labeled classes of 0.7 and 0.3; the last row has one."""
     labels = 0.7 * nn.functional.one_hot(hard_labels(batch_size), num_classes)
     labels = labels + 0.3 * nn.functional.one_hot(
         (hard_labels(batch_size) + 2) % num_classes, num_classes

@@ -421,7 +421,7 @@ def test_two_processes_share_the_gradients_of_both(of_processes, name):
     assert not torch.allclose(first[alone][weight], second[alone][weight])  # other samples
 
 
-def test_swins_middle_is_normalised_before_the_mean_as_in_the_published_runs():
+def test_swins_middle_is_normalized_before_the_mean_as_in_the_published_runs():
     distiller = shallow("Swin")
     with torch.no_grad():
         distiller.trainable.providers["weak"].norm.weight.copy_(torch.linspace(-1, 2, 384))
@@ -431,8 +431,8 @@ def test_swins_middle_is_normalised_before_the_mean_as_in_the_published_runs():
 
     head = distiller.trainable.providers["weak"]
     variance = feature.var(3, correction=0, keepdim=True)
-    normalised = (feature - feature.mean(3, keepdim=True)) / (variance + 1e-5).sqrt()
-    pooled = (normalised * head.norm.weight + head.norm.bias).mean((1, 2))
+    normalized = (feature - feature.mean(3, keepdim=True)) / (variance + 1e-5).sqrt()
+    pooled = (normalized * head.norm.weight + head.norm.bias).mean((1, 2))
     torch.testing.assert_close(weak, head.fc(pooled.float()), rtol=1e-4, atol=1e-5)
     plain = shallow("CNN").trainable.state_dict()
     assert not [name for name in plain if "providers.weak.norm" in name]

@@ -192,7 +192,7 @@ def test_checkpoint_of_other_shapes_is_refused():
 
 
 def momentum_state(change) -> None:
-    """Restore an optimiser's state after a change of it."""
+    """Restore an optimizer's state after a change of it."""
     layer = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.ones(1, 2)).sum().backward()

@@ -1,4 +1,4 @@
-"""Which parameters decay: the groups of the optimiser, name by name."""
+"""Which parameters decay: the groups of the optimizer, name by name."""
 
 from __future__ import annotations
 

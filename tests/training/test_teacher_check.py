@@ -54,7 +54,7 @@ def shaded() -> InMemorySource:
 
 
 class Knowing(nn.Module):
-    """Tells shades apart, in images that are normalised as above; `noise` of them wrongly."""
+    """Tells shades apart, in images that are normalized as above; `noise` of them wrongly."""
 
     def __init__(self, order: list[int] | None = None, gain: float = 50.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Teachers of other families, sizes, normalisations and classes than the student's."""
+"""Teachers of other families, sizes, normalizations and classes than the student's."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_any_teacher_teaches_a_small_cnn(folder_source, batch, tmp_path, monkeyp
     sys.modules.pop("my_teachers", None)
 
 
-def test_a_colour_teacher_teaches_on_gray_images(source, tmp_path):
+def test_a_color_teacher_teaches_on_gray_images(source, tmp_path):
     model = network("timm:resnet8", classes=len(MORE))
     run = as_run(tmp_path / "run", model, "timm:resnet8", 16)
     settings = TeacherSettings(name=f"file:{run}", class_map="names")

@@ -128,10 +128,10 @@ def principal_plane(features: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if not bool(features.isfinite().all()):
         return None
-    centred = features.double() - features.double().mean(0)
-    if not bool(centred.any()):
+    centered = features.double() - features.double().mean(0)
+    if not bool(centered.any()):
         return None
-    left, sizes, right = torch.linalg.svd(centred, full_matrices=False)
+    left, sizes, right = torch.linalg.svd(centered, full_matrices=False)
     signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign().flatten()
     places = (left * sizes * signs)[:, :2]
     explained = (sizes.square() / sizes.square().sum())[:2]

@@ -39,7 +39,7 @@ def make_gallery(
 
     They are test images; where the soft labels need what there is for training images alone, a
     teacher's stored answers, what a method remembers of an image or further images of a batch,
-    they are training images. Each is labelled together with the batch that
+    they are training images. Each is labeled together with the batch that
     it stands in, because a soft label may depend on its batch.
 
     Args:

@@ -1,4 +1,4 @@
-"""The commands for a trained student: `eval`, `analyse`, `predict` and `export`."""
+"""The commands for a trained student: `eval`, `analyze`, `predict` and `export`."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from softlabels.cli.parsing import UsageError, call, metrics_line, printable, put
 
-__all__ = ["analyse", "evaluate", "export", "predict"]
+__all__ = ["analyze", "evaluate", "export", "predict"]
 
 _MOST_IMAGES = 1_000_000  # in a batch
 
@@ -47,25 +47,25 @@ def evaluate(arguments: list[str]) -> int:
     return call(evaluate_student, arguments, "eval")
 
 
-def analyse(arguments: list[str]) -> int:
+def analyze(arguments: list[str]) -> int:
     """Look closer at a finished run."""
     import tyro
 
-    def analyse_student(run: Annotated[str, tyro.conf.Positional]) -> int:
+    def analyze_student(run: Annotated[str, tyro.conf.Positional]) -> int:
         """Write analysis.json and predictions.npz of a finished run that has none, or anew.
 
         Args:
             run: The run's folder.
         """
-        from softlabels.experiments.analyze import analyse_run
+        from softlabels.experiments.analyze import analyze_run
         from softlabels.training.run_folder import RunFolder
 
         folder = RunFolder(Path(run))
-        analyse_run(folder.path)
+        analyze_run(folder.path)
         put(printable(f"{folder.analysis}, with {folder.predictions.name}"))
         return 0
 
-    return call(analyse_student, arguments, "analyse")
+    return call(analyze_student, arguments, "analyze")
 
 
 def predict(arguments: list[str]) -> int:

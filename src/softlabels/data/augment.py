@@ -48,7 +48,7 @@ def _check_range(name: str, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Affine:
-    """Random rotation, scaling, horizontal shear and shift around the centre, bilinear.
+    """Random rotation, scaling, horizontal shear and shift around the center, bilinear.
 
     What comes in from outside the image is 0: black, the background of white-on-black drawings.
 
@@ -82,7 +82,7 @@ class Affine:
         shift = _between(draws[:, 3:], -self.shift, self.shift)
 
         # For each output pixel, where to read: undo the shift, then the turn and the zoom, then the
-        # shear. All in pixels from the centre.
+        # shear. All in pixels from the center.
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         # grid_sample wants -1..1 from edge to edge.
         wide, high = 2 / width, 2 / height

@@ -16,7 +16,7 @@ class Batch:
     """Images with their labels.
 
     Args:
-        images: [B, C, H, W] float32, normalised with the mean and std of `DataInfo`.
+        images: [B, C, H, W] float32, normalized with the mean and std of `DataInfo`.
         target: Class indices [B] int64, or probabilities [B, classes] float32 after mixing.
         index: [B] int64 on the CPU, the samples' indices in their split.
         draw: [B] int64 on the CPU, the number of the augmentation's draw that each image shows;
@@ -142,7 +142,7 @@ class DataSource(Protocol):
             world_size: Number of processes.
             start_step: First step to read; those before it are skipped without reading.
             draw: (seed, number) that the augmentation's draws belong to; None: (seed, epoch).
-            extras: Names of further images, normalised as the images and of their shape, that each
+            extras: Names of further images, normalized as the images and of their shape, that each
                 batch carries in `Batch.extras`. They too are functions of the seed, the epoch and
                 the sample's index, and of `draw`. `"second_view"`: the same images under another
                 draw of the augmentation. `"partner"`: for each image another training image of

@@ -53,7 +53,7 @@ class ImageSource:
             `"rand-m9-mstd0.5-inc1"`, or None.
         random_erasing: Probability with which a rectangle is replaced by noise, 0..1.
         lighting: Standard deviation of the random lighting along the main directions of ImageNet's
-            colours, for images in 0..1; published runs have 0.1. 0: none.
+            colors, for images in 0..1; published runs have 0.1. 0: none.
         crop_fraction: The central part of a test image that is kept, 0..1 of its shorter side; None
             is 0.875 with `"random_resized_crop"` and 1 otherwise.
         mean: Mean of the red, green and blue channel, for images in 0..1.

@@ -181,7 +181,7 @@ class InMemorySource:
     Args:
         train: The training split.
         test: The test split.
-        info: Facts about the data set; its mean and std normalise the images.
+        info: Facts about the data set; its mean and std normalize the images.
         augmentation: What is done to training images, or None. Test images are read as they are.
 
     Raises:
@@ -319,7 +319,7 @@ class InMemorySource:
         return Partners(self._train_targets)
 
     def _train_batch(self, index: Tensor, draw: tuple[int, int], further: FurtherImages) -> Batch:
-        """Gather, augment and normalise training samples on their device."""
+        """Gather, augment and normalize training samples on their device."""
         rows = index.to(self._train.target.device, non_blocking=True)
         images = self._train.read(rows)
         extras = {}
@@ -335,14 +335,14 @@ class InMemorySource:
 
     def _test_batch(self, index: Tensor) -> Batch:
         rows = index.to(self._test.target.device, non_blocking=True)
-        return Batch(self._normalised(self._test.read(rows)), self._test.target[rows], index)
+        return Batch(self._normalized(self._test.read(rows)), self._test.target[rows], index)
 
     def _augmented(self, images: Tensor, rows: Tensor, *key: int | str) -> Tensor:
         if self._augmentation is not None:
             images = self._augmentation(images, rows, *key)
-        return self._normalised(images)
+        return self._normalized(images)
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         if self._mean.device != images.device:
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         return (images - self._mean).div_(self._std)

@@ -1,4 +1,4 @@
-"""Random lighting: one colour, along the main directions of ImageNet's colours, added to an image.
+"""Random lighting: one color, along the main directions of ImageNet's colors, added to an image.
 
 Source: Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
 Networks", NeurIPS 2012, section 4.1. The eigenvalues and eigenvectors of the covariance of RGB
@@ -51,5 +51,5 @@ class Lighting:
             [3, H, W].
         """
         draws = torch.randn(3).mul_(self.std)
-        colour = torch.tensor(_EIGENVECTORS) @ (draws * torch.tensor(_EIGENVALUES))
-        return image + colour[:, None, None]
+        color = torch.tensor(_EIGENVECTORS) @ (draws * torch.tensor(_EIGENVALUES))
+        return image + color[:, None, None]

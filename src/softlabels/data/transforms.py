@@ -28,7 +28,7 @@ def evaluation_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> ImageTransform:
-    """Make the transform for testing: resize, central crop, normalisation; see `image_transforms`.
+    """Make the transform for testing: resize, central crop, normalization; see `image_transforms`.
 
     Returns:
         A transform of an image to [C, height, width] float32, without any draw.
@@ -121,7 +121,7 @@ def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTran
         ) from error
     _allow_full_posterization(policy)
     if settings.lighting:
-        # On values in 0..1: between timm's conversion to a tensor and its normalisation.
+        # On values in 0..1: between timm's conversion to a tensor and its normalization.
         steps = finish.transforms
         place = next(i for i, s in enumerate(steps) if isinstance(s, transforms.Normalize))
         steps.insert(place, Lighting(settings.lighting))

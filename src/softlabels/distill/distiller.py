@@ -36,7 +36,7 @@ __all__ = ["Distiller", "StepOutput"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-_MOST_KEPT = 256  # batches between two optimiser steps; more means that nobody calls after_step
+_MOST_KEPT = 256  # batches between two optimizer steps; more means that nobody calls after_step
 
 
 class Distiller(nn.Module):
@@ -71,7 +71,7 @@ class Distiller(nn.Module):
             None: from the first convolution and the student's own configuration, or 224.
 
     Attributes:
-        trainable: The module to compile, wrap and optimise.
+        trainable: The module to compile, wrap and optimize.
         method: The method's module.
         teacher: The `Teacher`, `Teachers` or `TeacherCache`, or None.
         detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
@@ -250,7 +250,7 @@ class Distiller(nn.Module):
         """One forward of student and teacher, and the loss.
 
         Args:
-            images: [B, C, H, W], normalised for the student.
+            images: [B, C, H, W], normalized for the student.
             target: [B] class indices or [B, C] probabilities, never smoothed.
             **extras: Further tensors of the batch that the method reads, as `index=...`, on any
                 device; with a `TeacherCache` `index` and `draw`, [B] on the CPU.
@@ -381,7 +381,7 @@ class Distiller(nn.Module):
         the labels themselves.
 
         Args:
-            images: [B, C, H, W], normalised for the student.
+            images: [B, C, H, W], normalized for the student.
             target: [B] class indices or [B, C] probabilities.
             **extras: As in `forward`.
         """

@@ -1,4 +1,4 @@
-"""A frozen teacher with its own normalisation, input size and class map."""
+"""A frozen teacher with its own normalization, input size and class map."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
             the NKD paper ran its teachers.
 
     Raises:
-        ValueError: Weights of another network, one normalisation without the other, a zero
+        ValueError: Weights of another network, one normalization without the other, a zero
             standard deviation, or a setting out of range.
     """
 
@@ -89,7 +89,7 @@ class Teacher(nn.Module):
         if self.normalizes:
             if images.shape[1] not in (self.scale.shape[0], 1) and self.scale.shape[0] != 1:
                 raise ValueError(
-                    f"the teacher's normalisation is for {self.scale.shape[0]} channels, "
+                    f"the teacher's normalization is for {self.scale.shape[0]} channels, "
                     f"got images {tuple(images.shape)}"
                 )
             scale = self.scale.to(images.dtype).view(1, -1, 1, 1)
@@ -104,7 +104,7 @@ class Teacher(nn.Module):
         """Logits in the student's class order, without gradient.
 
         Args:
-            images: [B, C, H, W], normalised for the student.
+            images: [B, C, H, W], normalized for the student.
 
         Returns:
             [B, C].
@@ -201,13 +201,13 @@ def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 def _affine(
     normalization: Normalization | None, student: Normalization | None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and shift from the student's normalised values to the teacher's."""
+    """Scale and shift from the student's normalized values to the teacher's."""
     if normalization is None and student is None:
         return torch.ones(1), torch.zeros(1)
     if normalization is None or student is None:
         missing = "normalization" if normalization is None else "student_normalization"
         raise ValueError(
-            f"{missing} is missing: images are converted from the student's normalisation to the "
+            f"{missing} is missing: images are converted from the student's normalization to the "
             "teacher's, which needs both"
         )
     mean, std, student_mean, student_std = (
@@ -218,7 +218,7 @@ def _affine(
             raise ValueError(f"standard deviations must be above 0, got {values.tolist()}")
     sizes = {len(values) for values in (mean, std, student_mean, student_std)} - {1}
     if len(sizes) > 1:
-        raise ValueError(f"normalisations must agree in their channels, got {sorted(sizes)}")
+        raise ValueError(f"normalizations must agree in their channels, got {sorted(sizes)}")
     scale, shift = student_std / std, (student_mean - mean) / std
     channels = max(len(scale), len(shift))
     return scale.expand(channels).clone(), shift.expand(channels).clone()

@@ -27,7 +27,7 @@ from softlabels.training.distributed import start
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.settings import TeacherSettings
 
-__all__ = ["Analysis", "analyse", "analyse_run", "teacher_name", "write_analysis"]
+__all__ = ["Analysis", "analyze", "analyze_run", "teacher_name", "write_analysis"]
 
 _MOST_CONFUSIONS = 5000
 _MEMORY = 2**30  # bytes
@@ -75,7 +75,7 @@ class _Seen:
     features: dict[str, Any] | None
 
 
-def analyse(
+def analyze(
     network: nn.Module,
     source: DataSource,
     *,
@@ -263,7 +263,7 @@ def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
     return " + ".join(map(str, names))
 
 
-def analyse_run(folder: Path) -> None:
+def analyze_run(folder: Path) -> None:
     """Write the analysis of a finished run, anew if there is one.
 
     Student, data, and the teacher if its weights are in a file or published, are those that the
@@ -285,7 +285,7 @@ def analyse_run(folder: Path) -> None:
     source = build_source(config)
     try:
         teacher = _teacher_of(config, folder, source.info)
-        analysis = analyse(
+        analysis = analyze(
             network.to(accelerator.device),
             source,
             batch_size=config.eval_batch_size,

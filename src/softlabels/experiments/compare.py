@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from softlabels.data import DataSource
-from softlabels.experiments.analyze import analyse_run
+from softlabels.experiments.analyze import analyze_run
 from softlabels.experiments.comparison import Comparison, PlannedVariant, planned
 from softlabels.experiments.launcher import train_several
 from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
@@ -83,7 +83,7 @@ def compare(
     for variant in variants:
         for run in variant.runs:
             if not (run.folder.analysis.is_file() and run.folder.predictions.is_file()):
-                analyse_run(run.folder.path)
+                analyze_run(run.folder.path)
     results = {
         "title": comparison.title or _title(variants),
         "command": command or f"softlabels compare {output / 'comparison.yaml'}",

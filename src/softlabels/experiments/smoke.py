@@ -73,7 +73,7 @@ def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResul
 def shrunk(config: Config, *, processes: int = 1) -> Config:
     """A run of two steps and an evaluation in place of the one that is configured.
 
-    What stays: student, teacher, method, task's loss, optimiser, size of the images, number of
+    What stays: student, teacher, method, task's loss, optimizer, size of the images, number of
     classes, mixing, averaging of weights, and the schedule, in which all epochs become one. Weights
     are random where they would be downloaded or read. It proves that the parts fit, and nothing
     about accuracy.

@@ -36,7 +36,7 @@ def interleaved(
     """Run several steps in turn, A B C C B A ..., and time each.
 
     In turn, because a machine's speed drifts: only times of the same round are compared. Every
-    other round runs backwards, so that none always follows the same neighbour.
+    other round runs backwards, so that none always follows the same neighbor.
 
     Args:
         steps: By name.

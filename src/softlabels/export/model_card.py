@@ -126,9 +126,9 @@ def render_card(facts: CardFacts) -> str:
         data=None if run is None else run.data,
         height=height,
         width=width,
-        colours={1: "gray", 3: "RGB"}.get(record.in_channels, f"{record.in_channels} channels"),
+        colors={1: "gray", 3: "RGB"}.get(record.in_channels, f"{record.in_channels} channels"),
         resize=_resize(record),
-        normalisation=_normalisation(record),
+        normalization=_normalization(record),
         blocks=_loading_code(facts),
         headings=[_HEADINGS[key] for key in scores],
         results=[] if run is None else _results(run, scores),
@@ -215,7 +215,7 @@ def _resize(record: FileRecord) -> str:
     return f"in its own proportions, to cover {height} x {width} pixels"
 
 
-def _normalisation(record: FileRecord) -> str:
+def _normalization(record: FileRecord) -> str:
     if record.mean is None or record.std is None:
         return "not recorded"
     mean, std = (
@@ -258,7 +258,7 @@ def _training(config: Config, run: RunRecord | None) -> dict[str, str]:
         "method": config.label,
         "epochs": str(config.epochs),
         "batch size": str(config.batch_size),
-        "optimiser": f"{optimizer.name}, learning rate {optimizer.lr:g}, momentum "
+        "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, momentum "
         f"{optimizer.momentum:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": schedule.name + (f", warm-up of {warmup}" if warmup else ""),
         "precision": {"no": "float32"}.get(config.precision, config.precision),
@@ -319,7 +319,7 @@ import numpy
 import onnxruntime
 
 session = onnxruntime.InferenceSession({facts.file!r}, providers=["CPUExecutionProvider"])
-images = numpy.zeros({shape}, dtype=numpy.float32)  # normalised as above
+images = numpy.zeros({shape}, dtype=numpy.float32)  # normalized as above
 (logits,) = session.run(["logits"], {{"images": images}})
 record = json.loads(session.get_modelmeta().custom_metadata_map["{METADATA_KEY}"])
 class_names = record["class_names"]"""

@@ -93,7 +93,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 def _transform(record: FileRecord) -> ImageTransform:
     """As the data source of the student's run evaluated."""
     if record.image_size is None or record.mean is None or record.std is None:
-        raise ValueError("the student's file does not say the size and normalisation of its images")
+        raise ValueError("the student's file does not say the size and normalization of its images")
     return evaluation_transform(
         record.image_size,
         interpolation=record.interpolation,
@@ -203,7 +203,7 @@ def evaluate_file(
         normalization = None
         if record.mean is not None and record.std is not None:
             normalization = (record.mean, record.std)
-        # A frozen network on images that were normalised for another one: that is a Teacher.
+        # A frozen network on images that were normalized for another one: that is a Teacher.
         network = Teacher(
             model,
             normalization=normalization,

@@ -42,7 +42,7 @@ class Branch(nn.Module):
     map's size and at least one; each doubles the channels, and the last one gives those of the
     last map. A size that halving does not reach is made by adaptive average pooling. On tokens
     (vision transformers): a pre-norm MLP with a residual, where the grid stays as it is. The
-    classifier is linear, on the mean over positions. Default PyTorch initialisation.
+    classifier is linear, on the mean over positions. Default PyTorch initialization.
 
     Args:
         point: Where the exit begins.

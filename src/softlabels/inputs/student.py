@@ -31,9 +31,9 @@ class _LogitsProvider(Provider):
 
 
 class _WeakLogitsProvider(Provider):
-    """A linear head on the pooled feature, normalised first where the point says so.
+    """A linear head on the pooled feature, normalized first where the point says so.
 
-    Default PyTorch initialisation.
+    Default PyTorch initialization.
     """
 
     def __init__(self, point: TapPoint, num_classes: int) -> None:

@@ -322,7 +322,7 @@ def _is_entry(key: object, value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether this is a tensor of numbers, one after another: not sparse, quantised, or empty."""
+    """Whether this is a tensor of numbers, one after another: not sparse, quantized, or empty."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided

@@ -128,14 +128,14 @@ def _check_probabilities(target: Tensor) -> None:
 
 
 def check_two_labels(target: Tensor) -> None:
-    """Raise ValueError if a row of [B, C] labels has more than two labelled classes."""
+    """Raise ValueError if a row of [B, C] labels has more than two labeled classes."""
     if target.dim() != 2 or not values_can_be_read(target):
         return
     counts = (target > 0).sum(1)
     most = int(counts.argmax())
     if int(counts[most]) > 2:
         raise ValueError(
-            f"row {most} of target has {int(counts[most])} labelled classes, at most two can be "
+            f"row {most} of target has {int(counts[most])} labeled classes, at most two can be "
             "used: pass unsmoothed labels (label smoothing belongs to the task loss)"
         )
 

@@ -57,8 +57,8 @@ class FRSKDHeads(nn.Module):
     """A bidirectional feature pyramid with a linear classifier on its deepest map.
 
     A pass from the deepest map to the shallowest is followed by one back; on both ways each map is
-    fused with its neighbour's by learned weights and depthwise separable convolutions. Maps keep
-    their sizes, which may be any. Default PyTorch initialisation.
+    fused with its neighbor's by learned weights and depthwise separable convolutions. Maps keep
+    their sizes, which may be any. Default PyTorch initialization.
 
     Args:
         widths: Channels of the network's maps, shallow to deep.

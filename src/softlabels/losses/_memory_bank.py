@@ -23,7 +23,7 @@ class Memory(nn.Module):
     remembers: tuple[str, ...] = ()
 
     def after_step(self, values: Mapping[str, Tensor | list[Tensor]]) -> None:
-        """Take in a batch, after the optimiser's step.
+        """Take in a batch, after the optimizer's step.
 
         Args:
             values: Those named in `remembers`, without gradient, of all processes together.

@@ -31,7 +31,7 @@ class MixSKDHeads(nn.Module):
     """The learned parts of MixSKD: an aggregating classifier, and a discriminator for each exit.
 
     The classifier is linear on a linear mixture of all exits' pooled features; a discriminator is
-    a two-layer perceptron on the pooled feature of one. Default PyTorch initialisation.
+    a two-layer perceptron on the pooled feature of one. Default PyTorch initialization.
 
     Args:
         widths: Channels of the exits' maps, shallow to deep; the final one is last.
@@ -56,7 +56,7 @@ class MixSKDHeads(nn.Module):
             nn.Sequential(nn.Linear(width, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 2))
             for width in widths
         )
-        # What no term trains takes no part in the optimiser and in the exchange of gradients.
+        # What no term trains takes no part in the optimizer and in the exchange of gradients.
         self.mixture.requires_grad_(not fixed_classifier)
         self.classifier.requires_grad_(not fixed_classifier)
         self.discriminators.requires_grad_(discriminators != "fixed")

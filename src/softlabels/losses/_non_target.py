@@ -1,6 +1,6 @@
-"""The algebra that all losses share: labelled classes, the non-target softmax, reductions.
+"""The algebra that all losses share: labeled classes, the non-target softmax, reductions.
 
-Shapes: B samples, C classes, K columns of labels. A sample's *labelled* classes are those with a
+Shapes: B samples, C classes, K columns of labels. A sample's *labeled* classes are those with a
 positive label; the *non-target* classes are all others.
 """
 
@@ -44,8 +44,8 @@ class SoftLabels(NamedTuple):
     """The soft labels of a batch, taken apart into a target and a non-target part.
 
     Attributes:
-        target: [B, C], the value that each labelled class is trained towards; 0 elsewhere.
-        non_target: [B, C], a distribution over the non-target classes; 0 at labelled ones.
+        target: [B, C], the value that each labeled class is trained towards; 0 elsewhere.
+        non_target: [B, C], a distribution over the non-target classes; 0 at labeled ones.
     """
 
     target: Tensor
@@ -65,10 +65,10 @@ class LossOutput(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The labelled classes of each sample, as columns.
+    """The labeled classes of each sample, as columns.
 
     Attributes:
-        classes: [B, K] int64. An absent label repeats another labelled class of its row.
+        classes: [B, K] int64. An absent label repeats another labeled class of its row.
         values: [B, K], the labels; 0 where absent.
         kept: [B] boolean, False for ignored samples; None if there are none.
     """
@@ -100,7 +100,7 @@ def label_columns(
     mixed_target: Literal["largest", "two", "all"] = "all",
     ignore_index: int | None = None,
 ) -> Labels:
-    """The labelled classes of a batch as columns.
+    """The labeled classes of a batch as columns.
 
     Args:
         target: [B] class indices or [B, C] probabilities.
@@ -156,13 +156,13 @@ def label_probabilities(
 
 
 def spread(labels: Labels, values: Tensor, like: Tensor) -> Tensor:
-    """Put [B, K] values at the labelled classes of a [B, C] tensor; 0 elsewhere."""
+    """Put [B, K] values at the labeled classes of a [B, C] tensor; 0 elsewhere."""
     values = torch.where(labels.present(), values, 0.0)
     return torch.zeros_like(like).scatter_add(1, labels.classes, values)
 
 
 def removed(logits: Tensor, labels: Labels, value: float = -torch.inf) -> Tensor:
-    """A copy of `logits` [B, C] with `value` at the labelled classes."""
+    """A copy of `logits` [B, C] with `value` at the labeled classes."""
     if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
         # The same as a scatter, which the compiler does not fuse with what comes next.
         return logits.masked_fill(single_mask(labels, logits), value)
@@ -170,7 +170,7 @@ def removed(logits: Tensor, labels: Labels, value: float = -torch.inf) -> Tensor
 
 
 def single_mask(labels: Labels, like: Tensor) -> Tensor:
-    """[B, C] boolean, True at the first labelled class."""
+    """[B, C] boolean, True at the first labeled class."""
     # int32: compiled comparisons of 64-bit integers cost as much as an exponential.
     classes = torch.arange(like.shape[1], device=like.device, dtype=torch.int32)
     return labels.classes[:, :1].to(torch.int32) == classes
@@ -193,10 +193,10 @@ class RowSums(NamedTuple):
 
 
 class NonTarget(NamedTuple):
-    """A distribution over the non-target classes, before it is normalised.
+    """A distribution over the non-target classes, before it is normalized.
 
     Attributes:
-        weights: [B, C], non-negative; 0 at labelled classes.
+        weights: [B, C], non-negative; 0 at labeled classes.
         total: [B, 1], their sum, above 0 also where all are 0.
     """
 
@@ -213,7 +213,7 @@ def softmax_parts(
 ) -> tuple[RowSums, NonTarget]:
     """Log-sums of exponentials of each row, and the non-target softmax at a temperature.
 
-    Works in place on one [B, C] buffer (two besides temperature 1). The labelled entries are left
+    Works in place on one [B, C] buffer (two besides temperature 1). The labeled entries are left
     out, so that a target that is nearly certain does not blot the others out.
     """
     others = removed(logits, labels)
@@ -236,11 +236,11 @@ def softmax_parts(
     scaled = of_scaled.log()
     rest = scaled if temperature == 1 else rest.log()
     rest = rest + top
-    labelled = logits.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
-    if labelled.shape[1] > 1:
-        labelled = labelled.logsumexp(1, keepdim=True)
+    labeled = logits.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
+    if labeled.shape[1] > 1:
+        labeled = labeled.logsumexp(1, keepdim=True)
     # The second gradient of logaddexp at -inf is NaN.
-    everything = torch.where(empty, labelled, torch.logaddexp(rest, labelled))
+    everything = torch.where(empty, labeled, torch.logaddexp(rest, labeled))
     sums = RowSums(top, rest.masked_fill(empty, -torch.inf), everything, scaled)
     return sums, NonTarget(others, of_scaled)
 

@@ -46,8 +46,8 @@ def soft_cross_entropy(
 
     Args:
         logits: [B, C], float32 or float64. Gets the gradient.
-        labels: The labelled classes.
-        target_values: [B, K], p at the labelled classes; no gradient.
+        labels: The labeled classes.
+        target_values: [B, K], p at the labeled classes; no gradient.
         non_target: q over the other classes; no gradient.
         temperature: lambda, of the non-target term.
         weights: Of the target and of the non-target term.
@@ -72,7 +72,7 @@ def soft_cross_entropy_terms(
         -\sum_{i \in L} p_i \log S_i, \qquad -\sum_{i \notin L} q_i \log N(S^\lambda)_i
 
     with S the softmax over all classes and :math:`N(S^\lambda)` that of the logits over lambda
-    with the labelled classes L left out. With :math:`A = \sum p`, their gradients are
+    with the labeled classes L left out. With :math:`A = \sum p`, their gradients are
     :math:`A S_j - p_j` and :math:`(N(S^\lambda)_j - q_j) / \lambda`.
 
     Log-probabilities below `-finfo.max ** 0.75` count as that. Arguments as above.
@@ -83,7 +83,7 @@ def soft_cross_entropy_terms(
 
 
 def log_non_target_mass(logits: Tensor, labels: Labels, temperature: float = 1.0) -> Tensor:
-    """log(1 - sum of S over the labelled classes), [B].
+    """log(1 - sum of S over the labeled classes), [B].
 
     0, without gradient, where no other class is left: its true value, the logarithm of 0, is
     never wanted but times 0.
@@ -98,8 +98,8 @@ def log_non_target_mass(logits: Tensor, labels: Labels, temperature: float = 1.0
 
 
 def _target_term(logits: Tensor, labels: Labels, values: Tensor, sums: RowSums) -> Tensor:
-    labelled = logits.gather(1, labels.classes) - sums.everything
-    return -(values * labelled.clamp(min=-finite_limit(logits.dtype))).sum(1)
+    labeled = logits.gather(1, labels.classes) - sums.everything
+    return -(values * labeled.clamp(min=-finite_limit(logits.dtype))).sum(1)
 
 
 def _non_target_term(
@@ -109,7 +109,7 @@ def _non_target_term(
     others = logits - sums.top
     if temperature != 1:
         others = others.div_(temperature)
-    # Bound from above too: a labelled class may lie far above the others, where its q is 0.
+    # Bound from above too: a labeled class may lie far above the others, where its q is 0.
     others = others.clamp_min_(-limit).clamp_max_(limit)
     others = others.mul_(non_target.weights).sum(1, keepdim=True)
     return (sums.scaled - others / non_target.total).squeeze(1)
@@ -190,15 +190,15 @@ def _gradient(
     scale = pulled * (sums.rest - sums.everything).exp() * non_target.total  # S over N(S)
     if temperature == 1:
         scale = scale + filled
-    # Times the total until the end: so no step needs another buffer. At labelled classes, which
+    # Times the total until the end: so no step needs another buffer. At labeled classes, which
     # are replaced below, the exponent may be anything.
     found = (logits - sums.rest).clamp_(max=0.0).exp_().mul_(scale)
     if temperature != 1:
         others = (logits - sums.top).div_(temperature).sub_(sums.scaled).clamp_(max=0.0)
         found = found.add_(others.exp_().mul_(filled))
     found = found.sub_(non_target.weights, alpha=pushed).div_(non_target.total)
-    labelled = (logits.gather(1, labels.classes) - sums.everything).exp()
-    labelled = torch.where(labels.present(), pulled * labelled - weights[0] * target_values, 0.0)
+    labeled = (logits.gather(1, labels.classes) - sums.everything).exp()
+    labeled = torch.where(labels.present(), pulled * labeled - weights[0] * target_values, 0.0)
     if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
-        return torch.where(single_mask(labels, logits), labelled, found)
-    return found.scatter_(1, labels.classes, 0.0).scatter_add_(1, labels.classes, labelled)
+        return torch.where(single_mask(labels, logits), labeled, found)
+    return found.scatter_(1, labels.classes, 0.0).scatter_add_(1, labels.classes, labeled)

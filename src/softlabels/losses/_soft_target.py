@@ -49,7 +49,7 @@ def from_heads(name: str, value: Tensor | None) -> Tensor:
 
 
 def taken_apart(soft_target: Tensor, target: Tensor) -> SoftLabels:
-    """A soft label [B, C] as what it gives to the labelled classes, and how it shares the rest."""
+    """A soft label [B, C] as what it gives to the labeled classes, and how it shares the rest."""
     check_target(target, soft_target)
     soft_target = in_float32(soft_target.detach())
     labels = label_columns(target, soft_target)

@@ -49,7 +49,7 @@ def at_loss(
     power: int = 2,
     return_parts: bool = False,
 ) -> Tensor | LossOutput:
-    r"""AT: the squared distance of the two networks' normalised attention maps.
+    r"""AT: the squared distance of the two networks' normalized attention maps.
 
     Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017 (arXiv 1612.03928),
     equation 2; code at szagoruyko/attention-transfer, same in megvii-research/mdistiller.

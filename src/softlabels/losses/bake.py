@@ -1,4 +1,4 @@
-"""BAKE: each image learns from the predictions of its neighbours in the batch, no teacher."""
+"""BAKE: each image learns from the predictions of its neighbors in the batch, no teacher."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def bake_targets(
         logits: [B, C], raw logits.
         features: [B, D], pooled features; a row of zeros is as near to all others.
         temperature: T, above 0; unitless.
-        omega: Share that comes from the neighbours, in [0, 1).
+        omega: Share that comes from the neighbors, in [0, 1).
 
     Returns:
-        [B, C], each row sums to 1; at least float32. A sample without neighbours, in a batch of
+        [B, C], each row sums to 1; at least float32. A sample without neighbors, in a batch of
         one, keeps its own prediction.
 
     Raises:
@@ -89,7 +89,7 @@ def bake_loss(
         logits: [B, C], raw logits. Gets the gradient.
         features: [B, D], pooled features. Gets none.
         temperature: T, above 0; unitless.
-        omega: Share that comes from the neighbours, in [0, 1); the paper's is 0.5, and 0.9 on
+        omega: Share that comes from the neighbors, in [0, 1); the paper's is 0.5, and 0.9 on
             TinyImageNet.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
 
@@ -107,7 +107,7 @@ def bake_loss(
     all processes before it ensembles.
 
     Numerics: in float32 or wider, also under autocast. Q from a linear system, without inverse.
-    Distributed: neighbours are those of the process's own batch.
+    Distributed: neighbors are those of the process's own batch.
 
     Example:
         >>> import torch

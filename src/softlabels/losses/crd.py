@@ -32,7 +32,7 @@ def crd_scores(
     *,
     temperature: float = 0.07,
 ) -> Tensor:
-    r"""Logarithms of CRD's scores before normalisation: :math:`v \cdot m_j / \tau`.
+    r"""Logarithms of CRD's scores before normalization: :math:`v \cdot m_j / \tau`.
 
     Args:
         embedding: [B, D], of unit length (v). Gets the gradient.
@@ -123,7 +123,7 @@ def crd_loss(
     s           scores; 0 is the sample itself, 1 to K the negatives
     v           the student's embedding with the teacher's memory, and the reverse
     n           `num_samples`
-    Z           normaliser of each v: n times the mean of exp(s) over the first batch
+    Z           normalizer of each v: n times the mean of exp(s) over the first batch
     ==========  =====================================================================
 
     Args:
@@ -283,7 +283,7 @@ class _Heads(Memory):
         }
 
     def after_step(self, values: Mapping[str, Value]) -> None:
-        """Draw the samples' rows to the new embeddings; the first batch sets the normalisers."""
+        """Draw the samples' rows to the new embeddings; the first batch sets the normalizers."""
         index = cast("Tensor", values["index"])
         # Of a sample that is there twice the last one counts, whatever the device's order.
         places = torch.arange(len(index), device=index.device)

@@ -100,7 +100,7 @@ def dist_loss(
     gradient is not a number there.
     As published, a class whose probabilities vary by less than about 1e-4 over the batch counts
     as uncorrelated, because of the 1e-8.
-    Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
+    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: classes are correlated over the batch of this process.
 
     Example:

@@ -96,8 +96,8 @@ def dkd_loss(
     symbol     meaning
     =========  ==================================================================
     S, T       softmax of `logits`, `teacher_logits` over lambda; p_t its value at
-               the labelled class t
-    N(.)       renormalised over the classes that are not t
+               the labeled class t
+    N(.)       renormalized over the classes that are not t
     lambda     `temperature`, of both terms
     alpha      `target_weight`
     beta       `non_target_weight`
@@ -134,7 +134,7 @@ def dkd_loss(
     Deviations: the published code takes class indices alone, and the logarithm of summed
     probabilities, which is infinite where they underflow; here each logarithm is a difference
     of log-sums. With two classes the non-target term is 0, as there.
-    Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
+    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: each sample by itself, no batch statistics.
 
     Example:
@@ -167,17 +167,17 @@ def dkd_loss(
 def _split(
     logits: Tensor, labels: Labels, temperature: float
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Probabilities and their logarithms: of labelled class or not, and over the non-target ones.
+    """Probabilities and their logarithms: of labeled class or not, and over the non-target ones.
 
-    The first two are [B, 2], the others [B, C], with a probability of 0 at labelled classes,
+    The first two are [B, 2], the others [B, C], with a probability of 0 at labeled classes,
     where the logarithm means nothing.
     """
     limit = finite_limit(logits.dtype)
     scaled = (logits / temperature).clamp(-limit, limit)
     sums, others = softmax_parts(scaled, labels)
-    labelled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
-    log_labelled = (labelled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
-    log_binary = torch.stack((log_labelled, log_non_target_mass(scaled, labels)), 1)
+    labeled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
+    log_labeled = (labeled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
+    log_binary = torch.stack((log_labeled, log_non_target_mass(scaled, labels)), 1)
     log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)
     return (log_binary.exp(), log_binary), (others.normalized(), log_others)
 

@@ -82,7 +82,7 @@ def frskd_loss(
     =================== =======================================================================
     z, F_l              `logits`, `maps`
     hat z, hat F_l      `branch_logits`, `branch_maps`; detached but for the first term
-    A                   mean square over the channels, L2-normalised over the positions; the bar
+    A                   mean square over the channels, L2-normalized over the positions; the bar
                         is the mean over positions
     y                   `target`
     T                   `temperature`

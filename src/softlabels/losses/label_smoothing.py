@@ -35,7 +35,7 @@ SmoothOver: TypeAlias = Literal["all", "non_target"]
 def _shares(
     labels: Labels, num_classes: int, smoothing: float, smooth_over: SmoothOver
 ) -> tuple[Tensor, float]:
-    """The smoothed label as [B, K] at labelled classes beyond what every class gets, and that."""
+    """The smoothed label as [B, K] at labeled classes beyond what every class gets, and that."""
     if smooth_over == "all":
         return (1 - smoothing) * labels.values, smoothing / num_classes
     spread_out = smoothing / (num_classes - 1)
@@ -120,10 +120,10 @@ def label_smoothing_loss(
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
     logits = in_float32(logits)
     labels = label_columns(target, logits, "all", ignore_index)
-    at_labelled, everywhere = _shares(labels, logits.shape[1], smoothing, smooth_over)
+    at_labeled, everywhere = _shares(labels, logits.shape[1], smoothing, smooth_over)
     limit = finite_limit(logits.dtype)
     log_probabilities = logits.log_softmax(1).clamp(min=-limit)
-    parts = {"label": -(at_labelled * log_probabilities.gather(1, labels.classes)).sum(1)}
+    parts = {"label": -(at_labeled * log_probabilities.gather(1, labels.classes)).sum(1)}
     if everywhere:
         parts["uniform"] = -everywhere * log_probabilities.sum(1)
     output = reduce_parts(parts, reduction, labels.kept)
@@ -177,8 +177,8 @@ class LabelSmoothingLoss(nn.Module):
         """The smoothed label: most on the true class, the rest spread evenly."""
         logits = in_float32(logits.detach())
         labels = label_columns(target, logits, "all", self.ignore_index)
-        at_labelled, everywhere = _shares(labels, logits.shape[1], self.smoothing, self.smooth_over)
+        at_labeled, everywhere = _shares(labels, logits.shape[1], self.smoothing, self.smooth_over)
         return SoftLabels(
-            spread(labels, at_labelled + everywhere, logits),
+            spread(labels, at_labeled + everywhere, logits),
             non_target_weights(torch.ones_like(logits), labels).normalized(),
         )

@@ -1,4 +1,4 @@
-"""NKD: normalised knowledge distillation, with a teacher."""
+"""NKD: normalized knowledge distillation, with a teacher."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def nkd_loss(
     reduction: Reduction = "mean",
     return_parts: bool = False,
 ) -> Tensor | LossOutput:
-    r"""NKD: the teacher's target probability, and its normalised non-target distribution.
+    r"""NKD: the teacher's target probability, and its normalized non-target distribution.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
     (arXiv 2303.13005), equations 4-5; official code yzd-v/cls_KD, whose version of
@@ -111,10 +111,10 @@ def nkd_loss(
     ================  ==============================================================
     S, T              softmax of `logits`, `teacher_logits`, at temperature 1
     S^lambda          softmax at temperature lambda; N(.) is taken over the classes
-                      that are not t, and renormalised
+                      that are not t, and renormalized
     lambda            `temperature` (the target term always uses 1)
     gamma             `non_target_weight`
-    t                 the labelled class
+    t                 the labeled class
     ================  ==============================================================
 
     It is *added* to the task's own loss (cross-entropy), with weight 1.
@@ -148,7 +148,7 @@ def nkd_loss(
         ValueError: A wrong shape, label, setting or reduction; with `mixed_target="all"`, a
             label for every one of more than two classes.
 
-    Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
+    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: each sample by itself, no batch statistics.
 
     Example:
@@ -206,7 +206,7 @@ def _check_settings(
 def _of_teacher(
     teacher_logits: Tensor, labels: Labels, temperature: float
 ) -> tuple[Tensor, NonTarget]:
-    """T at the labelled classes, [B, K], 0 where absent; and N(T) at the temperature."""
+    """T at the labeled classes, [B, K], 0 where absent; and N(T) at the temperature."""
     sums, others = softmax_parts(teacher_logits, labels, temperature)
     believed = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
     return torch.where(labels.present(), believed, 0.0), others

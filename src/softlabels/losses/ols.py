@@ -36,7 +36,7 @@ def ols_loss(logits: Tensor, soft_target: Tensor, *, reduction: Reduction = "mea
     symbol    meaning
     ========  ==================================================================
     S         softmax of `logits`
-    t         the labelled class
+    t         the labeled class
     Q         matrix [C, C] of soft labels, a row for each class; `soft_target` has
               its row t: the mean softmax, in the epoch before, of the samples of
               class t that were predicted correctly, or 1 / C if there was none

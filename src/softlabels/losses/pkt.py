@@ -1,4 +1,4 @@
-"""PKT: how likely one sample is another's neighbour is the same as for the teacher."""
+"""PKT: how likely one sample is another's neighbor is the same as for the teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EPSILON = 1e-7
 
 
 def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""PKT: how likely one sample is another's neighbour is the same as for the teacher.
+    r"""PKT: how likely one sample is another's neighbor is the same as for the teacher.
 
     Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
     ECCV 2018 (arXiv 1803.10837), equations 3-6 with the cosine kernel; code
@@ -33,7 +33,7 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     ==========  =====================================================================
     x           a row of the features, of the student (S) or the teacher (T)
     K           kernel, from 0 for opposite samples to 1
-    p           probability of being a neighbour; rows sum to 1
+    p           probability of being a neighbor; rows sum to 1
     ==========  =====================================================================
 
     The published weight is 30000, the `method_weight` by default.
@@ -49,13 +49,13 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         TypeError: Features of a wrong dtype.
         ValueError: Features that are not [B, D] of one batch.
 
-    Deviations: from the paper, as in the published code: a sample is its own neighbour too, the
+    Deviations: from the paper, as in the published code: a sample is its own neighbor too, the
     mean is over all B^2 entries, and 1e-7 is added to lengths and inside the logarithm. From
     that code, whose gradient is NaN there: a row of zeros, which has the kernel 1/2 with all
     samples, gets no gradient.
 
     Numerics: computed in float32 or wider, also under autocast.
-    Distributed: neighbours within the batch of each process.
+    Distributed: neighbors within the batch of each process.
 
     Example:
         >>> import torch
@@ -65,12 +65,12 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """
     check_vectors(student_features, teacher_features)
     student = in_float32(student_features)
-    log_student = (_neighbours(student) + _EPSILON).log()
-    teacher = _neighbours(in_float32(teacher_features.detach()).to(student.dtype))
+    log_student = (_neighbors(student) + _EPSILON).log()
+    teacher = _neighbors(in_float32(teacher_features.detach()).to(student.dtype))
     return (teacher * ((teacher + _EPSILON).log() - log_student)).mean()
 
 
-def _neighbours(features: Tensor) -> Tensor:
+def _neighbors(features: Tensor) -> Tensor:
     units = unit_vectors(features, added=_EPSILON)
     with torch.autocast(device_type=features.device.type, enabled=False):
         kernel = (units @ units.T + 1.0) / 2.0

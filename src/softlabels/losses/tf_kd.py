@@ -60,7 +60,7 @@ def tf_kd_loss(
     tau         `temperature`
     a           `correct_probability`
     m           `multiplier`
-    t           the labelled class
+    t           the labeled class
     ==========  ==================================================================
 
     The published objective is :math:`(1 - \alpha) \cdot` cross-entropy :math:`+ \alpha L`; alpha

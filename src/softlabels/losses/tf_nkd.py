@@ -44,7 +44,7 @@ def tf_nkd_loss(
 
     Args:
         logits: [B, C], raw logits. Gets the gradient.
-        target: [B] class indices, or [B, C] probabilities with one or two labelled classes,
+        target: [B] class indices, or [B, C] probabilities with one or two labeled classes,
             never smoothed; the loss is summed over these classes.
         sync_batch_stats: Whether the mean in w_t runs over all processes; see `uskd_targets`.
         ignore_index: Samples with this class index count nothing, also in both means over B;
@@ -56,7 +56,7 @@ def tf_nkd_loss(
 
     Raises:
         TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label, setting or reduction; more than two labelled classes
+        ValueError: A wrong shape, label, setting or reduction; more than two labeled classes
             in a row.
 
     Deviations: the mean of mixed labels' second column runs over the rows that have one; the
@@ -122,7 +122,7 @@ class TfNKDLoss(nn.Module):
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """w_t at the labels, and zeros for the other classes, of which nothing is learned."""
-        # Never synchronised: a gallery is drawn on one process alone.
+        # Never synchronized: a gallery is drawn on one process alone.
         soft = uskd_targets(
             logits, None, target, squared=False, rank_from="final", ignore_index=self.ignore_index
         )

@@ -98,7 +98,7 @@ def _inputs(
 
 
 def _target_values(inputs: _Inputs, sums: RowSums, squared: bool, sync_batch_stats: bool) -> Tensor:
-    """Equation 6 at the labelled classes, [B, K]; 0 where absent. With a teacher its T_t."""
+    """Equation 6 at the labeled classes, [B, K]; 0 where absent. With a teacher its T_t."""
     labels = inputs.labels
     source = inputs.logits if inputs.teacher_logits is None else inputs.teacher_logits
     if inputs.teacher_logits is not None:
@@ -134,9 +134,9 @@ def _scores(inputs: _Inputs, sums: RowSums, rank_from: USKDRankFrom, rank_by: Ra
     if by_probability:
         final = _share_of_rest(logits, sums)
     else:
-        labelled = logits.gather(1, labels.classes) - sums.everything
-        labelled = torch.where(labels.present(), labelled, 0.0).sum(1, keepdim=True)
-        final = (logits - sums.everything).div_(1 - labelled + _EPSILON)
+        labeled = logits.gather(1, labels.classes) - sums.everything
+        labeled = torch.where(labels.present(), labeled, 0.0).sum(1, keepdim=True)
+        final = (logits - sums.everything).div_(1 - labeled + _EPSILON)
     return final.add_(_share_of_rest(weak_logits, row_sums(weak_logits, labels)))
 
 
@@ -160,16 +160,16 @@ def uskd_targets(
     .. math::
         P_t &= S_t^2 + V_t - \text{mean}_B(S_t^2) \\
         R_i &= W_i / (1 - W_t) + S_i / (1 - S_t) \\
-        Z_i &= 1 / \text{rank}(R_i), \quad \text{renormalised over } i \ne t
+        Z_i &= 1 / \text{rank}(R_i), \quad \text{renormalized over } i \ne t
 
-    The rank runs over all classes, the labelled ones included, which are removed afterwards
+    The rank runs over all classes, the labeled ones included, which are removed afterwards
     (as in the official code). Equal scores rank the lower class first.
 
     Args:
         logits: [B, C], raw logits of the network (softmax S).
         weak_logits: [B, C], raw logits of the weak head (softmax W); None only with
             `rank_from="final"`.
-        target: [B] class indices, or [B, C] probabilities V with one or two labelled classes.
+        target: [B] class indices, or [B, C] probabilities V with one or two labeled classes.
             P_t is taken per label column (major, minor), each with the mean over the rows that
             have this column.
         teacher_logits: [B, C], raw logits of a trained teacher (softmax T), or None. With them
@@ -179,7 +179,7 @@ def uskd_targets(
             `"both_unnormalized"`: W + S; `"weak"`: W; `"final"`: S.
         rank_by: `"probability"`: equation 10. `"log_probability"`: the later reference code,
             which ranks with log S_i / (1 - log S_t) in place of the second fraction (and with
-            log S in place of S, unnormalised).
+            log S in place of S, unnormalized).
         sync_batch_stats: Take the mean over the batches of all processes of torch's default
             group, which must all call this; False: over this process' batch, as in the
             paper's runs.
@@ -187,12 +187,12 @@ def uskd_targets(
             mean nothing. For [B] labels.
 
     Returns:
-        `SoftLabels(target, non_target)`, both [B, C]: P_t at labelled classes (it may exceed 1
+        `SoftLabels(target, non_target)`, both [B, C]: P_t at labeled classes (it may exceed 1
         or be negative), and N(Z) over the others.
 
     Raises:
         TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label or setting; more than two labelled classes in a row
+        ValueError: A wrong shape, label or setting; more than two labeled classes in a row
             (pass unsmoothed labels).
 
     Distributed: see `sync_batch_stats`.
@@ -287,7 +287,7 @@ def uskd_loss(
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
     (arXiv 2303.13005), equations 6-13; official code yzd-v/cls_KD (its later rank is
     `rank_by="log_probability"`). Differs from that code in one edge case: a row of mixed
-    labels with a single labelled class has no second column here, while there an arbitrary
+    labels with a single labeled class has no second column here, while there an arbitrary
     class takes that place.
 
     .. math::
@@ -301,7 +301,7 @@ def uskd_loss(
     ========  ==================================================================
     S, W      softmax of `logits`, of `weak_logits`
     P_t, Z    the soft labels, see `uskd_targets`; constant for the gradient
-    N(.)      renormalised over the classes without a label
+    N(.)      renormalized over the classes without a label
     alpha     `target_weight`
     beta      `non_target_weight`
     mu        `weak_weight`
@@ -315,7 +315,7 @@ def uskd_loss(
         weak_logits: [B, C], raw logits of a linear head on a middle feature. Gets the gradient
             of the last term, which reaches the network up to that feature. None only if no
             term needs it: `weak_weight=0`, and `non_target_weight=0` or `rank_from="final"`.
-        target: [B] class indices, or [B, C] probabilities with one or two labelled classes,
+        target: [B] class indices, or [B, C] probabilities with one or two labeled classes,
             never smoothed.
         target_weight: alpha, 0 or more. 1 on ImageNet, 0.1 on CIFAR-100.
         non_target_weight: beta, 0 or more. 0.1.
@@ -338,10 +338,10 @@ def uskd_loss(
 
     Raises:
         TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label, setting or reduction; more than two labelled classes
+        ValueError: A wrong shape, label, setting or reduction; more than two labeled classes
             in a row; T2 where every class has a label.
 
-    Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
+    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: P_t holds a mean over the batch; see `sync_batch_stats`.
 
     Example:
@@ -409,8 +409,8 @@ def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -
         raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
     log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
     lowest = -finite_limit(dtype)
-    labelled = log_probabilities.gather(1, labels.classes).clamp(min=lowest)
-    of_labels = torch.where(labels.present(), labels.values * labelled, 0.0).sum(1)
+    labeled = log_probabilities.gather(1, labels.classes).clamp(min=lowest)
+    of_labels = torch.where(labels.present(), labels.values * labeled, 0.0).sum(1)
     of_all = log_probabilities.mean(1).clamp(min=lowest)
     return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * of_all
 
@@ -545,7 +545,7 @@ class USKDLoss(nn.Module):
         """
         target = self._checked_target(target)
         self._check_teacher(teacher_logits)
-        # Never synchronised: a gallery is drawn on one process alone.
+        # Never synchronized: a gallery is drawn on one process alone.
         return uskd_targets(
             logits,
             weak_logits,

@@ -143,7 +143,7 @@ class VIDLoss(nn.Module):
     teacher's width: three 1x1 convolutions without bias, ReLU between. They hold one number a
     channel besides, from which its variance comes: log(1 + exp(number)) + `min_variance`.
 
-    Deviations: the numbers are trained; mdistiller does not give them to its optimiser. The
+    Deviations: the numbers are trained; mdistiller does not give them to its optimizer. The
     softplus does not overflow.
 
     Args:

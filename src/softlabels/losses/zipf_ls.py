@@ -65,7 +65,7 @@ def zipf_ls_targets(
     The other distributions of that code, by the rank r, its n tied classes, and C:
 
     =====================  ==========================================================
-    `distribution`         weight, before normalisation
+    `distribution`         weight, before normalization
     =====================  ==========================================================
     `"constant"`           1
     `"random_uniform"`     a uniform draw in [0, 1)
@@ -92,7 +92,7 @@ def zipf_ls_targets(
         lower_bound: Of `"unbiased_zipf"`, above 0.
         upper_bound: Of `"unbiased_zipf"`, above `lower_bound`.
         mixed_target: For [B, C] labels: `"largest"` removes the class with the largest label
-            (ties: the lower class), `"all"` removes every labelled class.
+            (ties: the lower class), `"all"` removes every labeled class.
         ignore_index: A class index that may stand in [B] labels; such rows mean nothing here.
 
     Returns:
@@ -280,7 +280,7 @@ def zipf_ls_loss(
         TypeError: Logits, target or votes of a wrong dtype.
         ValueError: A wrong shape, label, vote, setting or reduction.
 
-    Numerics: computed in float32 or wider, also under autocast; no host synchronisation.
+    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: each sample by itself, no batch statistics.
 
     Example:

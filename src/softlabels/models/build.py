@@ -55,7 +55,7 @@ class InputSpec:
     """What a model's weights expect to see; a field is None where nothing is known.
 
     Attributes:
-        mean: Mean of each channel that images are normalised with, for pixels in 0 to 1.
+        mean: Mean of each channel that images are normalized with, for pixels in 0 to 1.
         std: Standard deviation of each channel, likewise.
         image_size: Height and width in pixels.
     """
@@ -130,7 +130,7 @@ def model_input(model: str | nn.Module) -> InputSpec:
         model: A name as for `build_model`, or a model.
 
     Returns:
-        Normalisation and size; all None for a model without published weights.
+        Normalization and size; all None for a model without published weights.
 
     Raises:
         FileNotFoundError: If the file of `file:PATH` does not exist.
@@ -173,7 +173,7 @@ def model_metadata(
         in_channels: Channels of the images.
         image_size: The size that the model was built for or trained with.
         settings: The settings that it was built with, of types that JSON has.
-        mean: Mean of each channel that its images were normalised with.
+        mean: Mean of each channel that its images were normalized with.
         std: Standard deviation of each channel, likewise.
         class_names: One for each class.
         crop_fraction: The central part of a test image that is kept.

@@ -1,4 +1,4 @@
-"""What all charts share: size, style, colours, and SVG that fits into an HTML page."""
+"""What all charts share: size, style, colors, and SVG that fits into an HTML page."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
 TEXT = "#808080"
-"""Stands for the page's text colour."""
+"""Stands for the page's text color."""
 MUTED = "#707070"
-"""Stands for the page's colour of secondary text."""
+"""Stands for the page's color of secondary text."""
 PAGE = "#fefefe"
 """Stands for the page's background."""
 
@@ -93,7 +93,7 @@ def draw(frame: Frame, description: str, paint: Callable[[Any], None]) -> str:
 
     Returns:
         An `<svg>` element for an HTML page, with the description as `aria-label`. Text takes the
-        page's colour and font, the colours of `RUN_COLOURS` are the CSS variables `--run-i`.
+        page's color and font, the colors of `RUN_COLOURS` are the CSS variables `--run-i`.
     """
     with mpl.rc_context(), warnings.catch_warnings():
         # The page's own font draws the text, so a letter that matplotlib's lacks is no harm.
@@ -156,7 +156,7 @@ def label_ends(
     frame: Frame,
     ends: Sequence[str],
     starts: Sequence[tuple[float, float]],
-    colours: Sequence[str],
+    colors: Sequence[str],
 ) -> None:
     """Writes texts right of the plot, each with a thin line from what it names.
 
@@ -165,13 +165,13 @@ def label_ends(
         frame: The chart's sizes.
         ends: The texts.
         starts: What they name: a point for each, in the axes' units.
-        colours: Colours of the thin lines.
+        colors: Colors of the thin lines.
     """
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     named = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in starts]
     places = spread([y * frame.plot_height for _, y in named], frame.plot_height)
     gap = 1 / frame.plot_width
-    for end, (x, y), place, line in zip(ends, named, places, colours, strict=True):
+    for end, (x, y), place, line in zip(ends, named, places, colors, strict=True):
         height = place / frame.plot_height
         axes.plot(
             [x + 3 * gap, 1 + (LEADER - 2) * gap],
@@ -184,8 +184,8 @@ def label_ends(
         axes.text(1 + LEADER * gap, height, end, transform=axes.transAxes, va="center")
 
 
-def colour(style: int | None) -> str:
-    """The colour of a run by its number; None: that of what stands in the background."""
+def color(style: int | None) -> str:
+    """The color of a run by its number; None: that of what stands in the background."""
     return MUTED if style is None else RUN_COLOURS[style % len(RUN_COLOURS)][0]
 
 
@@ -226,7 +226,7 @@ def spread(wanted: Sequence[float], height: float) -> list[float]:
     """The nearest places to the wanted ones, inside [0, height] and a line of text apart."""
     order = np.argsort(wanted, kind="stable")
     steps = np.arange(len(wanted)) * LINE_GAP
-    # Without the gaps the places need only be in order: least squares by pooling neighbours.
+    # Without the gaps the places need only be in order: least squares by pooling neighbors.
     blocks: list[tuple[float, int]] = []
     for value in np.asarray(wanted)[order] - steps:
         mean, count = float(value), 1

@@ -14,7 +14,7 @@ from softlabels.report.canvas import (
     PAGE,
     TEXT,
     Frame,
-    colour,
+    color,
     decimals,
     draw,
     label_ends,
@@ -61,7 +61,7 @@ def draw_bars(
 
     def paint(axes: Any) -> None:
         places = np.arange(len(labels))
-        axes.barh(places, values, height=0.68, color=colour(style), linewidth=0)
+        axes.barh(places, values, height=0.68, color=color(style), linewidth=0)
         for place, label, value, text in zip(places, names, values, texts, strict=True):
             side = -1 if value < 0 else 1
             for x, content, at in ((0, label, -side), (value, text, side)):
@@ -115,7 +115,7 @@ def draw_areas(name: str, x: Numbers, parts: Sequence[str], shares: Numbers, *, 
         stack = np.vstack([np.zeros(len(x)), np.cumsum(shares, 0)]) * 100
         for part in range(len(parts)):
             axes.fill_between(
-                x, stack[part], stack[part + 1], color=colour(part), alpha=0.75, linewidth=0
+                x, stack[part], stack[part + 1], color=color(part), alpha=0.75, linewidth=0
             )
             axes.plot(x, stack[part + 1], color=PAGE, linewidth=1)
         axes.set(xlim=(x[0], x[-1] if x[-1] > x[0] else x[0] + 1), ylim=(0, 100))
@@ -153,11 +153,11 @@ def draw_features(name: str, features: Features, class_names: Sequence[str]) -> 
         for number, one in enumerate(known):
             x, y = (v[features.classes == one] for v in (features.x, features.y))
             if not short:
-                axes.plot(x, y, "o", color=colour(number), markersize=3, alpha=0.6)
+                axes.plot(x, y, "o", color=color(number), markersize=3, alpha=0.6)
                 continue
             axes.update_datalim(np.stack([x, y], 1))
             for point in zip(x, y, strict=True):
-                axes.text(*point, class_names[one], color=colour(number), ha="center", va="center")
+                axes.text(*point, class_names[one], color=color(number), ha="center", va="center")
         axes.autoscale_view()
         if not short:
             _name_clusters(axes, frame, features, [class_names[c] for c in known])
@@ -195,7 +195,7 @@ def _name_clusters(axes: Any, frame: Frame, features: Features, names: Sequence[
             shorten(text),
             ha="center",
             va="center",
-            color=colour(number),
+            color=color(number),
             fontweight="bold",
             fontsize=FONT_SIZE,
         )

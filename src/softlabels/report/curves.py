@@ -100,7 +100,7 @@ def over_epochs(
 
 
 def merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The same with neighbouring pictures of all entries in one block."""
+    """The same with neighboring pictures of all entries in one block."""
     merged: list[Block] = []
     for block in blocks:
         plain = Block(charts=block.charts)

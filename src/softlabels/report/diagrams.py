@@ -16,7 +16,7 @@ from softlabels.report.canvas import (
     PAGE,
     TEXT,
     Frame,
-    colour,
+    color,
     decimals,
     draw,
     name_axes,
@@ -66,7 +66,7 @@ def draw_differences(rows: Sequence[Difference], *, x_label: str, digits: int) -
 
     def paint(axes: Any) -> None:
         for place, row in enumerate(rows):
-            shade = colour(row.style)
+            shade = color(row.style)
             axes.plot(
                 row.values,
                 np.full(len(row.values), place),
@@ -142,7 +142,7 @@ def draw_zipf(
             rank,
             p,
             "o",
-            color=colour(style),
+            color=color(style),
             markersize=3 if small else 4,
             clip_on=False,
             markevery=sorted({round(len(p) ** (i / 24)) - 1 for i in range(25)}),
@@ -151,7 +151,7 @@ def draw_zipf(
         if len(fitted):
             height = np.log(p[fitted - 1]).mean() + zipf.exponent * np.log(fitted).mean()
             line = np.exp(height - zipf.exponent * np.log(fitted[[0, -1]]))
-            axes.plot(fitted[[0, -1]], line, color=colour(style), linewidth=1.4)
+            axes.plot(fitted[[0, -1]], line, color=color(style), linewidth=1.4)
         name_axes(axes, frame, "rank of the class", "mean probability")
         # The curve falls from the upper left to the lower right: this corner is free.
         for row, text in enumerate(reversed(fit)):
@@ -195,9 +195,9 @@ def draw_reliability(
 
     def paint(axes: Any) -> None:
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1)
-        axes.plot(x, y, color=colour(style), linewidth=1.2, clip_on=False)
+        axes.plot(x, y, color=color(style), linewidth=1.2, clip_on=False)
         axes.scatter(
-            x, y, s=8 + 160 * share, color=colour(style), linewidths=0, clip_on=False, zorder=3
+            x, y, s=8 + 160 * share, color=color(style), linewidths=0, clip_on=False, zorder=3
         )
         axes.set(xlim=(0, 100), ylim=(0, 100), xticks=[0, 50, 100], yticks=[0, 50, 100])
         name_axes(axes, frame, "confidence (%)", "right answers (%)")

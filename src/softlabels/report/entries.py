@@ -16,7 +16,7 @@ class Entry:
 
     Attributes:
         name: Its name, another one for each entry of a page.
-        number: Its place on the page, which picks its colour.
+        number: Its place on the page, which picks its color.
         records: Its runs in the order of the seeds; at least one.
     """
 
@@ -25,8 +25,8 @@ class Entry:
     records: tuple[RunRecord, ...]
 
     @property
-    def colour(self) -> int:
-        """Number of its colour on the page."""
+    def color(self) -> int:
+        """Number of its color on the page."""
         return self.number % len(RUN_COLOURS)
 
     @property

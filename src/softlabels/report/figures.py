@@ -17,7 +17,7 @@ from softlabels.report.canvas import (
     LINE_GAP,
     MARKERS,
     Frame,
-    colour,
+    color,
     decimals,
     draw,
     label_ends,
@@ -39,7 +39,7 @@ class Line:
 
     Attributes:
         name: The text at the line's end.
-        style: Number of the run, which picks colour, dashes and marker; None: in the background.
+        style: Number of the run, which picks color, dashes and marker; None: in the background.
         curve: The points.
         band: The lower and the upper edge of a band around it, at the same x; None: no band.
     """
@@ -71,7 +71,7 @@ def draw_curves(
 
     Returns:
         An `<svg>` element for an HTML page, with what it shows in words as `aria-label`. Text
-        takes the page's colour and font, line i the CSS variable `--run-i` (i from 0, modulo
+        takes the page's color and font, line i the CSS variable `--run-i` (i from 0, modulo
         the number of `RUN_COLOURS`).
     """
     values = [decimals(line.curve.y[-1], digits) for line in lines]
@@ -96,7 +96,7 @@ def draw_curves(
         low, high = limits or axes.get_ylim()
         axes.set_ylim(low, high)
         starts = [(line.curve.x[-1], line.curve.y[-1]) for line in lines]
-        label_ends(axes, frame, ends, starts, [colour(line.style) for line in lines])
+        label_ends(axes, frame, ends, starts, [color(line.style) for line in lines])
 
     first, last = min(line.curve.x[0] for line in lines), max(line.curve.x[-1] for line in lines)
     told = "; ".join(f"{line.name} {value}" for line, value in zip(lines, values, strict=True))
@@ -110,12 +110,12 @@ def draw_curves(
 def _draw_line(axes: Any, line: Line, *, clip: bool) -> None:
     if line.band is not None:
         low, high = line.band
-        axes.fill_between(low.x, low.y, high.y, color=colour(line.style), alpha=0.16, linewidth=0)
+        axes.fill_between(low.x, low.y, high.y, color=color(line.style), alpha=0.16, linewidth=0)
     style = line.style or 0
     axes.plot(
         line.curve.x,
         line.curve.y,
-        color=colour(line.style),
+        color=color(line.style),
         linestyle=DASHES[style % len(DASHES)],
         linewidth=1.6 if line.style is not None else 1.2,
         marker=MARKERS[style % len(MARKERS)] if line.style is not None else None,
@@ -146,7 +146,7 @@ def mean_line(name: str, style: int | None, curves: Sequence[Curve]) -> Line | N
 
 
 def thin_out(curve: Curve) -> Curve:
-    """Replaces a long curve by the means of at most 60 groups of neighbouring points.
+    """Replaces a long curve by the means of at most 60 groups of neighboring points.
 
     Args:
         curve: The curve.

@@ -112,7 +112,7 @@ def write_page(
         title=title,
         command=command,
         notes=notes,
-        colours=list(enumerate(RUN_COLOURS)),
+        colors=list(enumerate(RUN_COLOURS)),
         introduction=introduction,
         entries=entries,
         results=results,

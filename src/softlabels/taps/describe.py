@@ -319,7 +319,7 @@ def _is_row(modules: Sequence[nn.Module], least: int = 2) -> bool:
 
 
 def _runs(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
-    """Path and words of each finding; neighbours in one container that are alike share a row."""
+    """Path and words of each finding; neighbors in one container that are alike share a row."""
     points = [(finding.point, finding.text) for finding in findings if finding.point is not None]
     for (_, text), group in groupby(points, lambda p: (p[0].path.rpartition(".")[0], p[1])):
         paths = [point.path for point, _ in group]

@@ -112,7 +112,7 @@ class Layout:
     def before_activation(self, stage: str) -> TapPoint:
         """The tap for a stage, before the activation that ends it, if one does.
 
-        Where a network normalises a stage's output before it goes on (pre-activation networks),
+        Where a network normalizes a stage's output before it goes on (pre-activation networks),
         it is what comes out of that norm.
 
         Raises:

@@ -282,7 +282,7 @@ def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
 
     Args:
         settings: With a name.
-        info: Classes, channels, size and normalisation of the images.
+        info: Classes, channels, size and normalization of the images.
 
     Raises:
         FileNotFoundError: No such file of weights or of class names.
@@ -301,7 +301,7 @@ def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
     if num_classes is None and not settings.pretrained and settings.class_map is None:
         num_classes = info.num_classes
     size = expects.image_size or info.image_size
-    # A teacher of colours sees gray images as colours.
+    # A teacher of colors sees gray images as colors.
     in_channels = info.in_channels if own is None else max(info.in_channels, len(own[0]))
     model = build_model(
         name,

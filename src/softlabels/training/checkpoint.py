@@ -44,7 +44,7 @@ class Progress(BaseModel):
     """The plain values of a checkpoint.
 
     Attributes:
-        step: Optimiser steps so far.
+        step: Optimizer steps so far.
         finished_epochs: Epochs that are trained and evaluated.
         final: Metrics of the last of them.
         best: Metrics of the best of them, and its number.
@@ -81,10 +81,10 @@ class Progress(BaseModel):
 
 
 class OptimizerState:
-    """An optimiser's state, checked before it is taken back: torch itself takes any.
+    """An optimizer's state, checked before it is taken back: torch itself takes any.
 
     Args:
-        optimizer: The optimiser, perhaps wrapped.
+        optimizer: The optimizer, perhaps wrapped.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -128,7 +128,7 @@ _OF_EQUAL_SHAPES = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.
 
 
 def _is_state_of(value: object, shape: torch.Size) -> bool:
-    """Whether a value can be what an optimiser keeps for a parameter."""
+    """Whether a value can be what an optimizer keeps for a parameter."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -269,7 +269,7 @@ class CheckpointFolder:
         """Write a checkpoint whole or not at all, then remove the oldest ones.
 
         Args:
-            step: Optimiser steps so far.
+            step: Optimizer steps so far.
             content: What `state_of` gave.
 
         Returns:

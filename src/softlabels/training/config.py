@@ -103,7 +103,7 @@ class Config(Section):
         "the teacher. The first is without a method.",
     )
     task: TaskSettings = Field(TaskSettings(), description="The task's own loss.")
-    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimiser.")
+    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="The optimizer.")
     schedule: ScheduleSettings = Field(ScheduleSettings(), description="The learning rate.")
     mix: MixSettings = Field(MixSettings(), description="Mixing of images.")
     taps: dict[str, str] = Field(

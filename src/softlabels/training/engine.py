@@ -88,7 +88,7 @@ class Engine:
         mixer: Mixup and cutmix, or None.
 
     Attributes:
-        step: Optimiser steps so far.
+        step: Optimizer steps so far.
         finished_epochs: Epochs that are trained and evaluated. With `step` the place in the run:
             set both after loading a checkpoint.
     """

@@ -68,7 +68,7 @@ def teacher_fingerprint(teacher: Teacher, settings: TeacherSettings, info: DataI
     """A digest of all that a teacher's answers to an image depend on, whatever its device.
 
     Args:
-        teacher: Weights, normalisation, input size, class map and mode.
+        teacher: Weights, normalization, input size, class map and mode.
         settings: Name and settings of its network. Where a file lies does not matter.
         info: Facts about the images.
     """

@@ -12,7 +12,7 @@ import torch
 
 from softlabels.analysis.gallery import make_gallery
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.experiments.analyze import analyse, teacher_name, write_analysis
+from softlabels.experiments.analyze import analyze, teacher_name, write_analysis
 from softlabels.training.config import Config
 from softlabels.training.engine import Engine
 from softlabels.training.recorder import Recorder
@@ -56,7 +56,7 @@ def finish(
     if config.analysis:
         asked = engine.distiller.teacher
         live = asked if isinstance(asked, Teacher | Teachers) else None  # a cache has no answers
-        analysis = analyse(
+        analysis = analyze(
             engine.network,
             engine.source,
             batch_size=config.eval_batch_size,

@@ -1,4 +1,4 @@
-"""The optimiser, by timm's factory, and which parameters decay."""
+"""The optimizer, by timm's factory, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TORCHVISION_TOKENS = (".class_token", ".pos_embedding", ".relative_position_bia
 
 
 def build_optimizer(settings: OptimizerSettings, trained: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser of timm's factory over all parameters of a module.
+    """An optimizer of timm's factory over all parameters of a module.
 
     Raises:
-        ValueError: timm has no optimiser of this name.
+        ValueError: timm has no optimizer of this name.
     """
     name = settings.name.lower()
     if name not in list_optimizers():

@@ -48,7 +48,7 @@ def build_schedule(
         settings: Form, warm-up and lowest rate.
         optimizer: With the peak rate of each of its groups.
         epochs: Of the run.
-        steps_per_epoch: Optimiser steps in an epoch.
+        steps_per_epoch: Optimizer steps in an epoch.
 
     Returns:
         The schedule. `step_update(t)` sets the rate of step t, whatever was set before: a resume

@@ -230,7 +230,7 @@ class TaskSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """The optimiser, built by timm's factory."""
+    """The optimizer, built by timm's factory."""
 
     name: str = Field("sgd", description="sgd, adamw, or another name of timm's factory.")
     lr: float = Field(

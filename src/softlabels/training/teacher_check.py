@@ -140,7 +140,7 @@ def checked_teacher(
         problem = (
             f"the teacher {name} is right on {score.top1:.2f} % of the {score.test_images:,} test "
             f"images, and guessing on {100 / score.num_classes:.2f} %: it has no trained weights "
-            "(teacher.weights), or another order of classes (teacher.class_map) or normalisation "
+            "(teacher.weights), or another order of classes (teacher.class_map) or normalization "
             "(teacher.mean, teacher.std)"
         )
     if problem is not None and config.teacher.check == "error":

@@ -128,7 +128,7 @@ class Tracker:
 
         Args:
             epoch: Finished epochs for an evaluation, else the running one, from 0.
-            step: Optimiser steps so far.
+            step: Optimizer steps so far.
             values: By `split/name`.
         """
         self._write("metrics.jsonl", {"epoch": epoch, "step": step, **values}, step, values)

@@ -32,7 +32,7 @@ class Stranger:
         return os.mkdir, (str(self.path),)
 
 
-def test_images_labels_and_normalisation(folder):
+def test_images_labels_and_normalization(folder):
     source = cifar100(folder, mean=(0, 0, 0), std=(1, 1, 1))
     (batch,) = source.test_batches(batch_size=6, device="cpu")
     # The files have all red values of an image, then all green ones, row by row.

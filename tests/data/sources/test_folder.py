@@ -61,7 +61,7 @@ def test_batches_hold_the_images_of_their_indices(image_folder):
         assert target == (0 if index < 8 else 1 if index < 16 else 2)
 
 
-def test_normalisation(image_folder):
+def test_normalization(image_folder):
     plain = FolderSource(image_folder, mean=(0, 0, 0), std=(1, 1, 1), **SETTINGS)
     (raw,) = plain.test_batches(batch_size=9, device="cpu")
     (batch,) = FolderSource(image_folder, **SETTINGS).test_batches(batch_size=9, device="cpu")

@@ -79,7 +79,7 @@ def test_test_images_are_augmented_and_in_the_files_order(source, file):
     assert torch.equal(batch.target, torch.arange(8000) % 100)
 
 
-def test_training_images_change_with_the_epoch_and_are_normalised(source):
+def test_training_images_change_with_the_epoch_and_are_normalized(source):
     first, second = (
         next(source.train_batches(seed=0, epoch=0, batch_size=2390, start_step=s, device="cpu"))
         for s in (0, 1)

@@ -172,7 +172,7 @@ def test_dropout_before_the_classifier():
     )
 
 
-def test_initialisation():
+def test_initialization():
     for name, module in make("resnet32x4").named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] ** 2

@@ -144,7 +144,7 @@ def glyphs100(
         noise_std: Standard deviation of the pixels' noise, for images in 0..1.
 
     Returns:
-        The data source. Images are normalised by the mean and std of all training fonts.
+        The data source. Images are normalized by the mean and std of all training fonts.
 
     Raises:
         ValueError: If a setting is out of its range.

@@ -128,7 +128,7 @@ def idx(
         flip: Whether half of the training images are mirrored; None does so for Fashion-MNIST.
 
     Returns:
-        The data source. Images are normalised by the mean and std of the training images.
+        The data source. Images are normalized by the mean and std of the training images.
 
     Raises:
         ValueError: If a file is missing or damaged, or files do not fit each other.

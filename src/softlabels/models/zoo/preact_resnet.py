@@ -106,7 +106,7 @@ def _block(in_width: int, width: int, stride: int) -> PreActBasic:
 def _activated_block(in_width: int, width: int, stride: int) -> PreActBasic:
     block = _block(in_width, width, stride)
     if block.downsample is None:
-        block.downsample = nn.Identity()  # timm's block gives it what is normalised and rectified
+        block.downsample = nn.Identity()  # timm's block gives it what is normalized and rectified
     return block
 
 

@@ -64,7 +64,7 @@ class SmallNetwork(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Replace the last layer by a freshly initialised one.
+        """Replace the last layer by a freshly initialized one.
 
         Args:
             num_classes: Number of classes; 0 leaves out the classifier.
