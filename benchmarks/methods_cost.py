@@ -105,12 +105,12 @@ def _method(kind: str) -> nn.Module | None:
 def _distiller(kind: str, pair: Pair, teacher: nn.Module) -> Distiller:
     torch.manual_seed(0)
     method = _method(kind)
-    reads = getattr(method, "reads", {}).values()
-    needs_peer = any(isinstance(signal, PeerLogits) for signal in reads)
+    inputs = getattr(method, "reads", {}).values()
+    needs_peer = any(isinstance(kind, PeerLogits) for kind in inputs)
     return Distiller(
         _network(pair.student, pair),
         method,
-        teacher=teacher if any(map(reads_teacher, reads)) else None,
+        teacher=teacher if any(map(reads_teacher, inputs)) else None,
         peer=_network(pair.student, pair) if needs_peer else None,
         example_shape=(pair.in_channels, pair.image_size, pair.image_size),
     )

@@ -235,13 +235,13 @@ def test_a_methods_page_has_the_weights_and_signals_of_the_code(kind):
     assert task_weight == str(task_weight_of(method))
     assert ("rises over the run" in summary["weights"]) == (warmup_of(method) == "run")
     assert warmup_of(method) in (0, "run")  # others would have to be told
-    signals = [
+    kinds = [
         inner
-        for signal in method().reads.values()
-        for inner in ((signal, signal.of) if isinstance(signal, Again) else (signal,))
+        for kind in method().inputs.values()
+        for inner in ((kind, kind.of) if isinstance(kind, Again) else (kind,))
     ]
     named = set(re.findall(r"`([A-Z]\w+)", summary["reads"]))
-    assert named == {type(signal).__name__ for signal in signals}
+    assert named == {type(kind).__name__ for kind in kinds}
 
     of_method, *of_task = overview()[kind][2].split(", task ")
     assert float(of_method.removesuffix(" at the end")) == weight_of(method)
@@ -306,7 +306,7 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     number, _, other = forwards.partition(" + ")
     assert counts["student"] == int(number[0])
     assert counts["teacher"] == int(other in ("T", "R"))
-    assert (other == "P") == any(isinstance(s, PeerLogits) for s in method().reads.values())
+    assert (other == "P") == any(isinstance(s, PeerLogits) for s in method().inputs.values())
     learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
         p.numel() for p in distiller.student.parameters()
     )
@@ -317,15 +317,15 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_overview_says_which_networks_a_method_takes(kind):
     needs = overview()[kind][-1]
-    reads = METHODS[kind]().reads.values()
+    inputs = METHODS[kind]().inputs.values()
     settings = {"num_samples": 10} if "num_samples" in settings_of(kind) else {}
 
     def build(student, teacher):
         Distiller(
             student(),
             METHODS[kind](**settings),
-            teacher=teacher() if any(map(reads_teacher, reads)) else None,
-            peer=small_vit() if any(isinstance(s, PeerLogits) for s in reads) else None,
+            teacher=teacher() if any(map(reads_teacher, inputs)) else None,
+            peer=small_vit() if any(isinstance(s, PeerLogits) for s in inputs) else None,
             example_shape=(3, 16, 16),
         )
 
@@ -357,8 +357,8 @@ def test_the_recipes_on_the_overview_fit_the_settings():
 
 
 def test_the_signals_page_lists_every_signal():
-    from softlabels.inputs import declared as reads
+    from softlabels.inputs import declared as inputs
 
     text = (ROOT / "docs" / "signals.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}
-    assert listed == {*reads.__all__} - {"Signal"}
+    assert listed == {*inputs.__all__} - {"Signal"}

@@ -387,7 +387,7 @@ def test_to_moves_the_teacher_and_the_heads_too(name):
 
 def test_to_moves_the_buffers_of_method_and_task_loss():
     class Weighted(nn.Module):
-        reads = {"logits": Logits()}  # noqa: RUF012
+        inputs = {"logits": Logits()}  # noqa: RUF012
 
         def __init__(self) -> None:
             super().__init__()
@@ -752,9 +752,9 @@ def test_a_student_or_a_method_that_is_no_module_is_an_error(name):
 
 
 class Reading(nn.Module):
-    def __init__(self, **reads: object) -> None:
+    def __init__(self, **inputs: object) -> None:
         super().__init__()
-        self.reads = reads
+        self.inputs = inputs
 
     def forward(self, logits: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
         return logits.sum()
@@ -768,31 +768,31 @@ class Reading(nn.Module):
             {"logits": Logits(), "target": Target(), "labels": Target()},
             r"missing \[\], unknown \['labels'\]",
         ),
-        ({"logits": "logits", "target": Target()}, "must declare `reads`"),
-        ({"logits": Logits, "target": Target}, "must declare `reads`"),
+        ({"logits": "logits", "target": Target()}, "must declare `inputs`"),
+        ({"logits": Logits, "target": Target}, "must declare `inputs`"),
     ],
 )
-def test_reads_that_do_not_fit_forward_are_an_error(reads, message):
+def test_reads_that_do_not_fit_forward_are_an_error(inputs, message):
     with pytest.raises(ValueError, match=message):
-        Distiller(small_cnn(), Reading(**reads))
+        Distiller(small_cnn(), Reading(**inputs))
 
 
 @pytest.mark.parametrize("reads", [None, ["logits"], "logits"])
-def test_a_method_that_does_not_say_what_it_reads_is_an_error(reads):
+def test_a_method_that_does_not_say_what_it_reads_is_an_error(inputs):
     method = Reading()
-    method.reads = reads
+    method.inputs = inputs
 
-    with pytest.raises(ValueError, match="Reading must declare `reads`, a mapping"):
+    with pytest.raises(ValueError, match="Reading must declare `inputs`, a mapping"):
         Distiller(small_cnn(), method)
-    with pytest.raises(ValueError, match="CrossEntropyLoss must declare `reads`"):
+    with pytest.raises(ValueError, match="CrossEntropyLoss must declare `inputs`"):
         Distiller(small_cnn(), nn.CrossEntropyLoss())
 
 
 def test_an_argument_with_a_default_need_not_be_read():
-    reads = {"logits": Logits(), "target": Target()}
+    inputs = {"logits": Logits(), "target": Target()}
 
-    Distiller(small_cnn(), Reading(**reads))(images_of(), hard_labels())
-    with_index = Distiller(small_cnn(), Reading(**reads, index=FromBatch("index")))
+    Distiller(small_cnn(), Reading(**inputs))(images_of(), hard_labels())
+    with_index = Distiller(small_cnn(), Reading(**inputs, index=FromBatch("index")))
     with pytest.raises(ValueError, match=r"index=\.\.\."):
         with_index(images_of(), hard_labels())
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
-from softlabels.inputs import Features, FromBatch, Logits, Signal
+from softlabels.inputs import Features, FromBatch, Logits, Input
 from softlabels.losses import CRDLoss, KDLoss, Memory, OLSLoss, PSKDLoss, WeightedSum
 
 NUM_PROCESSES = 2
@@ -296,7 +296,7 @@ def test_only_what_is_remembered_is_kept_until_the_step_ends():
             self.given.append(values)
 
     class WatchingLoss(nn.Module):
-        reads: ClassVar[Mapping[str, Signal]] = {
+        inputs: ClassVar[Mapping[str, Input]] = {
             "logits": Logits(), "features": Features(), "index": FromBatch(),
         }  # fmt: skip
 

@@ -23,7 +23,7 @@ from shared.small_networks import (
 from softlabels import Distiller, KDLoss, Teacher
 from softlabels.data.sources.noise import noise
 from softlabels.distill.teacher import Teachers, ensembled
-from softlabels.inputs import Classifier, Features, NormParameters, Signal, TeacherLogits
+from softlabels.inputs import Classifier, Features, NormParameters, Input, TeacherLogits
 from softlabels.io.weights import save_weights
 from softlabels.losses import ATLoss, FitNetLoss, NKDLoss, WeightedSum
 from softlabels.training.config import ConfigError, parse, resolve
@@ -32,9 +32,9 @@ from softlabels.training.config import ConfigError, parse, resolve
 class Recording(nn.Module):
     """A method that keeps what it is given; its loss is 0."""
 
-    def __init__(self, **reads: Signal) -> None:
+    def __init__(self, **inputs: Input) -> None:
         super().__init__()
-        self.reads = reads
+        self.inputs = inputs
 
     def forward(self, **values: object) -> Tensor:
         self.values = values
@@ -45,8 +45,8 @@ def three() -> list[nn.Module]:
     return [small_cnn(seed=k) for k in (1, 2, 3)]
 
 
-def values_of(teacher: object, **reads: Signal) -> dict[str, Any]:
-    method = Recording(**reads)
+def values_of(teacher: object, **inputs: Input) -> dict[str, Any]:
+    method = Recording(**inputs)
     distiller = Distiller(small_cnn(), method, teacher=teacher, example_shape=IMAGE_SHAPE)
     distiller(images_of(), hard_labels())
     return method.values
@@ -276,12 +276,12 @@ def test_teachers_that_make_no_sense():
 @pytest.mark.parametrize(
     "signal", [TeacherLogits(2), Features("teacher", teacher=2), Classifier(2), NormParameters()]
 )
-def test_a_teacher_that_is_not_there(signal):
-    if isinstance(signal, NormParameters):
-        signal = NormParameters(teacher=2)
+def test_a_teacher_that_is_not_there(kind):
+    if isinstance(kind, NormParameters):
+        kind = NormParameters(teacher=2)
 
     with pytest.raises(ValueError, match="reads teacher 2, counted from 0, got 2 teachers"):
-        values_of(three()[:2], value=signal)
+        values_of(three()[:2], value=kind)
 
 
 # In a run

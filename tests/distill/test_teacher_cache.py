@@ -469,7 +469,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(changeable, name, value):
 
 
 class ReadsFeatures(nn.Module):
-    reads: ClassVar = {
+    inputs: ClassVar = {
         "features": Features(of="teacher", stages=("last",)),
         "logits": TeacherLogits(),
     }
@@ -479,7 +479,7 @@ class ReadsFeatures(nn.Module):
 
 
 class ReadsIndex(nn.Module):
-    reads: ClassVar = {
+    inputs: ClassVar = {
         "logits": Logits(),
         "index": FromBatch("index"),
         "teacher_logits": TeacherLogits(),

@@ -29,7 +29,7 @@ METHODS = {
 
 def distiller_of(method: nn.Module | None, **settings: object) -> Distiller:
     teacher = None
-    if method is not None and "teacher_logits" in method.reads:
+    if method is not None and "teacher_logits" in method.inputs:
         teacher = Teacher(small_cnn(seed=1))
     torch.manual_seed(0)
     return Distiller(

@@ -109,7 +109,7 @@ class Watching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = {
+        self.inputs = {
             "logits": Logits(), "teacher_logits": TeacherLogits(), "index": FromBatch(),
         }  # fmt: skip
         self.said: list[Tensor] = []

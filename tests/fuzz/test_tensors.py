@@ -153,7 +153,7 @@ def network() -> nn.Module:
 def step_with_labels(kind: str, settings: dict[str, object], target: Tensor) -> None:
     """A training step of a Distiller, and no NaN in the weights after it."""
     method = METHODS[kind](**settings)
-    teacher = Teacher(network()) if any(map(reads_teacher, method.reads.values())) else None
+    teacher = Teacher(network()) if any(map(reads_teacher, method.inputs.values())) else None
     distiller = Distiller(network(), method, teacher=teacher, example_shape=(1, 8, 8))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     try:

@@ -29,7 +29,7 @@ from softlabels.inputs.declared import (
     Logits,
     NormParameters,
     PeerLogits,
-    Signal,
+    Input,
     Target,
     TeacherLogits,
     WeakLogits,
@@ -43,9 +43,9 @@ PARTNER = images_of(12)[8:]
 class Recording(nn.Module):
     """A method that keeps what it is given; its loss is the sum of all that has a gradient."""
 
-    def __init__(self, **reads: Signal) -> None:
+    def __init__(self, **inputs: Input) -> None:
         super().__init__()
-        self.reads = reads
+        self.inputs = inputs
         self.values: Mapping[str, object] = {}
 
     def forward(self, **values: object) -> Tensor:
@@ -54,10 +54,10 @@ class Recording(nn.Module):
         return sum((t.square().mean() for t in tensors if t.requires_grad), torch.zeros(()))
 
 
-def distiller_of(student: nn.Module | None = None, /, **reads: Signal) -> Distiller:
+def distiller_of(student: nn.Module | None = None, /, **inputs: Input) -> Distiller:
     return Distiller(
         small_cnn().eval() if student is None else student,
-        Recording(**reads),
+        Recording(**inputs),
         example_shape=IMAGE_SHAPE,
     )
 
@@ -158,10 +158,10 @@ def test_nothing_is_recorded_for_a_forward_of_the_student_alone():
 
 @pytest.mark.parametrize("turned_round", [False, True])
 @pytest.mark.parametrize("signal", [WeakLogits(), Exits(("middle", "last")), Branches()])
-def test_learned_parts_are_the_same_for_further_images(signal, turned_round):
-    reads = {"plain": signal, "second": Again(of=signal)}
-    alone = distiller_of(plain=signal)
-    distiller = distiller_of(**(dict(reversed(reads.items())) if turned_round else reads))
+def test_learned_parts_are_the_same_for_further_images(kind, turned_round):
+    inputs = {"plain": kind, "second": Again(of=kind)}
+    alone = distiller_of(plain=kind)
+    distiller = distiller_of(**(dict(reversed(inputs.items())) if turned_round else inputs))
     torch.nn.Module.eval(distiller.trainable)
 
     # The same state, whatever else is read: learned parts are named after the plain argument.

@@ -24,7 +24,7 @@ from softlabels.inputs import (
     Features,
     FromBatch,
     Logits,
-    Signal,
+    Input,
     Target,
     TeacherLogits,
     Votes,
@@ -36,9 +36,9 @@ from softlabels.inputs.student import provider_for
 class Recording(nn.Module):
     """A method that keeps what it is given; its loss is 0."""
 
-    def __init__(self, signal: Signal, **more: Signal) -> None:
+    def __init__(self, kind: Input, **more: Input) -> None:
         super().__init__()
-        self.reads = {"value": signal, **({"more": more["more"]} if more else {})}
+        self.inputs = {"value": kind, **({"more": more["more"]} if more else {})}
         self.value: object = None
         self.more: object = None
 
@@ -48,10 +48,10 @@ class Recording(nn.Module):
 
 
 def provided(
-    signal: Signal, student: nn.Module, target: Tensor | None = None, **extras: Tensor
+    kind: Input, student: nn.Module, target: Tensor | None = None, **extras: Tensor
 ) -> object:
     """What a method that reads the signal is given for a batch."""
-    method = Recording(signal)
+    method = Recording(kind)
     distiller = Distiller(student, method, example_shape=IMAGE_SHAPE)
     distiller(images_of(), hard_labels() if target is None else target, **extras)
     return method.value
@@ -166,20 +166,20 @@ def test_extras_that_no_method_reads_do_no_harm():
 
 
 def test_a_wrong_path_in_a_signal_is_an_error_that_lists_near_names():
-    for signal in (WeakLogits(tap="stage11"), Features(stages=("middle", "stage11"))):
+    for kind in (WeakLogits(tap="stage11"), Features(stages=("middle", "stage11"))):
         with pytest.raises(ValueError, match=r"no module 'stage11'; near names: .*stage1"):
-            Distiller(small_cnn(), Recording(signal), example_shape=IMAGE_SHAPE)
+            Distiller(small_cnn(), Recording(kind), example_shape=IMAGE_SHAPE)
 
 
 def test_a_signal_costs_no_dry_run_unless_it_needs_one():
     def layout() -> None:
         raise AssertionError("a dry run")
 
-    for signal in (Logits(), Target(), TeacherLogits(), FromBatch(), Features(of="teacher")):
-        provider_for(signal, layout)
-    for signal in (WeakLogits(), Votes(), Features()):
+    for kind in (Logits(), Target(), TeacherLogits(), FromBatch(), Features(of="teacher")):
+        provider_for(kind, layout)
+    for kind in (WeakLogits(), Votes(), Features()):
         with pytest.raises(AssertionError, match="a dry run"):
-            provider_for(signal, layout)
+            provider_for(kind, layout)
 
 
 # Whether the votes agree
@@ -297,16 +297,16 @@ def test_two_distillers_may_share_a_teacher_and_a_student():
         (FromBatch("teacher"), False),
     ],
 )
-def test_which_signals_need_a_teacher(signal, expected):
-    assert reads_teacher(signal) is expected
+def test_which_signals_need_a_teacher(kind, expected):
+    assert reads_teacher(kind) is expected
     if expected:
         with pytest.raises(ValueError, match=r"Recording reads from a teacher: pass teacher=Tea"):
-            Distiller(small_cnn(), Recording(signal), example_shape=IMAGE_SHAPE)
+            Distiller(small_cnn(), Recording(kind), example_shape=IMAGE_SHAPE)
 
 
 def test_given_values_are_those_that_do_not_come_from_the_student():
     target, index, logits = hard_labels(), torch.arange(4), torch.zeros(4, NUM_CLASSES)
-    reads = {
+    inputs = {
         "a": Logits(),
         "b": Target(),
         "c": FromBatch("index"),
@@ -314,7 +314,7 @@ def test_given_values_are_those_that_do_not_come_from_the_student():
         "e": Votes(),
     }
 
-    values = given_values(reads, target, {"index": index}, {TeacherLogits(): logits})
+    values = given_values(inputs, target, {"index": index}, {TeacherLogits(): logits})
 
     assert values.keys() == {"b", "c", "d"}
     assert values["b"] is target
@@ -465,7 +465,7 @@ def test_the_toy_asks_for_its_extra():
 
 def test_a_head_may_read_the_teacher():
     class Regressed(nn.Module):
-        reads = {  # noqa: RUF012
+        inputs = {  # noqa: RUF012
             "features": Features(stages=("middle",)),
             "wanted": Features(of="teacher", stages=("middle",)),
         }

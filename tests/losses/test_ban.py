@@ -108,13 +108,13 @@ def test_the_module_has_the_settings_of_the_function(form, reduction):
     values = {"logits": student, "teacher_logits": teacher, "target": TARGET}
 
     torch.manual_seed(0)
-    loss, parts = module(**{name: values[name] for name in module.reads}, return_parts=True)
+    loss, parts = module(**{name: values[name] for name in module.inputs}, return_parts=True)
     torch.manual_seed(0)
     expected = ban_loss(student, teacher, TARGET, form=form, reduction=reduction)
 
     assert torch.equal(loss, expected)
     assert torch.equal(sum(parts.values()), expected)
-    assert ("target" in module.reads) == (form == "confidence_weighted")
+    assert ("target" in module.inputs) == (form == "confidence_weighted")
 
 
 def test_weighted_labels_are_the_soft_labels():

@@ -155,7 +155,7 @@ def test_the_module_gives_what_the_function_gives():
     expected = byot_loss(**values, **settings, return_parts=True)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(output.parts, expected.parts)
-    assert module.reads["branches"].stages == ("layer1", "layer2", "layer3")
+    assert module.inputs["branches"].stages == ("layer1", "layer2", "layer3")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def values_for(method, seed: int = 0, batch: int = 3) -> dict:
         "teacher_pooled": lambda: drawn((batch, 7), seed=seed + 4, gradient=True),
     }
     values = {"student_maps": student, "teacher_maps": teacher}
-    return values | {name: others[name]() for name in method.reads if name in others}
+    return values | {name: others[name]() for name in method.inputs if name in others}
 
 
 def built(method_type, **changes):
@@ -146,9 +146,9 @@ def test_a_batch_is_the_mean_of_its_samples(method_type) -> None:
 def test_modules_read_the_stages_that_are_asked_for(method_type) -> None:
     method = method_type(stages=["stage:2", "last"])
     for name in ("student_maps", "teacher_maps"):
-        signal = method.reads[name]
-        assert (signal.of, signal.stages) == (name.split("_")[0], ("stage:2", "last"))
-        assert signal.form == "map"
+        kind = method.inputs[name]
+        assert (kind.of, kind.stages) == (name.split("_")[0], ("stage:2", "last"))
+        assert kind.form == "map"
     with pytest.raises(TypeError, match="stages must be a tuple of strings, got 'last'"):
         method_type(stages="last")
 

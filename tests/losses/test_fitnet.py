@@ -97,8 +97,8 @@ def test_one_sample_will_do() -> None:
 
 
 def test_the_second_stage_is_read_unless_asked() -> None:
-    assert FitNetLoss().reads["student_maps"].stages == ("stage:1",)
-    assert not FitNetLoss().reads["teacher_maps"].before_activation
+    assert FitNetLoss().inputs["student_maps"].stages == ("stage:1",)
+    assert not FitNetLoss().inputs["teacher_maps"].before_activation
 
 
 def test_maps_of_other_widths_are_told() -> None:

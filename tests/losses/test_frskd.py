@@ -198,7 +198,7 @@ def test_the_module_gives_what_the_function_gives():
     expected = frskd_loss(**values, **settings, return_parts=True)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(output.parts, expected.parts)
-    assert module.reads["maps"].stages == ("stage:0", "stage:1", "stage:2")
+    assert module.inputs["maps"].stages == ("stage:0", "stage:1", "stage:2")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from shared.loss_cases import CASES, LossCase, case_id
 from softlabels import losses
-from softlabels.inputs import Logits, Signal, Target, TeacherLogits, Votes, WeakLogits
-from softlabels.inputs import declared as signals
+from softlabels.inputs import Logits, Input, Target, TeacherLogits, Votes, WeakLogits
+from softlabels.inputs import declared as kinds
 from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
 
 LABELS = torch.tensor([0, 5, 1, 2])
@@ -91,8 +91,8 @@ def test_a_method_by_itself_reads_a_signal_for_every_tensor_that_forward_needs(n
     parameters = inspect.signature(module.forward).parameters
     required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
 
-    assert required <= set(module.reads) <= set(parameters)
-    assert all(isinstance(signal, Signal) for signal in module.reads.values())
+    assert required <= set(module.inputs) <= set(parameters)
+    assert all(isinstance(kind, Input) for kind in module.inputs.values())
 
 
 @every_method_case
@@ -102,35 +102,35 @@ def test_a_method_reads_a_signal_for_every_tensor_that_forward_needs(case):
     required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
 
     names = {"exits" if name.startswith("exit_logits") else name for name in case.inputs}
-    assert set(module.reads) == names
-    assert required <= set(module.reads) <= set(parameters)
-    assert all(isinstance(signal, Signal) for signal in module.reads.values())
+    assert set(module.inputs) == names
+    assert required <= set(module.inputs) <= set(parameters)
+    assert all(isinstance(kind, Input) for kind in module.inputs.values())
 
 
 def test_the_signals_of_each_method():
     student = {"logits": Logits(), "target": Target()}
 
-    assert dict(NKDLoss().reads) == {**student, "teacher_logits": TeacherLogits()}
-    assert dict(USKDLoss().reads) == {**student, "weak_logits": WeakLogits(tap="middle")}
-    assert dict(losses.KDLoss().reads) == {
+    assert dict(NKDLoss().inputs) == {**student, "teacher_logits": TeacherLogits()}
+    assert dict(USKDLoss().inputs) == {**student, "weak_logits": WeakLogits(tap="middle")}
+    assert dict(losses.KDLoss().inputs) == {
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
     }
-    assert dict(ZipfLSLoss().reads) == {**student, "votes": Votes(upsample=1)}
+    assert dict(ZipfLSLoss().inputs) == {**student, "votes": Votes(upsample=1)}
 
 
 def test_zipf_ls_reads_votes_only_if_they_rank():
-    assert ZipfLSLoss(vote_upsample=2).reads["votes"] == Votes(upsample=2)
-    assert "votes" not in ZipfLSLoss(rank_from="logits").reads
+    assert ZipfLSLoss(vote_upsample=2).inputs["votes"] == Votes(upsample=2)
+    assert "votes" not in ZipfLSLoss(rank_from="logits").inputs
 
 
 @pytest.mark.parametrize(
-    "signal", [getattr(signals, name) for name in signals.__all__ if name != "Signal"]
+    "signal", [getattr(kinds, name) for name in kinds.__all__ if name != "Signal"]
 )
-def test_a_signal_is_a_frozen_value(signal):
-    one, other = signal(), signal()
+def test_a_signal_is_a_frozen_value(kind):
+    one, other = kind(), kind()
 
-    assert issubclass(signal, Signal)
+    assert issubclass(kind, Input)
     assert one == other
     assert len({one, other}) == 1
     for field in dataclasses.fields(one):
@@ -141,8 +141,8 @@ def test_a_signal_is_a_frozen_value(signal):
 def test_signals_have_the_papers_places_as_defaults():
     assert WeakLogits() == WeakLogits(tap="middle")
     assert Votes() == Votes(upsample=1)
-    assert signals.Features() == signals.Features(of="student", stages=("last",))
-    assert signals.FromBatch() == signals.FromBatch(name="index")
+    assert kinds.Features() == kinds.Features(of="student", stages=("last",))
+    assert kinds.FromBatch() == kinds.FromBatch(name="index")
 
 
 # Soft labels

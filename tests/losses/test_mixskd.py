@@ -308,8 +308,8 @@ def test_the_module_gives_what_the_function_gives():
     expected = mixskd_loss(**arguments_of(values), **settings, return_parts=True)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(output.parts, expected.parts)
-    assert module.reads["branches"] == module.reads["mixed_branches"].of
-    assert module.reads["branches"].stages == ("stage1",)
+    assert module.inputs["branches"] == module.inputs["mixed_branches"].of
+    assert module.inputs["branches"].stages == ("stage1",)
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,10 @@ def test_the_larger_map_is_pooled_unless_sizes_must_be_equal() -> None:
 
 
 def test_the_module_reads_before_the_activation() -> None:
-    reads = OFDLoss(stages=("stage:1",)).reads
-    assert reads["student_maps"].before_activation
-    assert reads["teacher_maps"].before_activation
-    assert reads["norm_parameters"].stages == ("stage:1",)
+    inputs = OFDLoss(stages=("stage:1",)).inputs
+    assert inputs["student_maps"].before_activation
+    assert inputs["teacher_maps"].before_activation
+    assert inputs["norm_parameters"].stages == ("stage:1",)
 
 
 def test_connectors_have_the_published_initialization() -> None:

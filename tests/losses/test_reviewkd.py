@@ -180,11 +180,11 @@ def test_the_deepest_level_has_no_attention_and_widths_are_capped() -> None:
 
 
 def test_the_student_is_read_after_the_activation_unless_asked() -> None:
-    reads = ReviewKDLoss().reads
-    assert not reads["student_maps"].before_activation
-    assert reads["teacher_maps"].before_activation
-    assert (reads["student_pooled"].form, reads["student_pooled"].stages) == ("pooled", ("last",))
-    changed = ReviewKDLoss(student_before_activation=True).reads
+    inputs = ReviewKDLoss().inputs
+    assert not inputs["student_maps"].before_activation
+    assert inputs["teacher_maps"].before_activation
+    assert (inputs["student_pooled"].form, inputs["student_pooled"].stages) == ("pooled", ("last",))
+    changed = ReviewKDLoss(student_before_activation=True).inputs
     assert changed["student_maps"].before_activation
 
 

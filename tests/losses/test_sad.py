@@ -58,7 +58,7 @@ def test_the_module_is_the_function():
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)]
 
     assert torch.equal(SADLoss()(maps), sad_loss(maps))
-    assert SADLoss(stages=("stage:0", "last")).reads["student_maps"].stages == ("stage:0", "last")
+    assert SADLoss(stages=("stage:0", "last")).inputs["student_maps"].stages == ("stage:0", "last")
 
 
 def test_equal_maps_cost_nothing():

@@ -234,7 +234,7 @@ def test_a_loss_survives_two_backward_passes_and_double_use(case, kind):
 
 @pytest.mark.parametrize("module", [NKDLoss(), USKDLoss(), ZipfLSLoss(rank_from="logits")])
 def test_modules_take_the_closed_form(module):
-    tensors = {name: torch.randn(3, 5, requires_grad=True) for name in module.reads}
+    tensors = {name: torch.randn(3, 5, requires_grad=True) for name in module.inputs}
     tensors["target"] = torch.tensor([0, 4, 2])
 
     nodes, names = [module(**tensors).grad_fn], set()

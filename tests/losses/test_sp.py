@@ -101,7 +101,7 @@ def test_the_module_is_the_function():
 
     assert SPLoss()([student], [teacher]) == sp_loss([student], [teacher])
     assert SPLoss.recommended_weight == 3000
-    assert SPLoss(stages=("stages",)).reads["teacher_maps"] == Features(
+    assert SPLoss(stages=("stages",)).inputs["teacher_maps"] == Features(
         of="teacher", stages=("stages",), form="map"
     )
 

@@ -18,7 +18,7 @@ from softlabels.inputs import (
     FromBatch,
     Logits,
     NormParameters,
-    Signal,
+    Input,
     Target,
     TeacherLogits,
 )
@@ -223,7 +223,7 @@ class Counting(Memory):
 
 
 class CountingLoss(nn.Module):
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "features": Features(),
         "index": FromBatch(),
@@ -335,7 +335,7 @@ def test_a_sum_of_sums_is_their_weighted_sum():
     nkd = step_of(distiller_of(NKDLoss(), teacher=True))
     found = step.terms["method/both/nkd/target"] + step.terms["method/both/nkd/non_target"]
     torch.testing.assert_close(found, 1.5 * nkd.terms["method"])
-    assert "both__nkd__logits" in outer.reads
+    assert "both__nkd__logits" in outer.inputs
     distiller.after_step()
     memory = distiller.trainable.heads.heads["ps_kd"]
     assert memory.seen.nonzero().flatten().tolist() == INDEX.tolist()
@@ -372,11 +372,11 @@ def test_methods_that_differ_in_what_they_leave_out():
 
 
 def test_a_signal_of_a_teacher_may_be_that_of_another():
-    for signal in (TeacherLogits(), NormParameters(), Classifier(), Features(of="teacher")):
-        assert of_teacher(signal, 2).teacher == 2
-        assert of_teacher(signal, None) is signal
-    for signal in (Logits(), Target(), Features(of="student"), FromBatch("index")):
-        assert of_teacher(signal, 2) is signal
+    for kind in (TeacherLogits(), NormParameters(), Classifier(), Features(of="teacher")):
+        assert of_teacher(kind, 2).teacher == 2
+        assert of_teacher(kind, None) is kind
+    for kind in (Logits(), Target(), Features(of="student"), FromBatch("index")):
+        assert of_teacher(kind, 2) is kind
     kept = of_teacher(Features("teacher", ("a", "b"), "map", True), 1)
     assert kept == Features("teacher", ("a", "b"), "map", True, 1)
 
@@ -384,10 +384,10 @@ def test_a_signal_of_a_teacher_may_be_that_of_another():
 def test_teachers_by_name_of_the_method():
     method = WeightedSum({"a": NKDLoss(), "b": NKDLoss(), "at": ATLoss()}, teachers={"b": 1})
 
-    assert method.reads["a__teacher_logits"] == TeacherLogits()
-    assert method.reads["b__teacher_logits"] == TeacherLogits(1)
-    assert method.reads["at__teacher_maps"].teacher == 0
-    assert method.reads["b__logits"] == Logits()
+    assert method.inputs["a__teacher_logits"] == TeacherLogits()
+    assert method.inputs["b__teacher_logits"] == TeacherLogits(1)
+    assert method.inputs["at__teacher_maps"].teacher == 0
+    assert method.inputs["b__logits"] == Logits()
 
 
 # Errors
@@ -403,8 +403,8 @@ def test_teachers_by_name_of_the_method():
         ({"": KDLoss()}, {}, ValueError, "must be an identifier"),
         ({"a": KDLoss(), "a_": KDLoss()}, {}, ValueError, "got 'a_'"),
         ({"type": KDLoss()}, {}, ValueError, "got 'type'"),
-        ({"a": nn.ReLU()}, {}, TypeError, "a must be a module with `reads`, got ReLU"),
-        ({"a": KDLoss}, {}, TypeError, "a must be a module with `reads`, got type"),
+        ({"a": nn.ReLU()}, {}, TypeError, "a must be a module with `inputs`, got ReLU"),
+        ({"a": KDLoss}, {}, TypeError, "a must be a module with `inputs`, got type"),
         ({"a": KDLoss()}, {"weights": {"b": 1.0}}, ValueError, r"weights names \['b'\], exp"),
         ({"a": KDLoss()}, {"teachers": {"b": 1}}, ValueError, r"teachers names \['b'\], expected"),
         ({"a": KDLoss()}, {"weights": {"a": -1.0}}, ValueError, "the weight of a must be"),

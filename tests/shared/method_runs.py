@@ -23,7 +23,7 @@ from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.sources.glyphs import glyphs100
 from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import PeerLogits, Signal, TeacherLogits
+from softlabels.inputs import PeerLogits, Input, TeacherLogits
 from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS
 from softlabels.models import build_model
@@ -230,15 +230,15 @@ def method_of(kind: str, num_samples: int, **settings: Any) -> nn.Module:
     return method(**settings)
 
 
-def teacher_signals(kind: str) -> list[Signal]:
+def teacher_signals(kind: str) -> list[Input]:
     """What a method reads from a teacher."""
-    reads: Mapping[str, Signal] = METHODS[kind]().reads
-    return [signal for signal in reads.values() if reads_teacher(signal)]
+    inputs: Mapping[str, Input] = METHODS[kind]().inputs
+    return [kind for kind in inputs.values() if reads_teacher(kind)]
 
 
 def reads_logits_alone(kind: str) -> bool:
     """Whether a method's teacher may be of any architecture."""
-    return all(isinstance(signal, TeacherLogits) for signal in teacher_signals(kind))
+    return all(isinstance(kind, TeacherLogits) for kind in teacher_signals(kind))
 
 
 def built(
@@ -263,7 +263,7 @@ def built(
     if teacher_signals(kind):
         teacher = family.logits_teacher() if reads_logits_alone(kind) else family.teacher()
         teacher = copy.deepcopy(teacher)  # it may be moved to another precision
-    if any(isinstance(signal, PeerLogits) for signal in method.reads.values()):
+    if any(isinstance(kind, PeerLogits) for kind in method.inputs.values()):
         peer = family.student(2)
     weight = weight_of(method)
     task_weight = task_weight_of(method)

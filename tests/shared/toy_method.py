@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, FromBatch, Signal
+from softlabels.inputs import Features, FromBatch, Input
 
 
 class ToyHeads(nn.Module):
@@ -42,7 +42,7 @@ class ToyHeads(nn.Module):
 
 
 class ToyLoss(nn.Module):
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "features": Features(stages=("stage1", "last")),
         "index": FromBatch("index"),
     }

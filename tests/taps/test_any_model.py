@@ -289,7 +289,7 @@ def test_a_wrong_tap_fails_the_check_of_a_step(check, taps):
 class ReadsBoth(nn.Module):
     """A method that reads what USKD and Zipf's LS read, so that one network serves for both."""
 
-    reads = {"logits": Logits(), "target": Target(), "weak": WeakLogits(), "votes": Votes()}  # noqa: RUF012
+    inputs = {"logits": Logits(), "target": Target(), "weak": WeakLogits(), "votes": Votes()}  # noqa: RUF012
 
     def forward(self, logits: Tensor, target: Tensor, weak: Tensor, votes: Tensor) -> Tensor:
         return uskd_loss(logits, weak, target, weak_weight=1.0) + zipf_ls_loss(

@@ -264,7 +264,7 @@ class Recording(nn.Module):
 
     def __init__(self, **settings: object) -> None:
         super().__init__()
-        self.reads = {"features": Features(stages=("stages",), **settings)}
+        self.inputs = {"features": Features(stages=("stages",), **settings)}
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         self.features = features

@@ -45,8 +45,8 @@ def test_settings_and_defaults_are_those_of_the_method(kind):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_method_is_built_from_its_settings(kind):
-    reads = METHODS[kind]().reads.values()
-    given = {"teacher": TEACHER} if any(map(reads_teacher, reads)) else {}
+    inputs = METHODS[kind]().inputs.values()
+    given = {"teacher": TEACHER} if any(map(reads_teacher, inputs)) else {}
     assert type(build_method(resolve({"method": kind, **given}))) is METHODS[kind]
 
 

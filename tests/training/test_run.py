@@ -50,7 +50,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def teacher_for(method: str | None) -> dict:
-    if method is None or not any(map(reads_teacher, METHODS[method]().reads.values())):
+    if method is None or not any(map(reads_teacher, METHODS[method]().inputs.values())):
         return {}
     torch.manual_seed(5)
     return {"teacher": create_model("resnet8_glyphs", num_classes=6)}
@@ -250,7 +250,7 @@ class Scaled(nn.Module):
 
     from softlabels.inputs import Logits
 
-    reads = {"logits": Logits()}  # noqa: RUF012 - a constant
+    inputs = {"logits": Logits()}  # noqa: RUF012 - a constant
 
     def __init__(self, function) -> None:
         super().__init__()

@@ -162,7 +162,7 @@ def test_a_teacher_that_nobody_reads_is_an_error(shaded, tmp_path, method):
 class FeatureMethod(nn.Module):
     """Reads maps of the teacher, and no logits."""
 
-    reads = {"logits": Logits(), "maps": Features(of="teacher", stages=("last",))}  # noqa: RUF012 - a constant
+    inputs = {"logits": Logits(), "maps": Features(of="teacher", stages=("last",))}  # noqa: RUF012 - a constant
 
     def forward(self, logits: Tensor, maps: list[Tensor]) -> Tensor:
         return logits.mean() * maps[0].mean()

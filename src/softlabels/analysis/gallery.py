@@ -51,8 +51,8 @@ def make_gallery(
         device: Where the networks are.
     """
     cache = distiller.teacher
-    reads = getattr(distiller.method, "reads", {})
-    if isinstance(cache, TeacherCache) and any(map(reads_teacher, reads.values())):
+    inputs = getattr(distiller.method, "reads", {})
+    if isinstance(cache, TeacherCache) and any(map(reads_teacher, inputs.values())):
         split = "training"
         what = f"{_sentence(distiller)} These are training images: a cache has no other answers."
         chosen = permutation(0, 0, source.num_train)[:num_images].tolist()

@@ -15,7 +15,7 @@ from torch.nn import functional
 from softlabels.distill.external_inputs import (
     CacheReader,
     TeacherReader,
-    checked_reads,
+    checked_inputs,
     given_values,
     images_key,
     reads_teacher,
@@ -25,7 +25,7 @@ from softlabels.distill.output import StepOutput
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Trainable, provided
-from softlabels.inputs import Again, FromBatch, PeerLogits, Signal, TeacherLogits
+from softlabels.inputs import Again, FromBatch, PeerLogits, Input, TeacherLogits
 from softlabels.inputs.provider import Value
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._memory_bank import Memory
@@ -52,7 +52,7 @@ class Distiller(nn.Module):
     Args:
         student: Any classifier, [B, C, H, W] -> [B, classes]; it gets forward hooks, and is not
             edited otherwise.
-        method: A module of `softlabels.losses`, or any module that declares `reads`. None
+        method: A module of `softlabels.losses`, or any module that declares `inputs`. None
             trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
             It is moved to the student's device. Or a `TeacherCache`, whose answers are looked up:
@@ -81,7 +81,7 @@ class Distiller(nn.Module):
     Raises:
         TypeError: The student or the method is no module.
         ValueError: A teacher or peer is missing, superfluous or does not give what the method
-            reads, the class counts differ, a layer is not found, or the method's `reads` does not
+            reads, the class counts differ, a layer is not found, or the method's `inputs` does not
             fit its forward.
 
     Example:
@@ -115,17 +115,17 @@ class Distiller(nn.Module):
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
-        reads = checked_reads(method)
+        inputs = checked_inputs(method)
         if isinstance(teacher, Sequence):
             teacher = Teachers(teacher)
         elif teacher is not None and not isinstance(teacher, Teacher | Teachers | TeacherCache):
             teacher = Teacher(teacher)
-        reads_a_teacher = any(reads_teacher(signal) for signal in reads.values())
+        reads_a_teacher = any(reads_teacher(kind) for kind in inputs.values())
         # A cache may stand by: it says which draws of the augmentation are shown.
         stands_by = isinstance(teacher, TeacherCache) and not reads_a_teacher
         taught = None if stands_by else teacher
         _check_needed(method, "teacher", taught, reads_a_teacher, "teacher=Teacher(model)")
-        peer_arguments = tuple(name for name, s in reads.items() if isinstance(s, PeerLogits))
+        peer_arguments = tuple(name for name, s in inputs.items() if isinstance(s, PeerLogits))
         _check_needed(method, "peer", peer, bool(peer_arguments), "peer=network")
         network = teacher if isinstance(teacher, Teacher | Teachers) else None
         for name, other in (("teacher", network), ("peer", peer)):
@@ -161,7 +161,7 @@ class Distiller(nn.Module):
             teacher_layout()
         # A fork: the learned parts take their own draws, and the caller's stream is unchanged.
         with torch.random.fork_rng(devices=[]):
-            providers, passes = provided(reads, student_layout)
+            providers, passes = provided(inputs, student_layout)
             self.trainable = Trainable(
                 student, providers, passes=passes, peer=peer, peer_arguments=peer_arguments
             )
@@ -176,12 +176,12 @@ class Distiller(nn.Module):
             self._gives_parts = method is not None and "return_parts" in (
                 inspect.signature(method.forward).parameters
             )
-            self._reads = reads
+            self._inputs = inputs
             self._reader: TeacherReader | CacheReader | None = None
             if reads_a_teacher and isinstance(teacher, TeacherCache):
-                self._reader = CacheReader(teacher, list(reads.values()))
+                self._reader = CacheReader(teacher, list(inputs.values()))
             elif reads_a_teacher and network is not None:
-                self._reader = TeacherReader(network, list(reads.values()), teacher_layout)
+                self._reader = TeacherReader(network, list(inputs.values()), teacher_layout)
             self._kept: list[dict[str, Value]] = []
             self._add_heads(student_layout, needed=example_shape is not None)
         # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
@@ -212,17 +212,17 @@ class Distiller(nn.Module):
                 if part is not None:
                     part.to(parameter)
 
-    def _from_teacher_alone(self) -> dict[str, Signal]:
-        return {name: signal for name, signal in self._reads.items() if reads_teacher(signal)}
+    def _from_teacher_alone(self) -> dict[str, Input]:
+        return {name: kind for name, kind in self._inputs.items() if reads_teacher(kind)}
 
     def _further_images(self) -> list[str]:
         """Names of the batch's extras that are images for a further forward of the student."""
-        return [*dict.fromkeys(s.images for s in self._reads.values() if isinstance(s, Again))]
+        return [*dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, Again))]
 
     @property
     def extras(self) -> tuple[str, ...]:
         """Names of what the batch must bring besides images and labels, for `forward`."""
-        named = [s.name for s in self._reads.values() if isinstance(s, FromBatch)]
+        named = [s.name for s in self._inputs.values() if isinstance(s, FromBatch)]
         stored = ["index", "draw"] if isinstance(self._reader, CacheReader) else []
         return (*dict.fromkeys([*named, *self._further_images(), *stored]),)
 
@@ -304,7 +304,7 @@ class Distiller(nn.Module):
         self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
     ) -> dict[str, Value]:
         from_teacher = self._reader.read(images, extras) if self._reader is not None else {}
-        return given_values(self._reads, target, extras, from_teacher)
+        return given_values(self._inputs, target, extras, from_teacher)
 
     def _for_trainable(self, given: Mapping[str, Value]) -> Mapping[str, Value] | None:
         """What the trained module needs of the values from outside."""
@@ -315,12 +315,12 @@ class Distiller(nn.Module):
 
     def _arguments(self, given: Mapping[str, Value]) -> dict[str, Value]:
         """The values from outside that the method reads itself."""
-        return {name: value for name, value in given.items() if name in self._reads}
+        return {name: value for name, value in given.items() if name in self._inputs}
 
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
-        for argument, signal in self._reads.items():
+        for argument, kind in self._inputs.items():
             value = given.get(argument)
-            if not (isinstance(signal, TeacherLogits) and isinstance(value, Tensor)):
+            if not (isinstance(kind, TeacherLogits) and isinstance(value, Tensor)):
                 continue
             if value.shape[1] != logits.shape[1]:
                 raise ValueError(

@@ -16,7 +16,7 @@ from softlabels.inputs import (
     Features,
     FromBatch,
     NormParameters,
-    Signal,
+    Input,
     Target,
     TeacherLogits,
 )
@@ -50,38 +50,38 @@ class TeacherReader:
     def __init__(
         self,
         teacher: Teacher | Teachers,
-        signals: Sequence[Signal],
+        kinds: Sequence[Input],
         layout: Callable[[int], Layout],
     ) -> None:
         self.teacher = teacher
         self._teachers = teachers_of(teacher)
-        self._signals = [signal for signal in dict.fromkeys(signals) if reads_teacher(signal)]
-        self._points: dict[Signal, list[TapPoint]] = {}
-        self._norms: dict[Signal, list[nn.BatchNorm2d]] = {}
-        self._classifiers: dict[Signal, nn.Linear] = {}
-        for signal in self._signals:
-            number = _number_of(signal)
+        self._kinds = [kind for kind in dict.fromkeys(kinds) if reads_teacher(kind)]
+        self._points: dict[Input, list[TapPoint]] = {}
+        self._norms: dict[Input, list[nn.BatchNorm2d]] = {}
+        self._classifiers: dict[Input, nn.Linear] = {}
+        for kind in self._kinds:
+            number = _number_of(kind)
             if number is not None and number >= len(self._teachers):
                 raise ValueError(
                     f"the method reads teacher {number}, counted from 0, got "
                     f"{len(self._teachers)} teachers"
                 )
-            if isinstance(signal, Features):
-                self._points[signal] = points_of(signal, layout(signal.teacher))
-            elif isinstance(signal, NormParameters):
-                found = layout(signal.teacher)
-                self._norms[signal] = [found.norm(s) for s in found.expanded(signal.stages)]
-            elif isinstance(signal, Classifier):
-                self._classifiers[signal] = layout(signal.teacher).classifier()
+            if isinstance(kind, Features):
+                self._points[kind] = points_of(kind, layout(kind.teacher))
+            elif isinstance(kind, NormParameters):
+                found = layout(kind.teacher)
+                self._norms[kind] = [found.norm(s) for s in found.expanded(kind.stages)]
+            elif isinstance(kind, Classifier):
+                self._classifiers[kind] = layout(kind.teacher).classifier()
         self._taps = [
             FeatureTap(
                 each.model,
                 sorted(
                     {
                         point.key
-                        for signal, points in self._points.items()
+                        for kind, points in self._points.items()
                         for point in points
-                        if _number_of(signal) == number
+                        if _number_of(kind) == number
                     }
                 ),
             )
@@ -90,35 +90,35 @@ class TeacherReader:
         for tap in self._taps:
             tap.enabled = False
 
-    def example(self, images: Tensor) -> dict[Signal, Value]:
+    def example(self, images: Tensor) -> dict[Input, Value]:
         """Values as those of `read`, for images that are in no data set."""
         return self.read(images, {})
 
-    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Signal, Value]:
+    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Input, Value]:
         """Logits and features of the teachers for a batch, without gradient."""
         answers = [
             self._answer(teacher, tap, images)
             for teacher, tap in zip(self._teachers, self._taps, strict=True)
         ]
-        values: dict[Signal, Value] = {}
-        for signal in self._signals:
-            if isinstance(signal, TeacherLogits):
+        values: dict[Input, Value] = {}
+        for kind in self._kinds:
+            if isinstance(kind, TeacherLogits):
                 logits = [of_one for of_one, _ in answers]
-                number = signal.teacher
-                values[signal] = ensembled(logits) if number is None else logits[number]
-            elif isinstance(signal, Features):
-                features = answers[signal.teacher][1]
-                values[signal] = [
-                    in_form(point, features[point.key], signal.form).detach()
-                    for point in self._points[signal]
+                number = kind.teacher
+                values[kind] = ensembled(logits) if number is None else logits[number]
+            elif isinstance(kind, Features):
+                features = answers[kind.teacher][1]
+                values[kind] = [
+                    in_form(point, features[point.key], kind.form).detach()
+                    for point in self._points[kind]
                 ]
-            elif isinstance(signal, NormParameters):
-                values[signal] = [
+            elif isinstance(kind, NormParameters):
+                values[kind] = [
                     torch.stack([norm.weight.detach(), norm.bias.detach()])
-                    for norm in self._norms[signal]
+                    for norm in self._norms[kind]
                 ]
-            elif isinstance(signal, Classifier):
-                values[signal] = self._classifier(signal)
+            elif isinstance(kind, Classifier):
+                values[kind] = self._classifier(kind)
         return values
 
     def _answer(
@@ -131,8 +131,8 @@ class TeacherReader:
             tap.enabled = False
             tap.clear()
 
-    def _classifier(self, signal: Classifier) -> list[Tensor]:
-        layer, teacher = self._classifiers[signal], self._teachers[signal.teacher]
+    def _classifier(self, kind: Classifier) -> list[Tensor]:
+        layer, teacher = self._classifiers[kind], self._teachers[kind.teacher]
         weight = layer.weight.detach()
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         if teacher.maps_classes:
@@ -140,8 +140,8 @@ class TeacherReader:
         return [weight, bias]
 
 
-def _number_of(signal: Signal) -> int | None:
-    number: int | None = getattr(signal, "teacher", None)
+def _number_of(kind: Input) -> int | None:
+    number: int | None = getattr(kind, "teacher", None)
     return number
 
 
@@ -156,22 +156,22 @@ class CacheReader:
         ValueError: A signal of the teacher that is not stored.
     """
 
-    def __init__(self, cache: TeacherCache, signals: Sequence[Signal]) -> None:
+    def __init__(self, cache: TeacherCache, kinds: Sequence[Input]) -> None:
         self.cache = cache
-        for signal in signals:
-            if reads_teacher(signal) and not (
-                isinstance(signal, TeacherLogits) and signal.teacher in (None, 0)
+        for kind in kinds:
+            if reads_teacher(kind) and not (
+                isinstance(kind, TeacherLogits) and kind.teacher in (None, 0)
             ):
                 raise ValueError(
                     f"the method reads {signal}, but a teacher cache holds logits alone: pass the "
                     "teacher itself"
                 )
 
-    def example(self, images: Tensor) -> dict[Signal, Value]:
+    def example(self, images: Tensor) -> dict[Input, Value]:
         """Values as those of `read`, for images that are in no data set."""
         return _of_one(images.new_zeros(len(images), self.cache.num_classes))
 
-    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Signal, Value]:
+    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Input, Value]:
         """The stored logits for a batch, on the device of its images.
 
         Raises:
@@ -191,48 +191,48 @@ class CacheReader:
         return _of_one(logits)
 
 
-def _of_one(logits: Tensor) -> dict[Signal, Value]:
+def _of_one(logits: Tensor) -> dict[Input, Value]:
     return {TeacherLogits(): logits, TeacherLogits(0): logits}
 
 
-def checked_reads(method: nn.Module | None) -> dict[str, Signal]:
+def checked_inputs(method: nn.Module | None) -> dict[str, Input]:
     """What a method reads, by argument, checked against the arguments of its forward.
 
     Raises:
         TypeError: The method is no module.
-        ValueError: Its `reads` does not fit its forward.
+        ValueError: Its `inputs` does not fit its forward.
     """
     if method is None:
         return {}
     if not isinstance(method, nn.Module):
         raise TypeError(f"method must be an nn.Module or None, got {type(method).__name__}")
     name = type(method).__name__
-    reads = getattr(method, "reads", None)
-    if not isinstance(reads, Mapping) or not all(isinstance(s, Signal) for s in reads.values()):
-        raise ValueError(f"{name} must declare `reads`, a mapping from argument to signal")
+    inputs = getattr(method, "reads", None)
+    if not isinstance(inputs, Mapping) or not all(isinstance(s, Input) for s in inputs.values()):
+        raise ValueError(f"{name} must declare `inputs`, a mapping from argument to signal")
     parameters = inspect.signature(method.forward).parameters
     missing = [
         argument
         for argument, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and argument not in reads
+        and argument not in inputs
     ]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [a for a in reads if a not in parameters and not takes_any]
+    unknown = [a for a in inputs if a not in parameters and not takes_any]
     if missing or unknown:
         raise ValueError(
             f"{name}.reads must name the arguments of its forward ({', '.join(parameters)}): "
             f"missing {missing}, unknown {unknown}"
         )
-    return dict(reads)
+    return dict(inputs)
 
 
 def given_values(
-    reads: Mapping[str, Signal],
+    inputs: Mapping[str, Input],
     target: Tensor,
     extras: Mapping[str, Tensor],
-    from_teacher: Mapping[Signal, Value],
+    from_teacher: Mapping[Input, Value],
 ) -> dict[str, Value]:
     """Values of the signals that do not come from the student, by argument name.
 
@@ -242,15 +242,15 @@ def given_values(
         ValueError: An extra that the method reads is missing from the batch.
     """
     values: dict[str, Value] = {}
-    for argument, signal in reads.items():
-        if isinstance(signal, Target):
+    for argument, kind in inputs.items():
+        if isinstance(kind, Target):
             values[argument] = target
-        elif isinstance(signal, FromBatch):
-            values[argument] = _extra(signal.name, extras, target)
-        elif isinstance(signal, Again):
-            values[images_key(signal.images)] = _extra(signal.images, extras, target)
-        elif signal in from_teacher:
-            values[argument] = from_teacher[signal]
+        elif isinstance(kind, FromBatch):
+            values[argument] = _extra(kind.name, extras, target)
+        elif isinstance(kind, Again):
+            values[images_key(kind.images)] = _extra(kind.images, extras, target)
+        elif kind in from_teacher:
+            values[argument] = from_teacher[kind]
     return values
 
 
@@ -274,8 +274,8 @@ def teachers_of(teacher: Teacher | Teachers) -> list[Teacher]:
     return teacher.all if isinstance(teacher, Teachers) else [teacher]
 
 
-def reads_teacher(signal: Signal) -> bool:
+def reads_teacher(kind: Input) -> bool:
     """Whether a signal comes from a teacher."""
-    return isinstance(signal, TeacherLogits | NormParameters | Classifier) or (
-        isinstance(signal, Features) and signal.of == "teacher"
+    return isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
+        isinstance(kind, Features) and kind.of == "teacher"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.distill.external_inputs import images_key
-from softlabels.inputs import Again, Signal
+from softlabels.inputs import Again, Input
 from softlabels.inputs.provider import Provider, Value
 from softlabels.inputs.student import provider_for
 from softlabels.taps import FeatureTap, Layout
@@ -136,7 +136,7 @@ class Trainable(nn.Module):
 
 
 def provided(
-    reads: Mapping[str, Signal], layout: Callable[[], Layout]
+    inputs: Mapping[str, Input], layout: Callable[[], Layout]
 ) -> tuple[dict[str, Provider], dict[str, PassOf]]:
     """One provider for each signal of the student, and which forward each argument is of.
 
@@ -146,16 +146,16 @@ def provided(
     """
     providers: dict[str, Provider] = {}
     passes: dict[str, PassOf] = {}
-    names: dict[Signal, str] = {}
+    names: dict[Input, str] = {}
     # The batch's own images first: learned parts are named after the arguments read from them.
-    for argument, signal in sorted(reads.items(), key=lambda item: isinstance(item[1], Again)):
-        again = signal if isinstance(signal, Again) else Again("", signal)
+    for argument, kind in sorted(inputs.items(), key=lambda item: isinstance(item[1], Again)):
+        again = kind if isinstance(kind, Again) else Again("", kind)
         if again.of not in names:
             provider = provider_for(again.of, layout)
             if provider is None:
                 continue
             names[again.of] = argument
             providers[argument] = provider
-        images = again.images if isinstance(signal, Again) else None
+        images = again.images if isinstance(kind, Again) else None
         passes[argument] = PassOf(names[again.of], images, again.gradient)
-    return providers, {name: passes[name] for name in reads if name in passes}
+    return providers, {name: passes[name] for name in inputs if name in passes}

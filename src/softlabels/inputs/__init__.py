@@ -10,7 +10,7 @@ from softlabels.inputs.declared import (
     Logits,
     NormParameters,
     PeerLogits,
-    Signal,
+    Input,
     Target,
     TeacherLogits,
     Votes,

@@ -1,6 +1,6 @@
 """What a method may read: the signals, as plain declarations without any providing code.
 
-A method declares `reads`, a mapping from each argument of its `forward` to one of these.
+A method declares `inputs`, a mapping from each argument of its `forward` to one of these.
 How a signal is provided is `softlabels.inputs`' business.
 """
 
@@ -28,22 +28,22 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Signal:
+class Input:
     """Base of all signals: one kind of tensor that a method's `forward` may ask for."""
 
 
 @dataclass(frozen=True)
-class Logits(Signal):
+class Logits(Input):
     """The student's logits, [B, C]."""
 
 
 @dataclass(frozen=True)
-class Target(Signal):
+class Target(Input):
     """The batch's labels: [B] class indices or [B, C] probabilities, never smoothed."""
 
 
 @dataclass(frozen=True)
-class TeacherLogits(Signal):
+class TeacherLogits(Input):
     """The teacher's logits, [B, C], without gradient, in the student's class order.
 
     Attributes:
@@ -55,7 +55,7 @@ class TeacherLogits(Signal):
 
 
 @dataclass(frozen=True)
-class WeakLogits(Signal):
+class WeakLogits(Input):
     """Logits of a linear head on a pooled feature inside the student, [B, C].
 
     Attributes:
@@ -66,7 +66,7 @@ class WeakLogits(Signal):
 
 
 @dataclass(frozen=True)
-class Votes(Signal):
+class Votes(Input):
     """The class that the student's own head predicts at every position, [B, K], no gradient.
 
     Attributes:
@@ -79,7 +79,7 @@ class Votes(Signal):
 
 
 @dataclass(frozen=True)
-class Exits(Signal):
+class Exits(Input):
     """Linear heads of their own at inner places of the student: logits and votes of each in turn.
 
     A list of 2 tensors for each place: the head's logits of the pooled feature, [B, C], and the
@@ -93,7 +93,7 @@ class Exits(Signal):
 
 
 @dataclass(frozen=True)
-class Features(Signal):
+class Features(Input):
     """Outputs of inner modules, a list of tensors in the order of `stages`, shallow to deep.
 
     Names of stages:
@@ -123,7 +123,7 @@ class Features(Signal):
 
 
 @dataclass(frozen=True)
-class NormParameters(Signal):
+class NormParameters(Input):
     """Scale and shift of the BatchNorm that a teacher's stage comes out of, a list of [2, D].
 
     Row 0 is the BatchNorm's weight, row 1 its bias; one tensor for each stage, without gradient.
@@ -138,7 +138,7 @@ class NormParameters(Signal):
 
 
 @dataclass(frozen=True)
-class Classifier(Signal):
+class Classifier(Input):
     """The teacher's last linear layer on its pooled feature: a list of weight [C, D] and bias [C].
 
     Without gradient, rows in the student's class order.
@@ -151,7 +151,7 @@ class Classifier(Signal):
 
 
 @dataclass(frozen=True)
-class Branches(Signal):
+class Branches(Input):
     """Exits of the student with layers and a classifier of their own, shallow to deep.
 
     A list of 2 E tensors: first the logits of the E exits, [B, C] each, then their maps before
@@ -165,7 +165,7 @@ class Branches(Signal):
 
 
 @dataclass(frozen=True)
-class Again(Signal):
+class Again(Input):
     """Another signal of the student, from a further forward on other images of the batch.
 
     Learned parts are those of the same signal on the batch's own images.
@@ -180,17 +180,17 @@ class Again(Signal):
     """
 
     images: str = "second_view"
-    of: Signal = Logits()
+    of: Input = Logits()
     gradient: bool = True
 
 
 @dataclass(frozen=True)
-class PeerLogits(Signal):
+class PeerLogits(Input):
     """Logits of the second network that is trained along with the student, [B, C]."""
 
 
 @dataclass(frozen=True)
-class FromBatch(Signal):
+class FromBatch(Input):
     """An extra tensor that the caller passes with the batch, by name.
 
     Attributes:

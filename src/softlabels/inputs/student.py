@@ -14,7 +14,7 @@ from softlabels.inputs.declared import (
     Exits,
     Features,
     Logits,
-    Signal,
+    Input,
     Votes,
     WeakLogits,
 )
@@ -48,14 +48,14 @@ class _WeakLogitsProvider(Provider):
 
 
 class _VotesProvider(Provider):
-    def __init__(self, head: PositionHead, signal: Votes) -> None:
+    def __init__(self, head: PositionHead, kind: Votes) -> None:
         super().__init__([head.point])
         self.head = head
-        self.signal = signal
+        self.kind = kind
 
     def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
         feature = features[self.head.point.key]
-        return self.head.votes(student, feature, self.signal.upsample, self.signal.mode)
+        return self.head.votes(student, feature, self.kind.upsample, self.kind.mode)
 
     def monitored(self, value: Value, logits: Tensor) -> dict[str, Tensor]:
         """Share of samples whose majority vote is their prediction.
@@ -98,7 +98,7 @@ class _FeaturesProvider(Provider):
         return [in_form(point, features[point.key], self.form) for point in self.points]
 
 
-def provider_for(signal: Signal, layout: Callable[[], Layout]) -> Provider | None:
+def provider_for(kind: Input, layout: Callable[[], Layout]) -> Provider | None:
     """The provider of a signal of the student; None for a signal that is given from outside.
 
     Args:
@@ -108,25 +108,25 @@ def provider_for(signal: Signal, layout: Callable[[], Layout]) -> Provider | Non
     Raises:
         ValueError: The student has no such layer.
     """
-    if isinstance(signal, Logits):
+    if isinstance(kind, Logits):
         return _LogitsProvider()
-    if isinstance(signal, WeakLogits):
+    if isinstance(kind, WeakLogits):
         found = layout()
-        return _WeakLogitsProvider(found.point(signal.tap), found.num_classes)
-    if isinstance(signal, Votes):
-        return _VotesProvider(layout().head(), signal)
-    if isinstance(signal, Exits):
+        return _WeakLogitsProvider(found.point(kind.tap), found.num_classes)
+    if isinstance(kind, Votes):
+        return _VotesProvider(layout().head(), kind)
+    if isinstance(kind, Exits):
         found = layout()
-        return _ExitsProvider([found.point(tap) for tap in signal.taps], found.num_classes)
-    if isinstance(signal, Branches):
+        return _ExitsProvider([found.point(tap) for tap in kind.taps], found.num_classes)
+    if isinstance(kind, Branches):
         found = layout()
-        points = [found.point(stage) for stage in found.expanded(signal.stages)]
+        points = [found.point(stage) for stage in found.expanded(kind.stages)]
         last = found.point("last")
-        if last.kind == "tokens" and signal.stages == ("stages",):
+        if last.kind == "tokens" and kind.stages == ("stages",):
             points = points[:-1]  # the last block, which the final norm alone parts from the end
         return BranchesProvider(points, last, found.num_classes)
-    if isinstance(signal, Features) and signal.of == "student":
-        return _FeaturesProvider(points_of(signal, layout()), signal.form)
-    if isinstance(signal, Again):
-        return provider_for(signal.of, layout)
+    if isinstance(kind, Features) and kind.of == "student":
+        return _FeaturesProvider(points_of(kind, layout()), kind.form)
+    if isinstance(kind, Again):
+        return provider_for(kind.of, layout)
     return None

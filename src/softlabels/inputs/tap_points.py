@@ -14,16 +14,16 @@ __all__ = ["Form", "in_form", "points_of"]
 Form: TypeAlias = Literal["raw", "map", "pooled"]
 
 
-def points_of(signal: Features, layout: Layout) -> list[TapPoint]:
+def points_of(kind: Features, layout: Layout) -> list[TapPoint]:
     """The places of a signal's features in a network.
 
     Raises:
         ValueError: A stage is not found, or a map is asked for where there is no grid.
     """
-    find = layout.before_activation if signal.before_activation else layout.point
-    points = [find(stage) for stage in layout.expanded(signal.stages)]
+    find = layout.before_activation if kind.before_activation else layout.point
+    points = [find(stage) for stage in layout.expanded(kind.stages)]
     for point in points:
-        if signal.form == "map" and not point.has_grid:
+        if kind.form == "map" and not point.has_grid:
             raise ValueError(
                 f"the method needs maps with rows and columns, but {point.path!r} of the "
                 f"{signal.of} gives a feature of kind {point.kind!r} without a grid: name other "

@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
 
 __all__ = [
@@ -94,7 +94,7 @@ def sum_levels(terms: Sequence[Tensor]) -> LossOutput:
     return reduce_parts({f"level_{number}": term for number, term in enumerate(terms)}, "sum")
 
 
-def map_signals(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Signal]:
+def map_signals(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Input]:
     """The signals `student_maps` and `teacher_maps` at the same stages of both networks."""
     return {
         "student_maps": Features("student", stages, "map", before_activation),

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Signal
+from softlabels.inputs import Input
 from softlabels.losses._features import (
     check_maps,
     check_stages,
@@ -134,7 +134,7 @@ class ATLoss(nn.Module):
         self.power = power
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
         return map_signals(self.stages)
 

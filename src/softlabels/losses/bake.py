@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Logits, Signal
+from softlabels.inputs import Features, Logits, Input
 from softlabels.losses._checks import check_choice, check_logits, check_number, check_temperature
 from softlabels.losses._non_target import Reduction, SoftLabels, in_float32, reduce_parts
 from softlabels.losses._soft_target import log_softened, taken_apart
@@ -145,7 +145,7 @@ class BAKELoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "features": Features(stages=("last",), form="pooled"),
     }

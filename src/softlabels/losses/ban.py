@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.inputs import Logits, Input, Target, TeacherLogits
 from softlabels.losses._checks import check_choice, check_logits, check_target
 from softlabels.losses._non_target import (
     LossOutput,
@@ -180,12 +180,12 @@ class BANLoss(nn.Module):
         self.reduction: Reduction = reduction
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """The signals that these settings need: labels only if they are learned from."""
-        reads: dict[str, Signal] = {"logits": Logits(), "teacher_logits": TeacherLogits()}
+        inputs: dict[str, Input] = {"logits": Logits(), "teacher_logits": TeacherLogits()}
         if self.form == "confidence_weighted":
-            reads["target"] = Target()
-        return reads
+            inputs["target"] = Target()
+        return inputs
 
     def forward(
         self,

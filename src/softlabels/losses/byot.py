@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Branches, Features, Logits, Signal, Target
+from softlabels.inputs import Branches, Features, Logits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -214,7 +214,7 @@ class BYOTLoss(nn.Module):
         self.kd_weight = kd_weight
         self.feature_weight = feature_weight
         self.reduction: Reduction = reduction
-        self.reads: Mapping[str, Signal] = {
+        self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
             "branches": Branches(stages=check_stages(stages)),

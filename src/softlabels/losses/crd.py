@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, FromBatch, Signal, Target
+from softlabels.inputs import Features, FromBatch, Input, Target
 from softlabels.losses._checks import check_number, values_can_be_read
 from softlabels.losses._memory_bank import Memory
 from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
@@ -330,7 +330,7 @@ class CRDLoss(nn.Module):
     """
 
     recommended_weight: ClassVar[float] = 0.8
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_features": Features(form="pooled"),
         "teacher_features": Features(of="teacher", form="pooled"),
         "target": Target(),

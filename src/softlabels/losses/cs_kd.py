@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Again, Logits, Signal
+from softlabels.inputs import Again, Logits, Input
 from softlabels.losses._checks import check_choice, check_logits, check_temperature
 from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss
@@ -79,7 +79,7 @@ class CSKDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "partner_logits": Again("partner", Logits(), gradient=False),
     }

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Again, Features, Logits, Signal, Target
+from softlabels.inputs import Again, Features, Logits, Input, Target
 from softlabels.losses._checks import (
     check_logits,
     check_number,
@@ -162,7 +162,7 @@ class DDGSDLoss(nn.Module):
         second_view_weight: 0 or more.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "features": Features(stages=("last",), form="pooled"),
         "second_logits": Again("second_view", Logits()),

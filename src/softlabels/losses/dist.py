@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, TeacherLogits
+from softlabels.inputs import Logits, Input, TeacherLogits
 from softlabels.losses._checks import check_flag, check_logits, check_number, check_temperature
 from softlabels.losses._non_target import LossOutput, SoftLabels
 from softlabels.losses._soft_target import log_softened
@@ -154,7 +154,7 @@ class DISTLoss(nn.Module):
         temperature_squared: Whether the loss is multiplied by its square.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
     }

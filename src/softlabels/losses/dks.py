@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Branches, Logits, Signal, Target
+from softlabels.inputs import Branches, Logits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -208,7 +208,7 @@ class DKSLoss(nn.Module):
         self.branch_weight = branch_weight
         self.kd_weight = kd_weight
         self.reduction: Reduction = reduction
-        self.reads: Mapping[str, Signal] = {
+        self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
             "branches": Branches(stages=check_stages(stages)),

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Signal
+from softlabels.inputs import Input
 from softlabels.losses._features import (
     Shapes,
     Values,
@@ -122,7 +122,7 @@ class FitNetLoss(nn.Module):
         self.stages = check_stages(stages)
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
         return map_signals(self.stages)
 

@@ -7,7 +7,7 @@ from typing import Literal, cast, overload
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Logits, Signal, Target
+from softlabels.inputs import Features, Logits, Input, Target
 from softlabels.losses._checks import (
     check_logits,
     check_number,
@@ -189,7 +189,7 @@ class FRSKDLoss(nn.Module):
         self.attention_weight = attention_weight
         self.branch_width = branch_width
         self.branch_depth = branch_depth
-        self.reads: Mapping[str, Signal] = {
+        self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
             "maps": Features(of="student", stages=check_stages(stages), form="map"),

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, TeacherLogits
+from softlabels.inputs import Logits, Input, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -108,7 +108,7 @@ class KDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
     }

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, PeerLogits, Signal, Target
+from softlabels.inputs import Logits, PeerLogits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -198,7 +198,7 @@ class KDCLLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "peer_logits": PeerLogits(),
         "target": Target(),

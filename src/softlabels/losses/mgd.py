@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._features import check_maps, pooled_to
 from softlabels.losses._non_target import in_float32
@@ -120,7 +120,7 @@ class MGDLoss(nn.Module):
         mask_ratio: Probability that a channel of a sample is masked, in [0, 1].
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_maps": Features(of="student", stages=("last",), form="map"),
         "teacher_maps": Features(of="teacher", stages=("last",), form="map"),
     }

@@ -15,7 +15,7 @@ from softlabels.inputs import (
     Features,
     FromBatch,
     Logits,
-    Signal,
+    Input,
     Target,
 )
 from softlabels.losses._checks import (
@@ -340,7 +340,7 @@ class MixSKDLoss(nn.Module):
         self.discriminators: Discriminators = discriminators
         branches = Branches(stages=check_stages(stages))
         last_map = Features(of="student", stages=("last",), form="map")
-        self.reads: Mapping[str, Signal] = {
+        self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
             "branches": branches,

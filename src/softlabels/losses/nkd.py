@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.inputs import Logits, Input, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -225,7 +225,7 @@ class NKDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
         "target": Target(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Signal
+from softlabels.inputs import Input
 from softlabels.losses._features import (
     check_maps,
     check_stages,
@@ -121,7 +121,7 @@ class NSTLoss(nn.Module):
         self.stages = check_stages(stages)
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
         return map_signals(self.stages)
 

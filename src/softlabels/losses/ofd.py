@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import NormParameters, Signal
+from softlabels.inputs import NormParameters, Input
 from softlabels.losses._checks import check_flag
 from softlabels.losses._features import (
     Shapes,
@@ -201,7 +201,7 @@ class OFDLoss(nn.Module):
         self.pool_maps = pool_maps
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks before the activation, and the teacher's BatchNorms."""
         return {
             **map_signals(self.stages, before_activation=True),

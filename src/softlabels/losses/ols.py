@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target
+from softlabels.inputs import Logits, Input, Target
 from softlabels.losses._checks import check_choice, check_logits, check_number
 from softlabels.losses._memory_bank import Memory
 from softlabels.losses._non_target import Reduction, SoftLabels, label_columns, reduce_parts
@@ -144,7 +144,7 @@ class OLSLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {"logits": Logits(), "target": Target()}
+    inputs: ClassVar[Mapping[str, Input]] = {"logits": Logits(), "target": Target()}
     recommended_weight: ClassVar[float] = 0.5
     recommended_task_weight: ClassVar[float] = 0.5
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._non_target import in_float32
 from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
@@ -81,7 +81,7 @@ class PKTLoss(nn.Module):
     """PKT as a module, on the pooled last features; see `pkt_loss` for the equation."""
 
     recommended_weight: ClassVar[float] = 30000.0
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_features": Features(form="pooled"),
         "teacher_features": Features(of="teacher", form="pooled"),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_flag
 from softlabels.losses._features import (
     Shapes,
@@ -160,7 +160,7 @@ class ReviewKDLoss(nn.Module):
         self.student_before_activation = student_before_activation
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of the stages and the pooled feature, of both networks."""
         before = self.student_before_activation
         return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
 from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
@@ -139,7 +139,7 @@ class RKDLoss(nn.Module):
         angle_weight: Of the angles; 0 or more.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_features": Features(form="pooled"),
         "teacher_features": Features(of="teacher", form="pooled"),
     }

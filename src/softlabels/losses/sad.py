@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._features import check_maps, wide_maps
 
 __all__ = ["SADLoss", "sad_loss"]
@@ -88,13 +88,13 @@ class SADLoss(nn.Module):
         stages: Which stages are compared, shallow to deep.
     """
 
-    reads: Mapping[str, Signal]
+    inputs: Mapping[str, Input]
     recommended_weight: ClassVar[float] = 1000.0
 
     def __init__(self, *, stages: tuple[str, ...] = ("stages",)) -> None:
         super().__init__()
         self.stages = stages
-        self.reads = {"student_maps": Features(of="student", stages=stages, form="map")}
+        self.inputs = {"student_maps": Features(of="student", stages=stages, form="map")}
 
     def forward(self, student_maps: list[Tensor]) -> Tensor:
         """Compute `sad_loss`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._features import check_maps, paired_from_deepest, wide_maps
 from softlabels.losses._vectors import unit_vectors
 
@@ -92,7 +92,7 @@ class SPLoss(nn.Module):
         if not isinstance(stages, (tuple, list)):
             raise TypeError(f"stages must be a tuple of names, got {stages!r:.60}")
         self.stages = tuple(stages)
-        self.reads: Mapping[str, Signal] = {
+        self.inputs: Mapping[str, Input] = {
             "student_maps": Features(stages=self.stages, form="map"),
             "teacher_maps": Features(of="teacher", stages=self.stages, form="map"),
         }

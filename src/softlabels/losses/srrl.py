@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Classifier, Features, Signal, TeacherLogits
+from softlabels.inputs import Classifier, Features, Input, TeacherLogits
 from softlabels.losses._checks import check_logits, check_number
 from softlabels.losses._features import check_maps
 from softlabels.losses._non_target import LossOutput, in_float32
@@ -174,7 +174,7 @@ class SRRLLoss(nn.Module):
         logit_weight: 0 or more.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_map": Features(of="student", stages=("last",), form="map"),
         "teacher_map": Features(of="teacher", stages=("last",), form="map"),
         "classifier": Classifier(),

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_choice
 from softlabels.losses._features import check_maps
 from softlabels.losses._non_target import in_float32
@@ -139,7 +139,7 @@ class TaTLoss(nn.Module):
         softmax_over: `"student"` (the paper's) or `"teacher"` (the published code's).
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_maps": Features(of="student", stages=("last",), form="map"),
         "teacher_maps": Features(of="teacher", stages=("last",), form="map"),
     }

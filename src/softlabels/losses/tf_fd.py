@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._features import check_maps, pooled_to, wide_maps
 from softlabels.losses._non_target import LossOutput
@@ -143,7 +143,7 @@ class TfFDLoss(nn.Module):
         stages: Which stages are read, shallow to deep.
     """
 
-    reads: Mapping[str, Signal]
+    inputs: Mapping[str, Input]
     recommended_weight: ClassVar[float] = 1.0
 
     def __init__(
@@ -158,7 +158,7 @@ class TfFDLoss(nn.Module):
         self.intra_weight = intra_weight
         self.inter_weight = inter_weight
         self.stages = stages
-        self.reads = {"student_maps": Features(of="student", stages=stages, form="map")}
+        self.inputs = {"student_maps": Features(of="student", stages=stages, form="map")}
 
     def forward(
         self, student_maps: list[Tensor], *, return_parts: bool = False

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target
+from softlabels.inputs import Logits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -132,7 +132,7 @@ class TfKDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {"logits": Logits(), "target": Target()}
+    inputs: ClassVar[Mapping[str, Input]] = {"logits": Logits(), "target": Target()}
     recommended_weight: ClassVar[float] = 0.1
     recommended_task_weight: ClassVar[float] = 0.9
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target
+from softlabels.inputs import Logits, Input, Target
 from softlabels.losses._checks import check_choice, check_flag, check_ignore_index
 from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.uskd import uskd_loss, uskd_targets
@@ -93,7 +93,7 @@ class TfNKDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {"logits": Logits(), "target": Target()}
+    inputs: ClassVar[Mapping[str, Input]] = {"logits": Logits(), "target": Target()}
 
     def __init__(
         self,

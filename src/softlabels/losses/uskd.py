@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target, TeacherLogits, WeakLogits
+from softlabels.inputs import Logits, Input, Target, TeacherLogits, WeakLogits
 from softlabels.losses._checks import (
     check_choice,
     check_flag,
@@ -467,14 +467,14 @@ class USKDLoss(nn.Module):
         self.reduction: Reduction = reduction
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """The signals that these settings need: no weak head if no term uses it."""
-        reads: dict[str, Signal] = {"logits": Logits(), "target": Target()}
+        inputs: dict[str, Input] = {"logits": Logits(), "target": Target()}
         if self.weak_weight or (self.non_target_weight and self.rank_from != "final"):
-            reads["weak_logits"] = WeakLogits(tap="middle")
+            inputs["weak_logits"] = WeakLogits(tap="middle")
         if self.target_from == "teacher":
-            reads["teacher_logits"] = TeacherLogits()
-        return reads
+            inputs["teacher_logits"] = TeacherLogits()
+        return inputs
 
     def forward(
         self,
@@ -487,7 +487,7 @@ class USKDLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `uskd_loss` with this module's settings.
 
-        `weak_logits` may be left out where `reads` does without them; `target` may not.
+        `weak_logits` may be left out where `inputs` does without them; `target` may not.
 
         Raises:
             TypeError: No target.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Signal
+from softlabels.inputs import Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._features import (
     Shapes,
@@ -174,7 +174,7 @@ class VIDLoss(nn.Module):
         self.min_variance = min_variance
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
         return map_signals(self.stages)
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Signal
+from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._features import check_maps, wide_maps
 from softlabels.losses._non_target import LossOutput, in_float32
@@ -220,7 +220,7 @@ class ViTKDLoss(nn.Module):
         mask_ratio: In (0, 1].
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "student_low": Features(of="student", stages=("block:0", "block:1"), form="map"),
         "student_high": Features(of="student", stages=("last",), form="map"),
         "teacher_low": Features(of="teacher", stages=("block:0", "block:1"), form="map"),

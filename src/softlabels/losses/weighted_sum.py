@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Classifier, Features, NormParameters, Signal, TeacherLogits
+from softlabels.inputs import Classifier, Features, NormParameters, Input, TeacherLogits
 from softlabels.losses._checks import check_number
 from softlabels.losses._non_target import LossOutput, SoftLabels
 
@@ -40,7 +40,7 @@ class WeightedSum(nn.Module):
         weights: As given.
 
     Raises:
-        TypeError: A method is no module with `reads`.
+        TypeError: A method is no module with `inputs`.
         ValueError: No method, a name that cannot be told apart, an unknown name in `weights` or
             `teachers`, or a weight below 0.
 
@@ -69,7 +69,7 @@ class WeightedSum(nn.Module):
                 )
             if not isinstance(method, nn.Module) or not hasattr(method, "reads"):
                 raise TypeError(
-                    f"{name} must be a module with `reads`, got {type(method).__name__}"
+                    f"{name} must be a module with `inputs`, got {type(method).__name__}"
                 )
         for what, given in (("weights", weights or {}), ("teachers", teachers or {})):
             unknown = sorted(set(given) - set(methods))
@@ -79,10 +79,10 @@ class WeightedSum(nn.Module):
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in methods}
         for name, weight in self.weights.items():
             check_number(f"the weight of {name}", weight)
-        self.reads: dict[str, Signal] = {
-            f"{name}{_PARTS}{argument}": of_teacher(signal, (teachers or {}).get(name))
+        self.inputs: dict[str, Input] = {
+            f"{name}{_PARTS}{argument}": of_teacher(kind, (teachers or {}).get(name))
             for name, method in methods.items()
-            for argument, signal in cast("Any", method).reads.items()
+            for argument, kind in cast("Any", method).inputs.items()
         }
 
     @property
@@ -189,14 +189,14 @@ class _SumWithMemory(_SumHeads):
                 cast("Any", heads).after_epoch()
 
 
-def of_teacher(signal: Signal, number: int | None) -> Signal:
+def of_teacher(kind: Input, number: int | None) -> Input:
     """A signal, read from one of several teachers if it is a teacher's."""
-    is_teachers = isinstance(signal, TeacherLogits | NormParameters | Classifier) or (
-        isinstance(signal, Features) and signal.of == "teacher"
+    is_teachers = isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
+        isinstance(kind, Features) and kind.of == "teacher"
     )
     if number is None or not is_teachers:
-        return signal
-    changed: Any = signal
+        return kind
+    changed: Any = kind
     return cast("Signal", replace(changed, teacher=number))
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Signal, Target, TeacherLogits
+from softlabels.inputs import Logits, Input, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -120,7 +120,7 @@ class WSLDLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    reads: ClassVar[Mapping[str, Signal]] = {
+    inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "teacher_logits": TeacherLogits(),
         "target": Target(),

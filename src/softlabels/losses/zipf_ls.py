@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Exits, Logits, Signal, Target, Votes
+from softlabels.inputs import Exits, Logits, Input, Target, Votes
 from softlabels.losses._checks import (
     check_choice,
     check_flag,
@@ -439,14 +439,14 @@ class ZipfLSLoss(nn.Module):
         self.reduction: Reduction = reduction
 
     @property
-    def reads(self) -> Mapping[str, Signal]:
+    def inputs(self) -> Mapping[str, Input]:
         """The signals that these settings need: votes only if they rank."""
-        reads: dict[str, Signal] = {"logits": Logits(), "target": Target()}
+        inputs: dict[str, Input] = {"logits": Logits(), "target": Target()}
         if self.rank_from == "votes":
-            reads["votes"] = Votes(upsample=self.vote_upsample, mode=self.vote_interpolation)
+            inputs["votes"] = Votes(upsample=self.vote_upsample, mode=self.vote_interpolation)
         if self.exit_taps:
-            reads["exits"] = Exits(taps=self.exit_taps)
-        return reads
+            inputs["exits"] = Exits(taps=self.exit_taps)
+        return inputs
 
     def forward(
         self,

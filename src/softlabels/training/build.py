@@ -144,9 +144,9 @@ def build_distiller(
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
         try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
-    reads = getattr(method, "reads", {}).values()
+    inputs = getattr(method, "reads", {}).values()
     peer = None
-    if any(isinstance(signal, PeerLogits) for signal in reads):
+    if any(isinstance(kind, PeerLogits) for kind in inputs):
         if config.peer.name is None and own_student:
             raise ValueError(
                 f"{config.label} trains a second network along: beside a student of your own it "
@@ -158,14 +158,14 @@ def build_distiller(
         try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
     # A cache without a reader says which draws of the augmentation are shown.
     given = config.teacher.cache is None and config.teacher.name is not None
-    if given and not any(map(reads_teacher, reads)):
+    if given and not any(map(reads_teacher, inputs)):
         by_name = method is None or config.method.kind != "none"
         label = config.label if by_name else type(method).__name__
         raise ValueError(f"{label} reads from no teacher, but one is given: leave teacher out")
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)
     elif config.teacher.name is not None and not isinstance(teacher, TeacherCache | Teachers):
-        reads_logits = any(isinstance(signal, TeacherLogits) for signal in reads)
+        reads_logits = any(isinstance(kind, TeacherLogits) for kind in inputs)
         named = (
             config.further_teachers
             if teacher is not None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import Signal
+from softlabels.inputs import Input
 from softlabels.losses import METHODS, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, recipe_names
 from softlabels.training.settings import (
@@ -208,8 +208,8 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 
 def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
-    reads: Mapping[str, Signal] = getattr(build_method(config), "reads", {})
-    return any(reads_teacher(signal) for signal in reads.values())
+    inputs: Mapping[str, Input] = getattr(build_method(config), "reads", {})
+    return any(reads_teacher(kind) for kind in inputs.values())
 
 
 def taught_by_itself(config: Config) -> bool:
@@ -240,7 +240,7 @@ def describe_method(kind: str) -> str:
         return f"none\n  {inspect.getdoc(NoMethod)}"
     method = METHODS[kind]
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
-    reads: Mapping[str, Signal] = getattr(method(), "reads", {})
+    inputs: Mapping[str, Input] = getattr(method(), "reads", {})
     weight = weight_of(method)
     lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, reads.values()))}"]
     lines.append(f"  method_weight: {weight:g} unless set")

@@ -106,10 +106,10 @@ def checked_teacher(
             not say that this is a warning.
     """
     teacher = distiller.teacher
-    reads = getattr(distiller.method, "reads", {}).values()
+    inputs = getattr(distiller.method, "reads", {}).values()
     if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
-    if not any(map(reads_teacher, reads)):
+    if not any(map(reads_teacher, inputs)):
         return None
     info = source.info
     every = teacher.all if isinstance(teacher, Teachers) else [teacher]

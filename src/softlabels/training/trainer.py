@@ -394,7 +394,7 @@ def train(
         data: A folder, settings of the data, or a source of your own. None: glyphs100.
         student: A model's name (`timm:NAME`, ...), settings, or a network of your own.
         method: A method's name (`"uskd"`), settings with its `kind`, or a module that declares
-            `reads`. None: cross-entropy alone.
+            `inputs`. None: cross-entropy alone.
         teacher: A model's name, settings, or a network; needed by some methods. Settings may have
             a network as the name: `{"name": network, "check": "warn"}`.
         progress: Whether a progress bar is shown.
