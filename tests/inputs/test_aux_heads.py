@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from shared.small_networks import NUM_CLASSES, images_of, small_cnn, small_vit
-from softlabels.inputs.aux_heads import Branch, BranchesProvider
+from softlabels.inputs.aux_heads import Branch, AuxBranchesProvider
 from softlabels.taps import FeatureTap, Layout, TapPoint
 
 
 def provided(
     model: nn.Module, places: list[str], batch_size: int = 2
-) -> tuple[BranchesProvider, list[Tensor], Tensor]:
+) -> tuple[AuxBranchesProvider, list[Tensor], Tensor]:
     """The provider, what it gives, and the student's last map."""
     layout = Layout(model, (3, 16, 16))
     last = layout.point("last")
     points = [layout.point(place) for place in places]
-    provider = BranchesProvider(points, last, layout.num_classes)
+    provider = AuxBranchesProvider(points, last, layout.num_classes)
     with FeatureTap(model, [*{point.key for point in (*points, last)}]) as tap:
         logits = model(images_of(batch_size))
         features = tap.pop()
@@ -113,11 +113,11 @@ def test_sizes_that_do_not_halve_evenly_are_pooled(size, last_size, strides, num
 
 def test_channels_last_maps_and_vectors_and_other_widths():
     swin = TapPoint("a", "NHWC", 6, 8, 8)
-    provider = BranchesProvider([swin], TapPoint("z", "NHWC", 12, 4, 4), 5)
+    provider = AuxBranchesProvider([swin], TapPoint("z", "NHWC", 12, 4, 4), 5)
     values = provider(nn.Identity(), torch.zeros(2, 5), {"a": torch.randn(2, 8, 8, 6)})
     assert [tuple(value.shape) for value in values] == [(2, 5), (2, 12, 4, 4)]
 
-    of_vector = BranchesProvider([TapPoint("a", "vector", 6)], TapPoint("z", "vector", 9), 5)
+    of_vector = AuxBranchesProvider([TapPoint("a", "vector", 6)], TapPoint("z", "vector", 9), 5)
     values = of_vector(nn.Identity(), torch.zeros(1, 5), {"a": torch.randn(1, 6)})
     assert [tuple(value.shape) for value in values] == [(1, 5), (1, 9, 1, 1)]
 
@@ -142,6 +142,6 @@ def test_no_place_before_the_last_map():
     last = TapPoint("layer4", "NCHW", 8, 4, 4)
 
     with pytest.raises(ValueError, match=r"place before the last map \('layer4'\), got 'layer4'"):
-        BranchesProvider([last], last, 5)
+        AuxBranchesProvider([last], last, 5)
     with pytest.raises(ValueError, match="got none"):
-        BranchesProvider([], last, 5)
+        AuxBranchesProvider([], last, 5)

@@ -21,9 +21,9 @@ from shared.small_networks import (
 from softlabels import Distiller, FeatureTap, KDLoss, Teacher, ZipfLSLoss
 from softlabels.inputs.declared import (
     Again,
-    Branches,
+    AuxBranches,
     Classifier,
-    Exits,
+    AuxLogits,
     Features,
     FromBatch,
     Logits,
@@ -157,7 +157,7 @@ def test_nothing_is_recorded_for_a_forward_of_the_student_alone():
 
 
 @pytest.mark.parametrize("turned_round", [False, True])
-@pytest.mark.parametrize("signal", [WeakLogits(), Exits(("middle", "last")), Branches()])
+@pytest.mark.parametrize("signal", [WeakLogits(), AuxLogits(("middle", "last")), AuxBranches()])
 def test_learned_parts_are_the_same_for_further_images(kind, turned_round):
     inputs = {"plain": kind, "second": Again(of=kind)}
     alone = distiller_of(plain=kind)
@@ -273,7 +273,7 @@ def test_the_trained_module_with_further_images_compiles_to_one_graph(gradient):
         logits=Logits(),
         weak=WeakLogits(),
         second=Again(of=WeakLogits(), gradient=gradient),
-        branches=Again("partner", Branches()),
+        branches=Again("partner", AuxBranches()),
         maps=Again("partner", Features(stages=("stages",), form="map", before_activation=True)),
     )
     distiller.eval()
@@ -301,7 +301,7 @@ def test_the_trained_module_with_further_images_compiles_to_one_graph(gradient):
     ],
 )
 def test_branches_give_logits_then_maps(make, stages, last):
-    distiller = distiller_of(make().eval(), exits=Branches(stages))
+    distiller = distiller_of(make().eval(), exits=AuxBranches(stages))
     distiller.eval()
 
     values = values_of(distiller)["exits"]
@@ -318,7 +318,7 @@ def test_branches_give_logits_then_maps(make, stages, last):
 
 
 def test_branches_are_trained_and_stored_and_not_exported():
-    distiller = distiller_of(small_cnn(), exits=Branches(stages=("stage1", "last")))
+    distiller = distiller_of(small_cnn(), exits=AuxBranches(stages=("stage1", "last")))
 
     distiller(images_of(), hard_labels()).loss.backward()
 
@@ -328,7 +328,7 @@ def test_branches_are_trained_and_stored_and_not_exported():
     assert {*names} <= distiller.state_dict().keys()
     assert not any("branch" in name for name in distiller.export().state_dict())
     with pytest.raises(ValueError, match=r"exits need a place before the last map \('stage2'\)"):
-        distiller_of(exits=Branches(stages=("last",)))
+        distiller_of(exits=AuxBranches(stages=("last",)))
 
 
 # Forms of features

@@ -2,9 +2,9 @@
 
 from softlabels.inputs.declared import (
     Again,
-    Branches,
+    AuxBranches,
     Classifier,
-    Exits,
+    AuxLogits,
     Features,
     FromBatch,
     Logits,

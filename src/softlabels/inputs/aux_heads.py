@@ -101,8 +101,8 @@ def _after(size: int, stride: int) -> int:
     return -(-size // stride)
 
 
-class BranchesProvider(Provider):
-    """Provides `Branches`: a `Branch` at each place.
+class AuxBranchesProvider(Provider):
+    """Provides `AuxBranches`: a `Branch` at each place.
 
     Args:
         points: The places, shallow to deep; one that is the last map is left out.

@@ -79,7 +79,7 @@ class Votes(Input):
 
 
 @dataclass(frozen=True)
-class Exits(Input):
+class AuxLogits(Input):
     """Linear heads of their own at inner places of the student: logits and votes of each in turn.
 
     A list of 2 tensors for each place: the head's logits of the pooled feature, [B, C], and the
@@ -151,7 +151,7 @@ class Classifier(Input):
 
 
 @dataclass(frozen=True)
-class Branches(Input):
+class AuxBranches(Input):
     """Exits of the student with layers and a classifier of their own, shallow to deep.
 
     A list of 2 E tensors: first the logits of the E exits, [B, C] each, then their maps before

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs.aux_heads import BranchesProvider
+from softlabels.inputs.aux_heads import AuxBranchesProvider
 from softlabels.inputs.declared import (
     Again,
-    Branches,
-    Exits,
+    AuxBranches,
+    AuxLogits,
     Features,
     Logits,
     Input,
@@ -72,7 +72,7 @@ class _VotesProvider(Provider):
         return {"votes_agree": agrees.float().mean()}
 
 
-class _ExitsProvider(Provider):
+class _AuxLogitsProvider(Provider):
     """A linear head at each place: logits of the pooled feature, and votes of its positions."""
 
     def __init__(self, points: Sequence[TapPoint], num_classes: int) -> None:
@@ -115,16 +115,16 @@ def provider_for(kind: Input, layout: Callable[[], Layout]) -> Provider | None:
         return _WeakLogitsProvider(found.point(kind.tap), found.num_classes)
     if isinstance(kind, Votes):
         return _VotesProvider(layout().head(), kind)
-    if isinstance(kind, Exits):
+    if isinstance(kind, AuxLogits):
         found = layout()
-        return _ExitsProvider([found.point(tap) for tap in kind.taps], found.num_classes)
-    if isinstance(kind, Branches):
+        return _AuxLogitsProvider([found.point(tap) for tap in kind.taps], found.num_classes)
+    if isinstance(kind, AuxBranches):
         found = layout()
         points = [found.point(stage) for stage in found.expanded(kind.stages)]
         last = found.point("last")
         if last.kind == "tokens" and kind.stages == ("stages",):
             points = points[:-1]  # the last block, which the final norm alone parts from the end
-        return BranchesProvider(points, last, found.num_classes)
+        return AuxBranchesProvider(points, last, found.num_classes)
     if isinstance(kind, Features) and kind.of == "student":
         return _FeaturesProvider(points_of(kind, layout()), kind.form)
     if isinstance(kind, Again):

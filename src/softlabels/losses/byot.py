@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Branches, Features, Logits, Input, Target
+from softlabels.inputs import AuxBranches, Features, Logits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -119,7 +119,7 @@ def byot_loss(
 
     Deviations: the paper weighs the terms of each exit by 1 - alpha, alpha and lambda; the code
     that is followed by 1, 1 and 0.05. Its feature term is an element mean. Its exits repeat the
-    network's own blocks; those of the signal `Branches` are plain convolutions.
+    network's own blocks; those of the signal `AuxBranches` are plain convolutions.
     Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself, no batch statistics.
 
@@ -217,7 +217,7 @@ class BYOTLoss(nn.Module):
         self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
-            "branches": Branches(stages=check_stages(stages)),
+            "branches": AuxBranches(stages=check_stages(stages)),
             "last_map": Features(of="student", stages=("last",), form="map"),
         }
 
@@ -232,7 +232,7 @@ class BYOTLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `byot_loss` with this module's settings.
 
-        `branches` and `last_map` are what the signals `Branches` and `Features` give: logits of
+        `branches` and `last_map` are what the signals `AuxBranches` and `Features` give: logits of
         all exits and then their maps, and a list of one map.
         """
         branch_logits, branch_maps = split_branches(branches)
@@ -253,7 +253,7 @@ class BYOTLoss(nn.Module):
 
 
 def split_branches(branches: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What the signal `Branches` gives, as logits and maps.
+    """What the signal `AuxBranches` gives, as logits and maps.
 
     Raises:
         ValueError: The number of tensors is odd.

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Branches, Logits, Input, Target
+from softlabels.inputs import AuxBranches, Logits, Input, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -112,7 +112,7 @@ def dks_loss(
 
     Deviations: none from the official loss by default; `temperature=4, smoothing=0` is that of
     github.com/winycg/Self-KD-Lib. Published exits repeat the network's own blocks; those of the
-    signal `Branches` are plain convolutions.
+    signal `AuxBranches` are plain convolutions.
     Numerics: computed in float32 or wider, also under autocast. Without smoothing, log-softmax
     throughout.
     Distributed: each sample by itself, no batch statistics.
@@ -211,7 +211,7 @@ class DKSLoss(nn.Module):
         self.inputs: Mapping[str, Input] = {
             "logits": Logits(),
             "target": Target(),
-            "branches": Branches(stages=check_stages(stages)),
+            "branches": AuxBranches(stages=check_stages(stages)),
         }
 
     def forward(
@@ -224,7 +224,7 @@ class DKSLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `dks_loss` with this module's settings.
 
-        `branches` is what the signal `Branches` gives: logits of all exits and then their maps,
+        `branches` is what the signal `AuxBranches` gives: logits of all exits and then their maps,
         which are not used.
         """
         output = dks_loss(

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softlabels.inputs import (
     Again,
-    Branches,
+    AuxBranches,
     Features,
     FromBatch,
     Logits,
@@ -338,7 +338,7 @@ class MixSKDLoss(nn.Module):
         self.feature_weight = feature_weight
         self.discriminator_weight = discriminator_weight
         self.discriminators: Discriminators = discriminators
-        branches = Branches(stages=check_stages(stages))
+        branches = AuxBranches(stages=check_stages(stages))
         last_map = Features(of="student", stages=("last",), form="map")
         self.inputs: Mapping[str, Input] = {
             "logits": Logits(),

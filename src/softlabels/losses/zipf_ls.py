@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Exits, Logits, Input, Target, Votes
+from softlabels.inputs import AuxLogits, Logits, Input, Target, Votes
 from softlabels.losses._checks import (
     check_choice,
     check_flag,
@@ -445,7 +445,7 @@ class ZipfLSLoss(nn.Module):
         if self.rank_from == "votes":
             inputs["votes"] = Votes(upsample=self.vote_upsample, mode=self.vote_interpolation)
         if self.exit_taps:
-            inputs["exits"] = Exits(taps=self.exit_taps)
+            inputs["exits"] = AuxLogits(taps=self.exit_taps)
         return inputs
 
     def forward(
@@ -459,7 +459,7 @@ class ZipfLSLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `zipf_ls_loss` with this module's settings.
 
-        `exits` is what the signal `Exits` gives: logits and votes of each head in turn.
+        `exits` is what the signal `AuxLogits` gives: logits and votes of each head in turn.
 
         Raises:
             ValueError: Votes are missing though they rank, or given though they do not.
