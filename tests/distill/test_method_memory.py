@@ -186,7 +186,7 @@ def test_crd_moves_the_rows_of_its_batch():
     distiller.after_step()
     after = memory_of(distiller)
 
-    heads = distiller.trainable.heads
+    heads = distiller.trainable.adapters
     student = distiller.student
     maps = student.stage2(student.stage1(student.stem(batch_of(index)[0])))
     new = nn.functional.normalize(heads.student_embedding(maps.mean((2, 3))))
@@ -300,7 +300,7 @@ def test_only_what_is_remembered_is_kept_until_the_step_ends():
             "logits": Logits(), "features": Features(), "index": FromBatch(),
         }  # fmt: skip
 
-        def build_heads(self, shapes: Mapping[str, object]) -> nn.Module:
+        def build_adapters(self, shapes: Mapping[str, object]) -> nn.Module:
             return Watching()
 
         def forward(self, logits: Tensor, features: list[Tensor], index: Tensor) -> Tensor:
@@ -311,13 +311,13 @@ def test_only_what_is_remembered_is_kept_until_the_step_ends():
     step = distiller(images_of(), hard_labels(), index=index)
     distiller.after_step()
 
-    (given,) = distiller.trainable.heads.given
+    (given,) = distiller.trainable.adapters.given
     assert given.keys() == {"logits", "index"}
     assert torch.equal(given["logits"], step.logits)
     assert not given["logits"].requires_grad
     assert torch.equal(given["index"], index)
     distiller.after_step()
-    assert len(distiller.trainable.heads.given) == 1
+    assert len(distiller.trainable.adapters.given) == 1
 
 
 def test_a_loop_that_never_ends_a_step_is_told():

@@ -241,7 +241,7 @@ def test_heads_are_built_with_and_given_what_further_images_give():
             return {"second": 2 * values["second"]}
 
     class WithHeads(Recording):
-        def build_heads(self, shapes: Mapping[str, object]) -> nn.Module:
+        def build_adapters(self, shapes: Mapping[str, object]) -> nn.Module:
             self.shapes = shapes
             return Doubling()
 

@@ -334,7 +334,7 @@ def test_the_toys_heads_are_built_from_the_shapes_of_its_signals():
     distiller = toy_distiller()
 
     assert distiller.method.built_from == {"features": [(2, 12, 8, 8), (2, 16, 4, 4)]}
-    heads = distiller.trainable.heads
+    heads = distiller.trainable.adapters
     assert isinstance(heads, ToyHeads)
     assert [layer.in_features for layer in heads.projections] == [12, 16]
 
@@ -361,7 +361,7 @@ def test_the_toy_trains_its_heads_and_the_student():
 
 def test_the_toy_remembers_samples_after_a_step_and_counts_epochs():
     distiller = toy_distiller()
-    heads = distiller.trainable.heads
+    heads = distiller.trainable.adapters
     index = torch.tensor([7, 2, 0, 5])
 
     distiller.after_step()  # nothing was seen yet
@@ -402,7 +402,7 @@ def test_a_memory_takes_in_every_part_of_an_accumulated_batch():
         distiller(images_of(), hard_labels(), index=torch.tensor(index)).loss.backward()
     distiller.after_step()
 
-    memory = distiller.trainable.heads.memory
+    memory = distiller.trainable.adapters.memory
     assert memory.any(1).nonzero().flatten().tolist() == list(range(8))
 
 
@@ -415,7 +415,7 @@ def test_a_memory_takes_in_nothing_of_an_evaluation():
     distiller.eval()(images_of(), hard_labels(), index=torch.arange(4))
     distiller.train().after_step()
 
-    assert not distiller.trainable.heads.memory.any()
+    assert not distiller.trainable.adapters.memory.any()
 
 
 def test_a_loop_that_forgets_after_step_is_told_so():
@@ -442,13 +442,13 @@ def test_the_toys_heads_and_memory_are_stored_and_come_back():
     other.load_state_dict(state)
 
     assert {
-        "trainable.heads.projections.0.weight",
-        "trainable.heads.memory",
-        "trainable.heads.num_epochs",
+        "trainable.adapters.projections.0.weight",
+        "trainable.adapters.memory",
+        "trainable.adapters.num_epochs",
     } <= state.keys()
     for name, value in other.state_dict().items():
         assert torch.equal(value, state[name]), name
-    assert other.trainable.heads.num_epochs == 1
+    assert other.trainable.adapters.num_epochs == 1
 
 
 def test_the_toy_without_soft_labels_shows_the_labels_themselves():
@@ -470,7 +470,7 @@ def test_a_head_may_read_the_teacher():
             "wanted": Features(of="teacher", stages=("middle",)),
         }
 
-        def build_heads(self, shapes: dict[str, list[tuple[int, ...]]]) -> nn.Module:
+        def build_adapters(self, shapes: dict[str, list[tuple[int, ...]]]) -> nn.Module:
             return Regressor(shapes["features"][0][1], shapes["wanted"][0][1])
 
         def forward(self, features: list[Tensor], wanted: list[Tensor]) -> Tensor:
@@ -496,8 +496,8 @@ def test_a_head_may_read_the_teacher():
 
     distiller(images_of(), hard_labels()).loss.backward()
 
-    assert distiller.trainable.heads.conv.weight.shape == (16, 12, 1, 1)
-    assert distiller.trainable.heads.conv.weight.grad.any()
+    assert distiller.trainable.adapters.conv.weight.shape == (16, 12, 1, 1)
+    assert distiller.trainable.adapters.conv.weight.grad.any()
     assert teacher[0].weight.grad is None
 
 

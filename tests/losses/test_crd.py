@@ -29,7 +29,7 @@ def built(module, widths=(6, 7)):
         "student_features": [(2, widths[0])],
         "teacher_features": [(2, widths[1])],
     }
-    return module.build_heads(shapes).double()
+    return module.build_adapters(shapes).double()
 
 
 def method_of(case):

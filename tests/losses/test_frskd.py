@@ -30,7 +30,7 @@ def case(seed: int = 0) -> dict[str, object]:
 def heads_of(shapes: list[tuple[int, ...]], **settings: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return FRSKDLoss(**settings).build_heads({"logits": (shapes[0][0], 5), "maps": shapes})
+        return FRSKDLoss(**settings).build_adapters({"logits": (shapes[0][0], 5), "maps": shapes})
 
 
 def maps_of(shapes: list[tuple[int, ...]]) -> list[Tensor]:

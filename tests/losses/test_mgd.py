@@ -15,7 +15,7 @@ def shapes_of(**maps):
 
 def heads_for(student_map, teacher_map, **settings):
     shapes = shapes_of(student_maps=student_map, teacher_maps=teacher_map)
-    return MGDLoss(**settings).build_heads(shapes).to(student_map.dtype)
+    return MGDLoss(**settings).build_adapters(shapes).to(student_map.dtype)
 
 
 def weights_of(case):

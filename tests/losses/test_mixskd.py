@@ -49,7 +49,7 @@ def heads_of(module: MixSKDLoss, values: dict[str, object]) -> nn.Module:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return module.build_heads(shapes).double()
+        return module.build_adapters(shapes).double()
 
 
 def arguments_of(values: dict[str, object]) -> dict[str, object]:

@@ -13,7 +13,7 @@ from softlabels.losses.ols import OLSLoss, ols_loss
 
 
 def memory_of(num_classes, **settings):
-    heads = OLSLoss(**settings).build_heads({"logits": (2, num_classes)})
+    heads = OLSLoss(**settings).build_adapters({"logits": (2, num_classes)})
     assert isinstance(heads, Memory)
     return heads.double()
 
@@ -109,7 +109,7 @@ def test_mixed_labels_mix_the_rows_and_count_for_the_largest_label():
 
 
 def test_the_first_matrix_is_zeros_and_gives_neither_loss_nor_gradient():
-    heads = OLSLoss().build_heads({"logits": (2, 5)})
+    heads = OLSLoss().build_adapters({"logits": (2, 5)})
     assert heads.remembers == ("logits", "target")
     assert heads.num_bytes() == 4 * (2 * 25 + 5)
     logits = STUDENT_LOGITS.float().requires_grad_()
@@ -125,7 +125,7 @@ def test_the_first_matrix_is_zeros_and_gives_neither_loss_nor_gradient():
 def test_extreme_logits_are_finite(dtype):
     largest = 1e4 if dtype == torch.float16 else 1e30
     logits = (largest * torch.tensor([[1.0, 0.0, -1.0]])).to(dtype).requires_grad_()
-    heads = OLSLoss().build_heads({"logits": (1, 3)})
+    heads = OLSLoss().build_adapters({"logits": (1, 3)})
 
     loss = ols_loss(logits, torch.tensor([[0.0, 0.5, 0.5]]))
     loss.backward()

@@ -13,7 +13,7 @@ from softlabels.losses.ps_kd import PSKDLoss, ps_kd_loss
 
 
 def memory_of(num_samples, num_classes):
-    heads = PSKDLoss(num_samples=num_samples).build_heads({"logits": (2, num_classes)})
+    heads = PSKDLoss(num_samples=num_samples).build_adapters({"logits": (2, num_classes)})
     assert isinstance(heads, Memory)
     return heads.double()
 
@@ -94,7 +94,7 @@ def test_a_forward_changes_no_memory_and_an_epoch_neither():
 
 
 def test_the_memory_is_float32_also_for_logits_of_half_precision():
-    heads = PSKDLoss(num_samples=5).build_heads({"logits": (2, 3)})
+    heads = PSKDLoss(num_samples=5).build_adapters({"logits": (2, 3)})
     assert heads.remembers == ("logits", "index")
     assert heads.num_bytes() == 5 * (4 * 3 + 1)
 
@@ -108,12 +108,12 @@ def test_the_memory_is_float32_also_for_logits_of_half_precision():
 def test_a_memory_without_a_size_or_too_large_is_refused():
     shapes = {"logits": (2, 21843)}
     with pytest.raises(ValueError, match="set num_samples to the size of the training set"):
-        PSKDLoss().build_heads(shapes)
+        PSKDLoss().build_adapters(shapes)
     # ImageNet-21k: 14197122 * (4 * 21843 + 1) bytes, over 2^30.
     with pytest.raises(ValueError, match=r"\(1155\.\d GiB\).*raise most_memory"):
-        PSKDLoss(num_samples=14197122).build_heads(shapes)
+        PSKDLoss(num_samples=14197122).build_adapters(shapes)
     with pytest.raises(ValueError, match=r"13000 bytes .* most_memory=1e-05 GiB"):
-        PSKDLoss(num_samples=1000, most_memory=1e-5).build_heads({"logits": (1, 3)})
+        PSKDLoss(num_samples=1000, most_memory=1e-5).build_adapters({"logits": (1, 3)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

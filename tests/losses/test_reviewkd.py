@@ -199,4 +199,4 @@ def test_wrong_settings_and_shapes_are_told() -> None:
         reviewkd_loss(drawn((2, 3, 4, 4)), drawn((2, 3, 2, 2)))
     shapes = {"student_maps": [(2, 3)], "teacher_maps": [(2, 3, 4, 4)]}
     with pytest.raises(ValueError, match=r"student_maps must be \[B, D, H, W\], got \(2, 3\)"):
-        ReviewKDLoss().build_heads(shapes)
+        ReviewKDLoss().build_adapters(shapes)

@@ -34,7 +34,7 @@ def test_values_and_gradients_of_the_published_code():
             "student_map": [tuple(student_map.shape)],
             "teacher_map": [tuple(case["teacher_map"].shape)],
         }
-        heads = module.build_heads(shapes).double()
+        heads = module.build_adapters(shapes).double()
         with torch.no_grad():
             heads.conv.weight.copy_(case["conv_weight"])
             heads.bn.weight.copy_(case["bn_weight"])
@@ -126,7 +126,7 @@ def test_half_precision_and_autocast_are_computed_in_float32():
 
 def test_the_head_widens_to_the_teacher_and_keeps_the_students_size():
     module = SRRLLoss()
-    heads = module.build_heads({"student_map": [(2, 3, 8, 8)], "teacher_map": [(2, 7, 4, 4)]})
+    heads = module.build_adapters({"student_map": [(2, 3, 8, 8)], "teacher_map": [(2, 7, 4, 4)]})
 
     (aligned,) = heads({"student_map": [torch.randn(2, 3, 8, 8)]})["student_map"]
 

@@ -92,7 +92,7 @@ def test_the_heads_project_and_every_parameter_gets_a_gradient(widths):
     module = TaTLoss()
     values = {"student_maps": [student_map], "teacher_maps": [teacher_map]}
     shapes = {name: [tuple(map.shape) for map in maps] for name, maps in values.items()}
-    heads = module.build_heads(shapes)
+    heads = module.build_adapters(shapes)
 
     projected = heads(values)
     loss = module(**{**values, **projected})

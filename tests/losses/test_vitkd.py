@@ -24,7 +24,7 @@ def heads_for(student_width, teacher_width, side=4, **settings):
         "teacher_low": [teacher] * 2,
         "teacher_high": [teacher],
     }
-    return ViTKDLoss(**settings).build_heads(shapes)
+    return ViTKDLoss(**settings).build_adapters(shapes)
 
 
 NAMES = {
@@ -152,7 +152,7 @@ def test_every_parameter_gets_a_gradient_in_a_step_of_one_sample(widths):
     }
     module = ViTKDLoss()
     shapes = {name: [tuple(map.shape) for map in maps] for name, maps in values.items()}
-    heads = module.build_heads(shapes)
+    heads = module.build_adapters(shapes)
 
     module(**{**values, **heads(values)}).backward()
 
@@ -178,7 +178,7 @@ def test_another_grid_is_refused():
     shapes.update(teacher_low=[other] * 2, teacher_high=[other])
 
     with pytest.raises(ValueError, match=r"one grid of tokens .* got 4 x 4 and 3 x 5: use"):
-        ViTKDLoss().build_heads(shapes)
+        ViTKDLoss().build_adapters(shapes)
 
 
 @pytest.mark.parametrize(

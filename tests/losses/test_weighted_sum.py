@@ -78,7 +78,7 @@ def as_alone(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         for start, alone in (
             ("trainable.student.", "trainable.student."),
-            (f"trainable.heads.heads.{name}.", "trainable.heads."),
+            (f"trainable.adapters.heads.{name}.", "trainable.adapters."),
             (f"trainable.providers.{name}__", "trainable.providers."),
         ):
             if key.startswith(start):
@@ -194,7 +194,7 @@ def test_each_method_has_heads_of_its_own():
 def test_a_sum_without_learned_parts_has_none():
     distiller = distiller_of(WeightedSum({"kd": KDLoss(), "nkd": NKDLoss()}), teacher=True)
 
-    assert distiller.trainable.heads is None
+    assert distiller.trainable.adapters is None
     distiller.after_step()
     distiller.after_epoch()
     assert step_of(distiller).loss.isfinite()
@@ -229,7 +229,7 @@ class CountingLoss(nn.Module):
         "index": FromBatch(),
     }
 
-    def build_heads(self, shapes: Mapping[str, object]) -> nn.Module:
+    def build_adapters(self, shapes: Mapping[str, object]) -> nn.Module:
         self.shapes = shapes
         return Counting()
 
@@ -242,7 +242,7 @@ def test_members_remember_what_they_name_and_nothing_else():
         "fitnet": FitNetLoss(stages=("stage1",)), "one": CountingLoss(), "two": CountingLoss(),
     }  # fmt: skip
     distiller = distiller_of(WeightedSum(methods), teacher=True)
-    heads = distiller.trainable.heads
+    heads = distiller.trainable.adapters
 
     step = step_of(distiller)
     assert heads.remembers == ("one__logits", "two__logits")
@@ -265,7 +265,7 @@ def test_a_step_that_is_forgotten_reaches_no_member():
     distiller.forget_step()
     distiller.after_step()
 
-    assert float(distiller.trainable.heads.heads["one"].steps) == 0
+    assert float(distiller.trainable.adapters.heads["one"].steps) == 0
 
 
 def test_a_head_that_names_nothing_is_given_all():
@@ -276,7 +276,7 @@ def test_a_head_that_names_nothing_is_given_all():
     step_of(distiller)
     distiller.after_step()
 
-    toy = distiller.trainable.heads.heads["toy"]
+    toy = distiller.trainable.adapters.heads["toy"]
     assert toy.memory.any(1).nonzero().flatten().tolist() == INDEX.tolist()
 
 
@@ -337,7 +337,7 @@ def test_a_sum_of_sums_is_their_weighted_sum():
     torch.testing.assert_close(found, 1.5 * nkd.terms["method"])
     assert "both__nkd__logits" in outer.inputs
     distiller.after_step()
-    memory = distiller.trainable.heads.heads["ps_kd"]
+    memory = distiller.trainable.adapters.heads["ps_kd"]
     assert memory.seen.nonzero().flatten().tolist() == INDEX.tolist()
 
 

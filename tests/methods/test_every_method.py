@@ -72,11 +72,11 @@ def test_every_method_runs_on_some_architecture():
 def test_the_checks_see_a_part_that_is_not_trained_and_a_student_that_is_not_plain():
     """So that passing them means something."""
     distiller = built("fitnet", TINY_CNN, num_samples=NUM_SAMPLES)
-    distiller.trainable.heads.extra = nn.Linear(2, 2)
+    distiller.trainable.adapters.extra = nn.Linear(2, 2)
     output_of(distiller, noise(TINY_CNN, SIZE)).loss.backward()
 
     assert gradient_problems(distiller) == [
-        f"trainable.heads.extra.{name}: none" for name in ("weight", "bias")
+        f"trainable.adapters.extra.{name}: none" for name in ("weight", "bias")
     ]
     assert num_hooks(distiller.student) > 0
     with pytest.raises(AssertionError):

@@ -32,7 +32,7 @@ def heads_of(
 ) -> nn.Module:
     """Fresh heads for these values, in training mode."""
     torch.manual_seed(0)
-    return method.build_heads(shapes_of(values)).to(dtype)
+    return method.build_adapters(shapes_of(values)).to(dtype)
 
 
 def through(heads: nn.Module | None, values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

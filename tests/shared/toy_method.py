@@ -53,7 +53,7 @@ class ToyLoss(nn.Module):
         self.num_samples = num_samples
         self.built_from: dict[str, object] = {}
 
-    def build_heads(self, shapes: Mapping[str, object]) -> ToyHeads:
+    def build_adapters(self, shapes: Mapping[str, object]) -> ToyHeads:
         self.built_from = dict(shapes)
         widths = [shape[1] for shape in shapes["features"]]
         return ToyHeads(widths, self.width, self.num_samples)

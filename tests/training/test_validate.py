@@ -384,8 +384,8 @@ def test_a_step_that_the_trainer_skips_is_not_remembered(tmp_path):
     )  # fmt: skip
 
     stored = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).newest().content
-    seen = stored["parts"]["trained"]["trainable.heads.seen"]
-    predictions = stored["parts"]["trained"]["trainable.heads.predictions"]
+    seen = stored["parts"]["trained"]["trainable.adapters.seen"]
+    predictions = stored["parts"]["trained"]["trainable.adapters.predictions"]
     assert int(seen.sum()) == 24  # one batch of four is missing
     assert not seen[5]
     torch.testing.assert_close(predictions.sum(1), seen.float())

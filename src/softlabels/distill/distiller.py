@@ -183,18 +183,18 @@ class Distiller(nn.Module):
             elif reads_a_teacher and network is not None:
                 self._reader = TeacherReader(network, list(inputs.values()), teacher_layout)
             self._kept: list[dict[str, Value]] = []
-            self._add_heads(student_layout, needed=example_shape is not None)
+            self._add_adapters(student_layout, needed=example_shape is not None)
         # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
         self.training = self._core.training = student.training
-        for part in (self._core.providers, self._core.heads, peer):
+        for part in (self._core.providers, self._core.adapters, peer):
             if part is not None:
                 part.train(student.training)
 
-    def _add_heads(self, layout: Callable[[], Layout], *, needed: bool) -> None:
+    def _add_adapters(self, layout: Callable[[], Layout], *, needed: bool) -> None:
         """Build the method's learned parts, and check the teacher where images are known."""
         core = self._core
-        build_heads = getattr(self.method, "build_heads", None)
-        if build_heads is not None or (self._reader is not None and needed):
+        build_adapters = getattr(self.method, "build_heads", None)
+        if build_adapters is not None or (self._reader is not None and needed):
             example = layout().example()
             models = [core, *([self.teacher] if isinstance(self.teacher, nn.Module) else [])]
             with undisturbed(*models):
@@ -203,12 +203,12 @@ class Distiller(nn.Module):
                 further = {images_key(name): example for name in self._further_images()}
                 outputs = core(example, {**given, **further})
             self._check_classes(outputs["logits"], given)
-            if build_heads is not None:
+            if build_adapters is not None:
                 values = {**given, **_read_values(outputs)}
-                core.heads = build_heads({name: _shape(value) for name, value in values.items()})
+                core.adapters = build_adapters({name: _shape(value) for name, value in values.items()})
         parameter = next(core.student.parameters(), None)
         if parameter is not None:
-            for part in (core.providers, core.heads):
+            for part in (core.providers, core.adapters):
                 if part is not None:
                     part.to(parameter)
 
@@ -288,7 +288,7 @@ class Distiller(nn.Module):
             loss = loss + self.method_weight * distilled
             parts["method"] = distilled.detach()
             heads += [value for value in _logits_among(read) if value is not logits]
-            if hasattr(self._core.heads, "after_step"):
+            if hasattr(self._core.adapters, "after_step"):
                 self._keep(values)
         if loss.dim() != 0:
             raise ValueError(
@@ -308,7 +308,7 @@ class Distiller(nn.Module):
 
     def _for_trainable(self, given: Mapping[str, Value]) -> Mapping[str, Value] | None:
         """What the trained module needs of the values from outside."""
-        if self._core.heads is not None:
+        if self._core.adapters is not None:
             return given
         further = {key: given[key] for key in map(images_key, self._further_images())}
         return further or None
@@ -338,12 +338,12 @@ class Distiller(nn.Module):
                 f"{type(self.method).__name__} has a memory, and {_MOST_KEPT} batches wait for it: "
                 "call distiller.after_step() after each optimizer.step()"
             )
-        names = getattr(self._core.heads, "remembers", None) or values
+        names = getattr(self._core.adapters, "remembers", None) or values
         self._kept.append({name: _detached(values[name]) for name in names})
 
     def memories(self) -> list[Memory]:
         """What the method remembers from one step to the next."""
-        heads = self._core.heads
+        heads = self._core.adapters
         modules = [] if heads is None else heads.modules()
         return [module for module in modules if isinstance(module, Memory)]
 
@@ -353,7 +353,7 @@ class Distiller(nn.Module):
         Call it after `optimizer.step()`; only methods with a memory need it. On several processes,
         whose batches must be of one size then, it takes in those of all.
         """
-        update = getattr(self._core.heads, "after_step", None)
+        update = getattr(self._core.adapters, "after_step", None)
         if update is not None:
             with torch.no_grad():
                 for values in self._kept:
@@ -369,7 +369,7 @@ class Distiller(nn.Module):
 
     def after_epoch(self) -> None:
         """Let the method's memory close an epoch."""
-        update = getattr(self._core.heads, "after_epoch", None)
+        update = getattr(self._core.adapters, "after_epoch", None)
         if update is not None:
             with torch.no_grad():
                 update()

@@ -62,7 +62,7 @@ class Trainable(nn.Module):
         super().__init__()
         self.student = student
         self.providers = nn.ModuleDict(providers)
-        self.heads = heads
+        self.adapters = heads
         self.peer = peer
         self.peer_arguments = peer_arguments
         self.passes = dict(passes or {name: PassOf(name) for name in providers})
@@ -98,8 +98,8 @@ class Trainable(nn.Module):
         if self.peer is not None:
             of_peer = self.peer(images)
             values.update(dict.fromkeys(self.peer_arguments, of_peer))
-        if self.heads is not None:
-            values.update(self.heads({**given, **values}))
+        if self.adapters is not None:
+            values.update(self.adapters({**given, **values}))
         return {
             "logits": logits,
             **{f"read/{argument}": value for argument, value in values.items()},

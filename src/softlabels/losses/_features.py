@@ -30,7 +30,7 @@ __all__ = [
     "wide_maps",
 ]
 
-# What `build_heads` gets, and what the heads' forward gets, both by argument name.
+# What `build_adapters` gets, and what the heads' forward gets, both by argument name.
 Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | list[tuple[int, ...]]"]
 Values: TypeAlias = Mapping[str, "Tensor | list[Tensor]"]
 

@@ -362,7 +362,7 @@ class CRDLoss(nn.Module):
         self.num_samples = num_samples
         self.most_memory = most_memory
 
-    def build_heads(
+    def build_adapters(
         self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
     ) -> nn.Module:
         """The embeddings and the memory.

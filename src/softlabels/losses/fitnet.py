@@ -126,7 +126,7 @@ class FitNetLoss(nn.Module):
         """Maps of both networks."""
         return map_signals(self.stages)
 
-    def build_heads(self, shapes: Shapes) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The regressors, one for each pair of levels."""
         return _Regressors(paired_shapes(shapes))
 

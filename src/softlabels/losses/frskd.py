@@ -195,7 +195,7 @@ class FRSKDLoss(nn.Module):
             "maps": Features(of="student", stages=check_stages(stages), form="map"),
         }
 
-    def build_heads(self, shapes: Shapes) -> FRSKDHeads:
+    def build_adapters(self, shapes: Shapes) -> FRSKDHeads:
         """Build the branch, from the shapes of the values.
 
         Args:
@@ -220,7 +220,7 @@ class FRSKDLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `frskd_loss` with this module's settings.
 
-        The last two come from the module that `build_heads` gives.
+        The last two come from the module that `build_adapters` gives.
 
         Raises:
             ValueError: They are missing.

@@ -131,7 +131,7 @@ class MGDLoss(nn.Module):
         check_number("mask_ratio", mask_ratio, at_most=1)
         self.mask_ratio = mask_ratio
 
-    def build_heads(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> MGDHeads:
+    def build_adapters(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> MGDHeads:
         """The alignment and the generator, for maps of these shapes."""
         student, teacher = shapes["student_maps"][0], shapes["teacher_maps"][0]
         return MGDHeads(student[1], teacher[1], self.mask_ratio)

@@ -352,7 +352,7 @@ class MixSKDLoss(nn.Module):
             "mixup_weight": FromBatch("mixup_weight"),
         }
 
-    def build_heads(self, shapes: Shapes) -> MixSKDHeads:
+    def build_adapters(self, shapes: Shapes) -> MixSKDHeads:
         """Build the aggregating classifier and the discriminators, from the shapes of the values.
 
         Args:
@@ -386,7 +386,7 @@ class MixSKDLoss(nn.Module):
     ) -> Tensor | LossOutput:
         """Compute `mixskd_loss` with this module's settings.
 
-        The last two come from the module that `build_heads` gives.
+        The last two come from the module that `build_adapters` gives.
 
         Raises:
             ValueError: They are missing.

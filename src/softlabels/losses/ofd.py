@@ -208,7 +208,7 @@ class OFDLoss(nn.Module):
             "norm_parameters": NormParameters(self.stages),
         }
 
-    def build_heads(self, shapes: Shapes) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The connectors, one for each pair of levels."""
         return _Connectors([(s[1], t[1]) for s, t in paired_shapes(shapes)])
 

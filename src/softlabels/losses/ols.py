@@ -164,7 +164,7 @@ class OLSLoss(nn.Module):
         self.keep_confident = keep_confident
         self.reduction: Reduction = reduction
 
-    def build_heads(
+    def build_adapters(
         self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
     ) -> nn.Module:
         """The matrix of soft labels, which makes the `soft_target` of a batch."""
@@ -175,7 +175,7 @@ class OLSLoss(nn.Module):
         """Compute `ols_loss` with this module's settings.
 
         Raises:
-            ValueError: No `soft_target`, which the module of `build_heads` gives.
+            ValueError: No `soft_target`, which the module of `build_adapters` gives.
         """
         return ols_loss(logits, from_heads("soft_target", soft_target), reduction=self.reduction)
 

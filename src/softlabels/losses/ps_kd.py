@@ -58,7 +58,7 @@ def ps_kd_loss(logits: Tensor, past_prediction: Tensor, *, reduction: Reduction 
         TypeError: Logits or predictions of a wrong dtype.
         ValueError: A wrong shape or reduction.
 
-    Deviations: none in the loss. The memory (`PSKDLoss.build_heads`) is on the device and in
+    Deviations: none in the loss. The memory (`PSKDLoss.build_adapters`) is on the device and in
     each checkpoint; the published code keeps it on the host.
     Numerics: log-softmax, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself, no batch statistics.
@@ -148,7 +148,7 @@ class PSKDLoss(nn.Module):
         self.most_memory = most_memory
         self.reduction: Reduction = reduction
 
-    def build_heads(
+    def build_adapters(
         self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
     ) -> nn.Module:
         """The memory, [n, C] in float32 and who of the n samples was seen.
@@ -181,7 +181,7 @@ class PSKDLoss(nn.Module):
         """Compute `ps_kd_loss` with this module's settings.
 
         Raises:
-            ValueError: No `past_prediction`, which the module of `build_heads` gives.
+            ValueError: No `past_prediction`, which the module of `build_adapters` gives.
         """
         return ps_kd_loss(
             logits, from_heads("past_prediction", past_prediction), reduction=self.reduction

@@ -170,7 +170,7 @@ class ReviewKDLoss(nn.Module):
             "teacher_pooled": Features("teacher", ("last",), "pooled"),
         }
 
-    def build_heads(self, shapes: Shapes) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The fusing blocks, one for each pair of levels and one for the pooled feature."""
         widths = [(student[1], teacher[1]) for student, teacher in paired_shapes(shapes)]
         pooled = (_pooled_width(shapes, "student"), _pooled_width(shapes, "teacher"))

@@ -79,7 +79,7 @@ def srrl_loss(
     It is *added* to the task's own loss (cross-entropy), with weight 1.
 
     Args:
-        student_map: [B, D, H, W], after the head that `SRRLLoss.build_heads` makes. Gets the
+        student_map: [B, D, H, W], after the head that `SRRLLoss.build_adapters` makes. Gets the
             gradient, of both terms.
         teacher_map: [B, D, H', W'], the map that the teacher's classifier reads once pooled.
             Gets none.
@@ -188,7 +188,7 @@ class SRRLLoss(nn.Module):
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
 
-    def build_heads(
+    def build_adapters(
         self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
     ) -> nn.Module:
         """A 1x1 convolution, BatchNorm and ReLU, to the width of the teacher's map."""

@@ -151,7 +151,7 @@ class TaTLoss(nn.Module):
         check_choice("softmax_over", softmax_over, ("student", "teacher"))
         self.softmax_over: SoftmaxOver = softmax_over
 
-    def build_heads(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> TaTHeads:
+    def build_adapters(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> TaTHeads:
         """The projections, for maps of these shapes."""
         return TaTHeads(shapes["student_maps"][0][1], shapes["teacher_maps"][0][1])
 

@@ -178,7 +178,7 @@ class VIDLoss(nn.Module):
         """Maps of both networks."""
         return map_signals(self.stages)
 
-    def build_heads(self, shapes: Shapes) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The regressors and the variances' numbers, one of each for each pair of levels."""
         widths = [(student[1], teacher[1]) for student, teacher in paired_shapes(shapes)]
         return _Regressors(widths, self.initial_variance, self.min_variance)

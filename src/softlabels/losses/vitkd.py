@@ -241,7 +241,7 @@ class ViTKDLoss(nn.Module):
         self.generation_weight = generation_weight
         self.mask_ratio = mask_ratio
 
-    def build_heads(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> ViTKDHeads:
+    def build_adapters(self, shapes: Mapping[str, list[tuple[int, ...]]]) -> ViTKDHeads:
         """Alignments, mask token and generator, for maps of these shapes.
 
         Raises:

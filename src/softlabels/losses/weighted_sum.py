@@ -97,7 +97,7 @@ class WeightedSum(nn.Module):
             raise ValueError(f"the methods differ in ignore_index: {sorted(found)}")
         return next(iter(found), None)
 
-    def build_heads(self, shapes: Shapes) -> nn.Module | None:
+    def build_adapters(self, shapes: Shapes) -> nn.Module | None:
         """The learned parts of those methods that have any."""
         builders = {name: getattr(m, "build_heads", None) for name, m in self.methods.items()}
         heads: dict[str, nn.Module] = {
