@@ -19,7 +19,7 @@ from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
 from softlabels.cli import main
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import Again, PeerLogits
+from softlabels.inputs import SecondPass, PeerLogits
 from softlabels.losses import METHODS
 from softlabels.training.config import resolve, task_weight_of, warmup_of, weight_of
 
@@ -238,7 +238,7 @@ def test_a_methods_page_has_the_weights_and_signals_of_the_code(kind):
     kinds = [
         inner
         for kind in method().inputs.values()
-        for inner in ((kind, kind.of) if isinstance(kind, Again) else (kind,))
+        for inner in ((kind, kind.of) if isinstance(kind, SecondPass) else (kind,))
     ]
     named = set(re.findall(r"`([A-Z]\w+)", summary["reads"]))
     assert named == {type(kind).__name__ for kind in kinds}

@@ -20,7 +20,7 @@ from shared.small_networks import (
 )
 from softlabels import Distiller, FeatureTap, KDLoss, Teacher, ZipfLSLoss
 from softlabels.inputs.declared import (
-    Again,
+    SecondPass,
     AuxBranches,
     Classifier,
     AuxLogits,
@@ -79,7 +79,7 @@ def tapped(model: nn.Module, path: str, images: Tensor) -> Tensor:
 
 def test_logits_of_further_images_are_those_of_a_forward_of_their_own():
     distiller = distiller_of(
-        logits=Logits(), second=Again(), partner=Again("partner"), own=Again("my_images")
+        logits=Logits(), second=SecondPass(), partner=SecondPass("partner"), own=SecondPass("my_images")
     )
 
     values = values_of(distiller, second_view=SECOND, partner=PARTNER, my_images=images_of())
@@ -94,7 +94,7 @@ def test_logits_of_further_images_are_those_of_a_forward_of_their_own():
 
 def test_features_of_further_images_are_read_in_their_forward():
     of_maps = Features(stages=("middle", "last"), form="map")
-    distiller = distiller_of(plain=of_maps, second=Again(of=of_maps), partner=Again("partner"))
+    distiller = distiller_of(plain=of_maps, second=SecondPass(of=of_maps), partner=SecondPass("partner"))
 
     values = values_of(distiller, second_view=SECOND, partner=PARTNER)
 
@@ -105,7 +105,7 @@ def test_features_of_further_images_are_read_in_their_forward():
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_further_forward_is_trained_through_or_not(gradient):
-    distiller = distiller_of(second=Again(gradient=gradient))
+    distiller = distiller_of(second=SecondPass(gradient=gradient))
     step = distiller(images_of(), hard_labels(), second_view=SECOND)
     value = distiller.method.values["second"]
 
@@ -123,7 +123,7 @@ def test_a_further_forward_is_trained_through_or_not(gradient):
 
 
 def test_one_extra_may_be_read_with_and_without_gradient():
-    distiller = distiller_of(a=Again(), b=Again(gradient=False), c=Again(of=WeakLogits()))
+    distiller = distiller_of(a=SecondPass(), b=SecondPass(gradient=False), c=SecondPass(of=WeakLogits()))
 
     values = values_of(distiller, second_view=SECOND)
 
@@ -138,7 +138,7 @@ def test_no_forward_is_made_twice():
     calls = []
     student = small_cnn().eval()
     distiller = distiller_of(
-        student, a=Again(), b=Again(of=WeakLogits()), c=Again(of=Features()), d=WeakLogits()
+        student, a=SecondPass(), b=SecondPass(of=WeakLogits()), c=SecondPass(of=Features()), d=WeakLogits()
     )
     student.register_forward_hook(lambda *_: calls.append(1))
 
@@ -148,7 +148,7 @@ def test_no_forward_is_made_twice():
 
 
 def test_nothing_is_recorded_for_a_forward_of_the_student_alone():
-    distiller = distiller_of(a=Features(), b=Again(of=Features()))
+    distiller = distiller_of(a=Features(), b=SecondPass(of=Features()))
     values_of(distiller, second_view=SECOND)
 
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_nothing_is_recorded_for_a_forward_of_the_student_alone():
 @pytest.mark.parametrize("turned_round", [False, True])
 @pytest.mark.parametrize("signal", [WeakLogits(), AuxLogits(("middle", "last")), AuxBranches()])
 def test_learned_parts_are_the_same_for_further_images(kind, turned_round):
-    inputs = {"plain": kind, "second": Again(of=kind)}
+    inputs = {"plain": kind, "second": SecondPass(of=kind)}
     alone = distiller_of(plain=kind)
     distiller = distiller_of(**(dict(reversed(inputs.items())) if turned_round else inputs))
     torch.nn.Module.eval(distiller.trainable)
@@ -175,7 +175,7 @@ def test_learned_parts_are_the_same_for_further_images(kind, turned_round):
 
 
 def test_a_head_that_only_further_images_need_is_named_after_their_argument():
-    distiller = distiller_of(second=Again(of=WeakLogits()))
+    distiller = distiller_of(second=SecondPass(of=WeakLogits()))
 
     value = values_of(distiller, second_view=SECOND)["second"]
 
@@ -185,7 +185,7 @@ def test_a_head_that_only_further_images_need_is_named_after_their_argument():
 
 
 def test_both_forwards_train_a_shared_head():
-    distiller = distiller_of(plain=WeakLogits(), second=Again(of=WeakLogits()))
+    distiller = distiller_of(plain=WeakLogits(), second=SecondPass(of=WeakLogits()))
     step = distiller(images_of(), hard_labels(), second_view=SECOND)
     head = distiller.trainable.providers["plain"].fc
 
@@ -203,7 +203,7 @@ def test_soft_labels_of_a_method_with_further_images():
         def soft_labels(self, target: Tensor, **values: Tensor) -> object:
             return values["second"]
 
-    distiller = Distiller(small_cnn().eval(), WithLabels(second=Again()), example_shape=IMAGE_SHAPE)
+    distiller = Distiller(small_cnn().eval(), WithLabels(second=SecondPass()), example_shape=IMAGE_SHAPE)
 
     found = distiller.soft_labels(images_of(), hard_labels(), second_view=SECOND)
 
@@ -212,7 +212,7 @@ def test_soft_labels_of_a_method_with_further_images():
 
 
 def test_missing_images_are_an_error_that_names_them():
-    distiller = distiller_of(second=Again(), partner=Again("partner"))
+    distiller = distiller_of(second=SecondPass(), partner=SecondPass("partner"))
 
     with pytest.raises(
         ValueError,
@@ -226,7 +226,7 @@ def test_missing_images_are_an_error_that_names_them():
 
 def test_extras_are_what_the_batch_must_bring_each_once():
     distiller = distiller_of(
-        a=FromBatch("index"), b=Again(), c=Again(of=WeakLogits()), d=Again("partner"),
+        a=FromBatch("index"), b=SecondPass(), c=SecondPass(of=WeakLogits()), d=SecondPass("partner"),
         e=FromBatch("mixup_index"), f=FromBatch("index"), g=Target(),
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_heads_are_built_with_and_given_what_further_images_give():
             self.shapes = shapes
             return Doubling()
 
-    method = WithHeads(second=Again(), maps=Again("partner", Features()), index=FromBatch())
+    method = WithHeads(second=SecondPass(), maps=SecondPass("partner", Features()), index=FromBatch())
     distiller = Distiller(small_cnn().eval(), method, example_shape=IMAGE_SHAPE)
     distiller(
         images_of(), hard_labels(), second_view=SECOND, partner=PARTNER, index=torch.arange(4)
@@ -257,7 +257,7 @@ def test_heads_are_built_with_and_given_what_further_images_give():
 
 
 def test_an_exported_student_keeps_nothing_of_it():
-    distiller = distiller_of(second=Again(of=Features()), partner=Again("partner"))
+    distiller = distiller_of(second=SecondPass(of=Features()), partner=SecondPass("partner"))
 
     exported = distiller.export()
 
@@ -272,9 +272,9 @@ def test_the_trained_module_with_further_images_compiles_to_one_graph(gradient):
         small_cnn(norm="group"),
         logits=Logits(),
         weak=WeakLogits(),
-        second=Again(of=WeakLogits(), gradient=gradient),
-        branches=Again("partner", AuxBranches()),
-        maps=Again("partner", Features(stages=("stages",), form="map", before_activation=True)),
+        second=SecondPass(of=WeakLogits(), gradient=gradient),
+        branches=SecondPass("partner", AuxBranches()),
+        maps=SecondPass("partner", Features(stages=("stages",), form="map", before_activation=True)),
     )
     distiller.eval()
     extras = {"second_view": SECOND, "partner": PARTNER}

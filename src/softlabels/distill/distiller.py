@@ -25,7 +25,7 @@ from softlabels.distill.output import StepOutput
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Trainable, provided
-from softlabels.inputs import Again, FromBatch, PeerLogits, Input, TeacherLogits
+from softlabels.inputs import SecondPass, FromBatch, PeerLogits, Input, TeacherLogits
 from softlabels.inputs.provider import Value
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._memory_bank import Memory
@@ -217,7 +217,7 @@ class Distiller(nn.Module):
 
     def _further_images(self) -> list[str]:
         """Names of the batch's extras that are images for a further forward of the student."""
-        return [*dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, Again))]
+        return [*dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, SecondPass))]
 
     @property
     def extras(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softlabels.distill.teacher import Teacher, Teachers, ensembled
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import (
-    Again,
+    SecondPass,
     Classifier,
     Features,
     FromBatch,
@@ -247,7 +247,7 @@ def given_values(
             values[argument] = target
         elif isinstance(kind, FromBatch):
             values[argument] = _extra(kind.name, extras, target)
-        elif isinstance(kind, Again):
+        elif isinstance(kind, SecondPass):
             values[images_key(kind.images)] = _extra(kind.images, extras, target)
         elif kind in from_teacher:
             values[argument] = from_teacher[kind]

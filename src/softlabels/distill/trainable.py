@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.distill.external_inputs import images_key
-from softlabels.inputs import Again, Input
+from softlabels.inputs import SecondPass, Input
 from softlabels.inputs.provider import Provider, Value
 from softlabels.inputs.student import provider_for
 from softlabels.taps import FeatureTap, Layout
@@ -148,14 +148,14 @@ def provided(
     passes: dict[str, PassOf] = {}
     names: dict[Input, str] = {}
     # The batch's own images first: learned parts are named after the arguments read from them.
-    for argument, kind in sorted(inputs.items(), key=lambda item: isinstance(item[1], Again)):
-        again = kind if isinstance(kind, Again) else Again("", kind)
+    for argument, kind in sorted(inputs.items(), key=lambda item: isinstance(item[1], SecondPass)):
+        again = kind if isinstance(kind, SecondPass) else SecondPass("", kind)
         if again.of not in names:
             provider = provider_for(again.of, layout)
             if provider is None:
                 continue
             names[again.of] = argument
             providers[argument] = provider
-        images = again.images if isinstance(kind, Again) else None
+        images = again.images if isinstance(kind, SecondPass) else None
         passes[argument] = PassOf(names[again.of], images, again.gradient)
     return providers, {name: passes[name] for name in inputs if name in passes}

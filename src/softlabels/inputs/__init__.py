@@ -1,7 +1,7 @@
 """What a method may read: one class for each kind of tensor."""
 
 from softlabels.inputs.declared import (
-    Again,
+    SecondPass,
     AuxBranches,
     Classifier,
     AuxLogits,

@@ -165,7 +165,7 @@ class AuxBranches(Input):
 
 
 @dataclass(frozen=True)
-class Again(Input):
+class SecondPass(Input):
     """Another signal of the student, from a further forward on other images of the batch.
 
     Learned parts are those of the same signal on the batch's own images.

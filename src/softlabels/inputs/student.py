@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softlabels.inputs.aux_heads import AuxBranchesProvider
 from softlabels.inputs.declared import (
-    Again,
+    SecondPass,
     AuxBranches,
     AuxLogits,
     Features,
@@ -127,6 +127,6 @@ def provider_for(kind: Input, layout: Callable[[], Layout]) -> Provider | None:
         return AuxBranchesProvider(points, last, found.num_classes)
     if isinstance(kind, Features) and kind.of == "student":
         return _FeaturesProvider(points_of(kind, layout()), kind.form)
-    if isinstance(kind, Again):
+    if isinstance(kind, SecondPass):
         return provider_for(kind.of, layout)
     return None

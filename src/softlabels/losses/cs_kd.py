@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Again, Logits, Input
+from softlabels.inputs import SecondPass, Logits, Input
 from softlabels.losses._checks import check_choice, check_logits, check_temperature
 from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss
@@ -81,7 +81,7 @@ class CSKDLoss(nn.Module):
 
     inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
-        "partner_logits": Again("partner", Logits(), gradient=False),
+        "partner_logits": SecondPass("partner", Logits(), gradient=False),
     }
     recommended_weight: ClassVar[float] = 1.0
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Again, Features, Logits, Input, Target
+from softlabels.inputs import SecondPass, Features, Logits, Input, Target
 from softlabels.losses._checks import (
     check_logits,
     check_number,
@@ -165,8 +165,8 @@ class DDGSDLoss(nn.Module):
     inputs: ClassVar[Mapping[str, Input]] = {
         "logits": Logits(),
         "features": Features(stages=("last",), form="pooled"),
-        "second_logits": Again("second_view", Logits()),
-        "second_features": Again("second_view", Features(stages=("last",), form="pooled")),
+        "second_logits": SecondPass("second_view", Logits()),
+        "second_features": SecondPass("second_view", Features(stages=("last",), form="pooled")),
         "target": Target(),
     }
     recommended_weight: ClassVar[float] = 1.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.inputs import (
-    Again,
+    SecondPass,
     AuxBranches,
     Features,
     FromBatch,
@@ -345,9 +345,9 @@ class MixSKDLoss(nn.Module):
             "target": Target(),
             "branches": branches,
             "last_map": last_map,
-            "mixed_logits": Again("mixup", Logits()),
-            "mixed_branches": Again("mixup", branches),
-            "mixed_last_map": Again("mixup", last_map),
+            "mixed_logits": SecondPass("mixup", Logits()),
+            "mixed_branches": SecondPass("mixup", branches),
+            "mixed_last_map": SecondPass("mixup", last_map),
             "mixup_index": FromBatch("mixup_index"),
             "mixup_weight": FromBatch("mixup_weight"),
         }
