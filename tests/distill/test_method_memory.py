@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
 from softlabels.inputs import Features, FromBatch, Logits, Input
-from softlabels.losses import CRDLoss, KDLoss, Memory, OLSLoss, PSKDLoss, WeightedSum
+from softlabels.losses import CRDLoss, KDLoss, MemoryBank, OLSLoss, PSKDLoss, WeightedSum
 
 NUM_PROCESSES = 2
 NUM_SAMPLES = 8
@@ -281,8 +281,8 @@ def test_memory_is_stored_with_the_rest_and_not_trained_and_not_exported(name):
 
 
 def test_only_what_is_remembered_is_kept_until_the_step_ends():
-    class Watching(Memory):
-        remembers = ("logits", "index")
+    class Watching(MemoryBank):
+        memory_inputs = ("logits", "index")
 
         def __init__(self) -> None:
             super().__init__()

@@ -160,7 +160,7 @@ def stepped(heads, rows, index, target, features):
         "index": index[rows],
     }
     values |= heads(values)
-    return {name: values[name] for name in heads.remembers}
+    return {name: values[name] for name in heads.memory_inputs}
 
 
 def joined(first, second):
@@ -178,7 +178,7 @@ def test_a_forward_changes_nothing_and_the_first_step_sets_the_normalizers():
     # As two processes with half of the batch each.
     halves = [stepped(heads, rows, index, target, features) for rows in ([0, 1], [2, 3])]
     assert all(torch.equal(before[name], buffer) for name, buffer in heads.named_buffers())
-    together = {name: joined(halves[0][name], halves[1][name]) for name in heads.remembers}
+    together = {name: joined(halves[0][name], halves[1][name]) for name in heads.memory_inputs}
     with torch.no_grad():
         heads.after_step(together)
 

@@ -8,13 +8,13 @@ from torch.nn import functional
 
 from shared.by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses.ols import OLSLoss, ols_loss
 
 
 def memory_of(num_classes, **settings):
     heads = OLSLoss(**settings).build_adapters({"logits": (2, num_classes)})
-    assert isinstance(heads, Memory)
+    assert isinstance(heads, MemoryBank)
     return heads.double()
 
 
@@ -110,7 +110,7 @@ def test_mixed_labels_mix_the_rows_and_count_for_the_largest_label():
 
 def test_the_first_matrix_is_zeros_and_gives_neither_loss_nor_gradient():
     heads = OLSLoss().build_adapters({"logits": (2, 5)})
-    assert heads.remembers == ("logits", "target")
+    assert heads.memory_inputs == ("logits", "target")
     assert heads.num_bytes() == 4 * (2 * 25 + 5)
     logits = STUDENT_LOGITS.float().requires_grad_()
 

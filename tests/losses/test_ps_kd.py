@@ -8,13 +8,13 @@ from torch.nn import functional
 
 from shared.by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses.ps_kd import PSKDLoss, ps_kd_loss
 
 
 def memory_of(num_samples, num_classes):
     heads = PSKDLoss(num_samples=num_samples).build_adapters({"logits": (2, num_classes)})
-    assert isinstance(heads, Memory)
+    assert isinstance(heads, MemoryBank)
     return heads.double()
 
 
@@ -95,7 +95,7 @@ def test_a_forward_changes_no_memory_and_an_epoch_neither():
 
 def test_the_memory_is_float32_also_for_logits_of_half_precision():
     heads = PSKDLoss(num_samples=5).build_adapters({"logits": (2, 3)})
-    assert heads.remembers == ("logits", "index")
+    assert heads.memory_inputs == ("logits", "index")
     assert heads.num_bytes() == 5 * (4 * 3 + 1)
 
     heads.after_step({"logits": torch.zeros(1, 3).half(), "index": torch.tensor([2]).int()})

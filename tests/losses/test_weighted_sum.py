@@ -26,7 +26,7 @@ from softlabels.losses import (
     ATLoss,
     FitNetLoss,
     KDLoss,
-    Memory,
+    MemoryBank,
     NKDLoss,
     OLSLoss,
     PSKDLoss,
@@ -200,10 +200,10 @@ def test_a_sum_without_learned_parts_has_none():
     assert step_of(distiller).loss.isfinite()
 
 
-class Counting(Memory):
+class Counting(MemoryBank):
     """Remembers how often a step and an epoch ended, and what it was given."""
 
-    remembers = ("logits",)
+    memory_inputs = ("logits",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_members_remember_what_they_name_and_nothing_else():
     heads = distiller.trainable.adapters
 
     step = step_of(distiller)
-    assert heads.remembers == ("one__logits", "two__logits")
+    assert heads.memory_inputs == ("one__logits", "two__logits")
     distiller.after_step()
     distiller.after_epoch()
 

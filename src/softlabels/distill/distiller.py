@@ -28,7 +28,7 @@ from softlabels.distill.trainable import Trainable, provided
 from softlabels.inputs import SecondPass, FromBatch, PeerLogits, Input, TeacherLogits
 from softlabels.inputs.provider import Value
 from softlabels.losses._checks import check_logits, check_target
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import SoftLabels, in_float32, label_probabilities
 from softlabels.taps import Layout, undisturbed
 
@@ -341,11 +341,11 @@ class Distiller(nn.Module):
         names = getattr(self._core.adapters, "remembers", None) or values
         self._kept.append({name: _detached(values[name]) for name in names})
 
-    def memories(self) -> list[Memory]:
+    def memories(self) -> list[MemoryBank]:
         """What the method remembers from one step to the next."""
         heads = self._core.adapters
         modules = [] if heads is None else heads.modules()
-        return [module for module in modules if isinstance(module, Memory)]
+        return [module for module in modules if isinstance(module, MemoryBank)]
 
     def after_step(self) -> None:
         """Let the method's memory take in the batches since the last call.

@@ -1,7 +1,7 @@
 """Losses: tensors in, tensors out. They need torch alone, and know no model and no loop."""
 
 from softlabels.losses._checks import check_values
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import LossOutput, SoftLabels
 from softlabels.losses._table import METHODS
 from softlabels.losses.at import ATLoss, at_loss

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 __all__ = ["Memory"]
 
 
-class Memory(nn.Module):
+class MemoryBank(nn.Module):
     """Base of the modules that hold what a method remembers, in buffers.
 
     A method's heads are one; heads that hold several hand `after_step` and `after_epoch` on to
@@ -20,13 +20,13 @@ class Memory(nn.Module):
         remembers: Names of the values that `after_step` needs.
     """
 
-    remembers: tuple[str, ...] = ()
+    memory_inputs: tuple[str, ...] = ()
 
     def after_step(self, values: Mapping[str, Tensor | list[Tensor]]) -> None:
         """Take in a batch, after the optimizer's step.
 
         Args:
-            values: Those named in `remembers`, without gradient, of all processes together.
+            values: Those named in `memory_inputs`, without gradient, of all processes together.
         """
 
     def after_epoch(self) -> None:

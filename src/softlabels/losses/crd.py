@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from softlabels.inputs import Features, FromBatch, Input, Target
 from softlabels.losses._checks import check_number, values_can_be_read
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
 from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
@@ -220,10 +220,10 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-class _Heads(Memory):
+class _Heads(MemoryBank):
     """Embeddings of both networks' features, and what is remembered of each sample."""
 
-    remembers = ("student_features", "teacher_features", "target", "index", "log_means")
+    memory_inputs = ("student_features", "teacher_features", "target", "index", "log_means")
     student_memory: Tensor
     teacher_memory: Tensor
     labels: Tensor

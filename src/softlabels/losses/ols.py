@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softlabels.inputs import Logits, Input, Target
 from softlabels.losses._checks import check_choice, check_logits, check_number
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import Reduction, SoftLabels, label_columns, reduce_parts
 from softlabels.losses._soft_target import (
     from_heads,
@@ -74,10 +74,10 @@ def ols_loss(logits: Tensor, soft_target: Tensor, *, reduction: Reduction = "mea
     return reduce_parts({"soft": per_sample}, reduction).loss
 
 
-class _ClassLabels(Memory):
+class _ClassLabels(MemoryBank):
     """The soft label of every class, and the sums that will replace it."""
 
-    remembers = ("logits", "target")
+    memory_inputs = ("logits", "target")
 
     soft_labels: Tensor
     class_sum: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softlabels.inputs import FromBatch, Logits, Input, Target
 from softlabels.losses._checks import check_choice, check_logits, check_number
-from softlabels.losses._memory_bank import Memory
+from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import Reduction, SoftLabels, label_probabilities, reduce_parts
 from softlabels.losses._soft_target import (
     from_heads,
@@ -74,10 +74,10 @@ def ps_kd_loss(logits: Tensor, past_prediction: Tensor, *, reduction: Reduction 
     return reduce_parts({"past": per_sample}, reduction).loss
 
 
-class _Predictions(Memory):
+class _Predictions(MemoryBank):
     """The last prediction of every sample of the training set."""
 
-    remembers = ("logits", "index")
+    memory_inputs = ("logits", "index")
 
     predictions: Tensor
     seen: Tensor

@@ -167,13 +167,13 @@ class _SumWithMemory(_SumHeads):
     """Heads of which some remember."""
 
     @property
-    def remembers(self) -> tuple[str, ...]:
+    def memory_inputs(self) -> tuple[str, ...]:
         """Names of the values that `after_step` needs."""
         return tuple(
             f"{name}{_PARTS}{argument}"
             for name, heads in self.heads.items()
             if _has_memory(heads)
-            for argument in cast("Any", heads).remembers
+            for argument in cast("Any", heads).memory_inputs
         )
 
     def after_step(self, values: Mapping[str, Value]) -> None:

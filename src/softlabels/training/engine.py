@@ -23,7 +23,7 @@ from softlabels.data import Batch, DataSource
 from softlabels.data.mixup import MIXUP_EXTRAS, MixupCutmix, mixup_extras
 from softlabels.data.randomness import derive_seed
 from softlabels.distill.distiller import Distiller, StepOutput
-from softlabels.losses import Memory
+from softlabels.losses import MemoryBank
 from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
 from softlabels.training.distributed import gathered
@@ -408,7 +408,7 @@ class Engine:
 
 def _outside_of_memory(module: nn.Module) -> list[Tensor]:
     """The buffers that a forward may change."""
-    kept = {id(b) for part in module.modules() if isinstance(part, Memory) for b in part.buffers()}
+    kept = {id(b) for part in module.modules() if isinstance(part, MemoryBank) for b in part.buffers()}
     return [buffer for buffer in module.buffers() if id(buffer) not in kept]
 
 
