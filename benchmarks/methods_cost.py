@@ -105,7 +105,7 @@ def _method(kind: str) -> nn.Module | None:
 def _distiller(kind: str, pair: Pair, teacher: nn.Module) -> Distiller:
     torch.manual_seed(0)
     method = _method(kind)
-    inputs = getattr(method, "reads", {}).values()
+    inputs = getattr(method, "inputs", {}).values()
     needs_peer = any(isinstance(kind, PeerLogits) for kind in inputs)
     return Distiller(
         _network(pair.student, pair),

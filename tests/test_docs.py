@@ -19,7 +19,7 @@ from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
 from softlabels.cli import main
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import SecondPass, PeerLogits
+from softlabels.inputs import PeerLogits, SecondPass
 from softlabels.losses import METHODS
 from softlabels.training.config import resolve, task_weight_of, warmup_of, weight_of
 
@@ -310,8 +310,8 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
         p.numel() for p in distiller.student.parameters()
     )
-    assert ("remembers" in beside) == bool(distiller.memories())
-    assert (beside == "-" or beside.startswith("remembers")) == (not learned)
+    assert ("memory_inputs" in beside) == bool(distiller.memories())
+    assert (beside == "-" or beside.startswith("memory_inputs")) == (not learned)
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -361,4 +361,4 @@ def test_the_signals_page_lists_every_signal():
 
     text = (ROOT / "docs" / "signals.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}
-    assert listed == {*inputs.__all__} - {"Signal"}
+    assert listed == {*inputs.__all__} - {"Input"}

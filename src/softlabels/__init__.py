@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 
 # Read when first asked for: `softlabels --help` does not wait for torch, and `train` needs the
 # extra `softlabels[train]`, which the rest does not.
-_ROOMS = {
+_LAZY = {
     "Distiller": "distill",
     "StepOutput": "distill",
     "KDLoss": "losses",
@@ -112,10 +112,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        room = import_module(f"{__name__}.{_ROOMS[name]}")
+        room = import_module(f"{__name__}.{_LAZY[name]}")
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{__name__}.{name} needs pip install 'softlabels[train]': {error}"
@@ -126,4 +126,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return sorted({*globals(), *_LAZY})

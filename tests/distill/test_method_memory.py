@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
-from softlabels.inputs import Features, FromBatch, Logits, Input
+from softlabels.inputs import Features, FromBatch, Input, Logits
 from softlabels.losses import CRDLoss, KDLoss, MemoryBank, OLSLoss, PSKDLoss, WeightedSum
 
 NUM_PROCESSES = 2

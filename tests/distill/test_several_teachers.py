@@ -23,7 +23,7 @@ from shared.small_networks import (
 from softlabels import Distiller, KDLoss, Teacher
 from softlabels.data.sources.noise import noise
 from softlabels.distill.teacher import Teachers, ensembled
-from softlabels.inputs import Classifier, Features, NormParameters, Input, TeacherLogits
+from softlabels.inputs import Classifier, Features, Input, NormParameters, TeacherLogits
 from softlabels.io.weights import save_weights
 from softlabels.losses import ATLoss, FitNetLoss, NKDLoss, WeightedSum
 from softlabels.training.config import ConfigError, parse, resolve

@@ -29,7 +29,7 @@ from softlabels.distill.cache_format import (
     densify,
     unreadable,
 )
-from softlabels.distill.external_inputs import given_values
+from softlabels.distill.external_inputs import external_values
 from softlabels.inputs import Features, FromBatch, Logits, TeacherLogits
 
 NUM_IMAGES, NUM_DRAWS, PER_FILE = 10, 3, 4
@@ -622,7 +622,7 @@ def test_soft_labels_are_those_of_the_stored_answers(written):
 def test_extras_that_a_method_reads_go_to_the_targets_device():
     target = torch.zeros(4, dtype=torch.int64, device="meta")
 
-    values = given_values({"index": FromBatch("index")}, target, {"index": INDEX}, {})
+    values = external_values({"index": FromBatch("index")}, target, {"index": INDEX}, {})
 
     assert values["index"].device.type == "meta"
     assert INDEX.device.type == "cpu"

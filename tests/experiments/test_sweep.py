@@ -49,7 +49,7 @@ def trained(monkeypatch):
     """In place of training: a run's accuracy is best at a learning rate of 0.2."""
     runs = []
 
-    def train_several(waiting, *, jobs, threads, console):
+    def launch_runs(waiting, *, jobs, threads, console):
         for run in waiting:
             if run.folder.is_complete():
                 continue
@@ -65,7 +65,7 @@ def trained(monkeypatch):
             summary = {"complete": True, "final": final, "seconds": 1.5}
             run.folder.summary.write_text(json.dumps(summary))
 
-    monkeypatch.setattr(sweep, "train_several", train_several)
+    monkeypatch.setattr(sweep, "train_several", launch_runs)
     return runs
 
 

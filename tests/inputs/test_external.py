@@ -20,16 +20,16 @@ from shared.small_networks import (
 )
 from softlabels import Distiller, FeatureTap, KDLoss, Teacher, ZipfLSLoss
 from softlabels.inputs.declared import (
-    SecondPass,
     AuxBranches,
-    Classifier,
     AuxLogits,
+    Classifier,
     Features,
     FromBatch,
+    Input,
     Logits,
     NormParameters,
     PeerLogits,
-    Input,
+    SecondPass,
     Target,
     TeacherLogits,
     WeakLogits,
@@ -79,7 +79,10 @@ def tapped(model: nn.Module, path: str, images: Tensor) -> Tensor:
 
 def test_logits_of_further_images_are_those_of_a_forward_of_their_own():
     distiller = distiller_of(
-        logits=Logits(), second=SecondPass(), partner=SecondPass("partner"), own=SecondPass("my_images")
+        logits=Logits(),
+        second=SecondPass(),
+        partner=SecondPass("partner"),
+        own=SecondPass("my_images"),
     )
 
     values = values_of(distiller, second_view=SECOND, partner=PARTNER, my_images=images_of())
@@ -94,7 +97,9 @@ def test_logits_of_further_images_are_those_of_a_forward_of_their_own():
 
 def test_features_of_further_images_are_read_in_their_forward():
     of_maps = Features(stages=("middle", "last"), form="map")
-    distiller = distiller_of(plain=of_maps, second=SecondPass(of=of_maps), partner=SecondPass("partner"))
+    distiller = distiller_of(
+        plain=of_maps, second=SecondPass(of=of_maps), partner=SecondPass("partner")
+    )
 
     values = values_of(distiller, second_view=SECOND, partner=PARTNER)
 
@@ -123,7 +128,9 @@ def test_a_further_forward_is_trained_through_or_not(gradient):
 
 
 def test_one_extra_may_be_read_with_and_without_gradient():
-    distiller = distiller_of(a=SecondPass(), b=SecondPass(gradient=False), c=SecondPass(of=WeakLogits()))
+    distiller = distiller_of(
+        a=SecondPass(), b=SecondPass(gradient=False), c=SecondPass(of=WeakLogits())
+    )
 
     values = values_of(distiller, second_view=SECOND)
 
@@ -138,7 +145,11 @@ def test_no_forward_is_made_twice():
     calls = []
     student = small_cnn().eval()
     distiller = distiller_of(
-        student, a=SecondPass(), b=SecondPass(of=WeakLogits()), c=SecondPass(of=Features()), d=WeakLogits()
+        student,
+        a=SecondPass(),
+        b=SecondPass(of=WeakLogits()),
+        c=SecondPass(of=Features()),
+        d=WeakLogits(),
     )
     student.register_forward_hook(lambda *_: calls.append(1))
 
@@ -203,7 +214,9 @@ def test_soft_labels_of_a_method_with_further_images():
         def soft_labels(self, target: Tensor, **values: Tensor) -> object:
             return values["second"]
 
-    distiller = Distiller(small_cnn().eval(), WithLabels(second=SecondPass()), example_shape=IMAGE_SHAPE)
+    distiller = Distiller(
+        small_cnn().eval(), WithLabels(second=SecondPass()), example_shape=IMAGE_SHAPE
+    )
 
     found = distiller.soft_labels(images_of(), hard_labels(), second_view=SECOND)
 
@@ -245,7 +258,9 @@ def test_heads_are_built_with_and_given_what_further_images_give():
             self.shapes = shapes
             return Doubling()
 
-    method = WithHeads(second=SecondPass(), maps=SecondPass("partner", Features()), index=FromBatch())
+    method = WithHeads(
+        second=SecondPass(), maps=SecondPass("partner", Features()), index=FromBatch()
+    )
     distiller = Distiller(small_cnn().eval(), method, example_shape=IMAGE_SHAPE)
     distiller(
         images_of(), hard_labels(), second_view=SECOND, partner=PARTNER, index=torch.arange(4)
@@ -274,7 +289,9 @@ def test_the_trained_module_with_further_images_compiles_to_one_graph(gradient):
         weak=WeakLogits(),
         second=SecondPass(of=WeakLogits(), gradient=gradient),
         branches=SecondPass("partner", AuxBranches()),
-        maps=SecondPass("partner", Features(stages=("stages",), form="map", before_activation=True)),
+        maps=SecondPass(
+            "partner", Features(stages=("stages",), form="map", before_activation=True)
+        ),
     )
     distiller.eval()
     extras = {"second_view": SECOND, "partner": PARTNER}

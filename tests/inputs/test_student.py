@@ -19,12 +19,12 @@ from shared.small_networks import (
 )
 from shared.toy_method import ToyHeads, ToyLoss
 from softlabels import Distiller, FeatureTap, NKDLoss, Teacher, ZipfLSLoss
-from softlabels.distill.external_inputs import given_values, reads_teacher
+from softlabels.distill.external_inputs import external_values, reads_teacher
 from softlabels.inputs import (
     Features,
     FromBatch,
-    Logits,
     Input,
+    Logits,
     Target,
     TeacherLogits,
     Votes,
@@ -314,7 +314,7 @@ def test_given_values_are_those_that_do_not_come_from_the_student():
         "e": Votes(),
     }
 
-    values = given_values(inputs, target, {"index": index}, {TeacherLogits(): logits})
+    values = external_values(inputs, target, {"index": index}, {TeacherLogits(): logits})
 
     assert values.keys() == {"b", "c", "d"}
     assert values["b"] is target

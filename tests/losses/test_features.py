@@ -36,7 +36,7 @@ def values_for(method, seed: int = 0, batch: int = 3) -> dict:
 def built(method_type, **changes):
     method = method_type()
     values = values_for(method, **changes)
-    heads = heads_of(method, values) if hasattr(method, "build_heads") else None
+    heads = heads_of(method, values) if hasattr(method, "build_adapters") else None
     return method, heads, values
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shared.loss_cases import CASES, LossCase, case_id
 from softlabels import losses
-from softlabels.inputs import Logits, Input, Target, TeacherLogits, Votes, WeakLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits, Votes, WeakLogits
 from softlabels.inputs import declared as kinds
 from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
 
@@ -125,7 +125,7 @@ def test_zipf_ls_reads_votes_only_if_they_rank():
 
 
 @pytest.mark.parametrize(
-    "signal", [getattr(kinds, name) for name in kinds.__all__ if name != "Signal"]
+    "signal", [getattr(kinds, name) for name in kinds.__all__ if name != "Input"]
 )
 def test_a_signal_is_a_frozen_value(kind):
     one, other = kind(), kind()

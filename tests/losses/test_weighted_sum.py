@@ -16,9 +16,9 @@ from softlabels.inputs import (
     Classifier,
     Features,
     FromBatch,
+    Input,
     Logits,
     NormParameters,
-    Input,
     Target,
     TeacherLogits,
 )

@@ -23,7 +23,7 @@ from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.sources.glyphs import glyphs100
 from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import PeerLogits, Input, TeacherLogits
+from softlabels.inputs import Input, PeerLogits, TeacherLogits
 from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS
 from softlabels.models import build_model

@@ -51,7 +51,7 @@ def make_gallery(
         device: Where the networks are.
     """
     cache = distiller.teacher
-    inputs = getattr(distiller.method, "reads", {})
+    inputs = getattr(distiller.method, "inputs", {})
     if isinstance(cache, TeacherCache) and any(map(reads_teacher, inputs.values())):
         split = "training"
         what = f"{_sentence(distiller)} These are training images: a cache has no other answers."

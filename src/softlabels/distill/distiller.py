@@ -16,7 +16,7 @@ from softlabels.distill.external_inputs import (
     CacheReader,
     TeacherReader,
     checked_inputs,
-    given_values,
+    external_values,
     images_key,
     reads_teacher,
     teachers_of,
@@ -25,7 +25,7 @@ from softlabels.distill.output import StepOutput
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Trainable, provided
-from softlabels.inputs import SecondPass, FromBatch, PeerLogits, Input, TeacherLogits
+from softlabels.inputs import FromBatch, Input, PeerLogits, SecondPass, TeacherLogits
 from softlabels.inputs.provider import Value
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._memory_bank import MemoryBank
@@ -122,8 +122,8 @@ class Distiller(nn.Module):
             teacher = Teacher(teacher)
         reads_a_teacher = any(reads_teacher(kind) for kind in inputs.values())
         # A cache may stand by: it says which draws of the augmentation are shown.
-        stands_by = isinstance(teacher, TeacherCache) and not reads_a_teacher
-        taught = None if stands_by else teacher
+        teacher_unused = isinstance(teacher, TeacherCache) and not reads_a_teacher
+        taught = None if teacher_unused else teacher
         _check_needed(method, "teacher", taught, reads_a_teacher, "teacher=Teacher(model)")
         peer_arguments = tuple(name for name, s in inputs.items() if isinstance(s, PeerLogits))
         _check_needed(method, "peer", peer, bool(peer_arguments), "peer=network")
@@ -193,19 +193,21 @@ class Distiller(nn.Module):
     def _add_adapters(self, layout: Callable[[], Layout], *, needed: bool) -> None:
         """Build the method's learned parts, and check the teacher where images are known."""
         core = self._core
-        build_adapters = getattr(self.method, "build_heads", None)
+        build_adapters = getattr(self.method, "build_adapters", None)
         if build_adapters is not None or (self._reader is not None and needed):
             example = layout().example()
             models = [core, *([self.teacher] if isinstance(self.teacher, nn.Module) else [])]
             with undisturbed(*models):
                 from_teacher = self._reader.example(example) if self._reader is not None else {}
-                given = given_values(self._from_teacher_alone(), example, {}, from_teacher)
+                given = external_values(self._from_teacher_alone(), example, {}, from_teacher)
                 further = {images_key(name): example for name in self._further_images()}
                 outputs = core(example, {**given, **further})
             self._check_classes(outputs["logits"], given)
             if build_adapters is not None:
                 values = {**given, **_read_values(outputs)}
-                core.adapters = build_adapters({name: _shape(value) for name, value in values.items()})
+                core.adapters = build_adapters(
+                    {name: _shape(value) for name, value in values.items()}
+                )
         parameter = next(core.student.parameters(), None)
         if parameter is not None:
             for part in (core.providers, core.adapters):
@@ -217,7 +219,9 @@ class Distiller(nn.Module):
 
     def _further_images(self) -> list[str]:
         """Names of the batch's extras that are images for a further forward of the student."""
-        return [*dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, SecondPass))]
+        return [
+            *dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, SecondPass))
+        ]
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -304,7 +308,7 @@ class Distiller(nn.Module):
         self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
     ) -> dict[str, Value]:
         from_teacher = self._reader.read(images, extras) if self._reader is not None else {}
-        return given_values(self._inputs, target, extras, from_teacher)
+        return external_values(self._inputs, target, extras, from_teacher)
 
     def _for_trainable(self, given: Mapping[str, Value]) -> Mapping[str, Value] | None:
         """What the trained module needs of the values from outside."""
@@ -338,7 +342,7 @@ class Distiller(nn.Module):
                 f"{type(self.method).__name__} has a memory, and {_MOST_KEPT} batches wait for it: "
                 "call distiller.after_step() after each optimizer.step()"
             )
-        names = getattr(self._core.adapters, "remembers", None) or values
+        names = getattr(self._core.adapters, "memory_inputs", None) or values
         self._kept.append({name: _detached(values[name]) for name in names})
 
     def memories(self) -> list[MemoryBank]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from softlabels.distill.teacher import Teacher, Teachers, ensembled
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import (
-    SecondPass,
     Classifier,
     Features,
     FromBatch,
-    NormParameters,
     Input,
+    NormParameters,
+    SecondPass,
     Target,
     TeacherLogits,
 )
@@ -27,8 +27,8 @@ from softlabels.taps import FeatureTap, Layout, TapPoint
 __all__ = [
     "CacheReader",
     "TeacherReader",
-    "checked_reads",
-    "given_values",
+    "checked_inputs",
+    "external_values",
     "images_key",
     "reads_teacher",
     "teachers_of",
@@ -163,7 +163,7 @@ class CacheReader:
                 isinstance(kind, TeacherLogits) and kind.teacher in (None, 0)
             ):
                 raise ValueError(
-                    f"the method reads {signal}, but a teacher cache holds logits alone: pass the "
+                    f"the method reads {kind}, but a teacher cache holds logits alone: pass the "
                     "teacher itself"
                 )
 
@@ -207,7 +207,7 @@ def checked_inputs(method: nn.Module | None) -> dict[str, Input]:
     if not isinstance(method, nn.Module):
         raise TypeError(f"method must be an nn.Module or None, got {type(method).__name__}")
     name = type(method).__name__
-    inputs = getattr(method, "reads", None)
+    inputs = getattr(method, "inputs", None)
     if not isinstance(inputs, Mapping) or not all(isinstance(s, Input) for s in inputs.values()):
         raise ValueError(f"{name} must declare `inputs`, a mapping from argument to signal")
     parameters = inspect.signature(method.forward).parameters
@@ -228,7 +228,7 @@ def checked_inputs(method: nn.Module | None) -> dict[str, Input]:
     return dict(inputs)
 
 
-def given_values(
+def external_values(
     inputs: Mapping[str, Input],
     target: Tensor,
     extras: Mapping[str, Tensor],

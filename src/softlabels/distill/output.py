@@ -43,7 +43,7 @@ class StepOutput:
         for name, term in self.terms.items():
             found: Sequence[Tensor | None] = (None,)
             if term.requires_grad:
-                found = torch.autograd.grad(term, self.adapters, retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad(term, self.heads, retain_graph=True, allow_unused=True)
             squares = [
                 gradient.float().square().sum() for gradient in found if gradient is not None
             ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.distill.external_inputs import images_key
-from softlabels.inputs import SecondPass, Input
+from softlabels.inputs import Input, SecondPass
 from softlabels.inputs.provider import Provider, Value
 from softlabels.inputs.student import provider_for
 from softlabels.taps import FeatureTap, Layout
@@ -141,7 +141,7 @@ def provided(
     """One provider for each signal of the student, and which forward each argument is of.
 
     Args:
-        reads: What a method reads, by argument.
+        inputs: What a method reads, by argument.
         layout: Gives the student's layout; called only if a signal needs it.
     """
     providers: dict[str, Provider] = {}

@@ -15,7 +15,7 @@ from rich.table import Table
 from softlabels.data import DataSource
 from softlabels.experiments.analyze import analyze_run
 from softlabels.experiments.comparison import Comparison, PlannedVariant, planned
-from softlabels.experiments.launcher import train_several
+from softlabels.experiments.launcher import launch_runs
 from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
 from softlabels.io.files import replace_file
 from softlabels.report import Variant, write_comparison
@@ -79,7 +79,7 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     with replace_file(output / "comparison.yaml") as file:
         file.write(comparison.dump().encode())
-    train_several(*plan.rounds, jobs=jobs, threads=threads, console=console)
+    launch_runs(*plan.rounds, jobs=jobs, threads=threads, console=console)
     for variant in variants:
         for run in variant.runs:
             if not (run.folder.analysis.is_file() and run.folder.predictions.is_file()):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from softlabels.data import Batch, DataSource
 from softlabels.distill.distiller import Distiller
-from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.report import write_report
 from softlabels.training.build import (
@@ -78,7 +78,7 @@ def run_demo(
         f"{len(configs)} runs of {epochs} epochs on glyphs100, {jobs} at a time, into {output}",
         highlight=False,
     )
-    train_several(
+    launch_runs(
         [PlannedRun(n, config, _arguments(n, options)) for n, config in configs.items()],
         jobs=jobs,
         console=console,

@@ -20,7 +20,7 @@ from softlabels.training.config import Config
 from softlabels.training.errors import RunError
 from softlabels.training.run_folder import RunFolder
 
-__all__ = ["PlannedRun", "train_several"]
+__all__ = ["PlannedRun", "launch_runs"]
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -50,7 +50,7 @@ class PlannedRun:
         return self.folder.path.with_name(f"{self.folder.path.name}.log")
 
 
-def train_several(
+def launch_runs(
     *rounds: Sequence[PlannedRun],
     jobs: int,
     console: Console,

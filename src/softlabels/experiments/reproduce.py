@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.planning import RunPlan
 from softlabels.experiments.smoke import shrunk
 from softlabels.io.files import replace_file
@@ -215,7 +215,7 @@ def reproduce(
             console.print(
                 f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
             )
-    train_several(
+    launch_runs(
         *table_rows.plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes
     )
     results = _results(names, planned, table_rows)

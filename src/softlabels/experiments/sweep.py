@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from softlabels.data.randomness import derive_seed
-from softlabels.experiments.launcher import PlannedRun, train_several
+from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.planning import RunPlan
 from softlabels.experiments.search_space import (
     Range,
@@ -351,7 +351,7 @@ def _train(runs: Sequence[PlannedRun], *, jobs: int, threads: int | None, consol
     """Train runs; those whose loss is not finite end, and the others go on."""
     while waiting := [run for run in runs if not run.folder.failure.is_file()]:
         try:
-            train_several(waiting, jobs=jobs, threads=threads, console=console)
+            launch_runs(waiting, jobs=jobs, threads=threads, console=console)
         except RunError:
             if not any(run.folder.failure.is_file() for run in waiting):
                 raise

@@ -1,16 +1,16 @@
 """What a method may read: one class for each kind of tensor."""
 
 from softlabels.inputs.declared import (
-    SecondPass,
     AuxBranches,
-    Classifier,
     AuxLogits,
+    Classifier,
     Features,
     FromBatch,
+    Input,
     Logits,
     NormParameters,
     PeerLogits,
-    Input,
+    SecondPass,
     Target,
     TeacherLogits,
     Votes,
@@ -18,16 +18,16 @@ from softlabels.inputs.declared import (
 )
 
 __all__ = [
-    "Again",
-    "Branches",
+    "AuxBranches",
+    "AuxLogits",
     "Classifier",
-    "Exits",
     "Features",
     "FromBatch",
+    "Input",
     "Logits",
     "NormParameters",
     "PeerLogits",
-    "Signal",
+    "SecondPass",
     "Target",
     "TeacherLogits",
     "Votes",

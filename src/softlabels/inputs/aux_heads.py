@@ -11,7 +11,7 @@ from torch.nn import functional
 from softlabels.inputs.provider import Provider, Value
 from softlabels.taps import TapPoint
 
-__all__ = ["Branch", "BranchesProvider"]
+__all__ = ["AuxBranchesProvider", "Branch"]
 
 _WIDENING = 2  # hidden width of a token block over the width that it gives
 

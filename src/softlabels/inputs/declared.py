@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
-    "Again",
-    "Branches",
+    "AuxBranches",
+    "AuxLogits",
     "Classifier",
-    "Exits",
     "Features",
     "FromBatch",
+    "Input",
     "Logits",
     "NormParameters",
     "PeerLogits",
-    "Signal",
+    "SecondPass",
     "Target",
     "TeacherLogits",
     "Votes",

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from softlabels.inputs.aux_heads import AuxBranchesProvider
 from softlabels.inputs.declared import (
-    SecondPass,
     AuxBranches,
     AuxLogits,
     Features,
-    Logits,
     Input,
+    Logits,
+    SecondPass,
     Votes,
     WeakLogits,
 )
@@ -102,7 +102,7 @@ def provider_for(kind: Input, layout: Callable[[], Layout]) -> Provider | None:
     """The provider of a signal of the student; None for a signal that is given from outside.
 
     Args:
-        signal: What a method reads.
+        kind: What a method reads.
         layout: Gives the student's layout; called only if the signal needs it.
 
     Raises:

@@ -26,7 +26,7 @@ def points_of(kind: Features, layout: Layout) -> list[TapPoint]:
         if kind.form == "map" and not point.has_grid:
             raise ValueError(
                 f"the method needs maps with rows and columns, but {point.path!r} of the "
-                f"{signal.of} gives a feature of kind {point.kind!r} without a grid: name other "
+                f"{kind.of} gives a feature of kind {point.kind!r} without a grid: name other "
                 "places in the method's settings, or a network with maps"
             )
     return points

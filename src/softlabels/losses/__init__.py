@@ -63,7 +63,7 @@ __all__ = [
     "LabelSmoothingLoss",
     "LossOutput",
     "MGDLoss",
-    "Memory",
+    "MemoryBank",
     "MixSKDLoss",
     "NKDLoss",
     "NSTLoss",

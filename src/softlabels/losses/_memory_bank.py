@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["Memory"]
+__all__ = ["MemoryBank"]
 
 
 class MemoryBank(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, Logits, Input
+from softlabels.inputs import Features, Input, Logits
 from softlabels.losses._checks import check_choice, check_logits, check_number, check_temperature
 from softlabels.losses._non_target import Reduction, SoftLabels, in_float32, reduce_parts
 from softlabels.losses._soft_target import log_softened, taken_apart

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target, TeacherLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits
 from softlabels.losses._checks import check_choice, check_logits, check_target
 from softlabels.losses._non_target import (
     LossOutput,

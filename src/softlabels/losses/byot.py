@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import AuxBranches, Features, Logits, Input, Target
+from softlabels.inputs import AuxBranches, Features, Input, Logits, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,

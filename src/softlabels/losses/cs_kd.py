@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.inputs import SecondPass, Logits, Input
+from softlabels.inputs import Input, Logits, SecondPass
 from softlabels.losses._checks import check_choice, check_logits, check_temperature
 from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import SecondPass, Features, Logits, Input, Target
+from softlabels.inputs import Features, Input, Logits, SecondPass, Target
 from softlabels.losses._checks import (
     check_logits,
     check_number,

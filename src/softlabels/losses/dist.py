@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, TeacherLogits
+from softlabels.inputs import Input, Logits, TeacherLogits
 from softlabels.losses._checks import check_flag, check_logits, check_number, check_temperature
 from softlabels.losses._non_target import LossOutput, SoftLabels
 from softlabels.losses._soft_target import log_softened

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target, TeacherLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -157,8 +157,8 @@ def dkd_loss(
     parts = {}
     divergences = ("target", target_weight, 0), ("non_target", non_target_weight, 1)
     for name, weight, part in divergences:
-        believed, log_believed = teacher[part]
-        divergence = (believed * (log_believed - student[part][1])).sum(1)
+        teacher_probs, log_teacher_probs = teacher[part]
+        divergence = (teacher_probs * (log_teacher_probs - student[part][1])).sum(1)
         parts[name] = weight * temperature**2 * divergence
     output = reduce_parts(parts, reduction, labels.kept)
     return output if return_parts else output.loss
@@ -261,9 +261,9 @@ class DKDLoss(nn.Module):
         """The teacher's softened belief in the true class, and how it shares out the rest."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits, self.ignore_index)
-        believed = log_softened(teacher_logits.detach(), self.temperature)
-        labels = checked_columns(target, believed, self.mixed_target, self.ignore_index)
+        teacher_probs = log_softened(teacher_logits.detach(), self.temperature)
+        labels = checked_columns(target, teacher_probs, self.mixed_target, self.ignore_index)
         return SoftLabels(
-            spread(labels, believed.gather(1, labels.classes).exp(), believed),
-            softmax_parts(believed, labels)[1].normalized(),
+            spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
+            softmax_parts(teacher_probs, labels)[1].normalized(),
         )

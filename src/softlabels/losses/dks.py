@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import AuxBranches, Logits, Input, Target
+from softlabels.inputs import AuxBranches, Input, Logits, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,

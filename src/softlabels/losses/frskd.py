@@ -7,7 +7,7 @@ from typing import Literal, cast, overload
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, Logits, Input, Target
+from softlabels.inputs import Features, Input, Logits, Target
 from softlabels.losses._checks import (
     check_logits,
     check_number,

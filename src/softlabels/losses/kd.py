@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, TeacherLogits
+from softlabels.inputs import Input, Logits, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
@@ -94,8 +94,8 @@ def kd_loss(
     check_temperature(temperature)
     log_predicted = log_softened(logits, temperature)
     teacher_logits = teacher_logits.detach().to(log_predicted.dtype)
-    log_believed = log_softened(teacher_logits, temperature)
-    divergence = (log_believed.exp() * (log_believed - log_predicted)).sum(1)
+    log_teacher_probs = log_softened(teacher_logits, temperature)
+    divergence = (log_teacher_probs.exp() * (log_teacher_probs - log_predicted)).sum(1)
     output = reduce_parts({"divergence": temperature**2 * divergence}, reduction)
     return output if return_parts else output.loss
 
@@ -137,9 +137,9 @@ class KDLoss(nn.Module):
         """The teacher's softened belief in the true class, and how it shares out the rest."""
         check_logits(teacher_logits, "teacher_logits")
         check_target(target, teacher_logits)
-        believed = log_softened(teacher_logits.detach(), self.temperature)
-        labels = label_columns(target, believed)
+        teacher_probs = log_softened(teacher_logits.detach(), self.temperature)
+        labels = label_columns(target, teacher_probs)
         return SoftLabels(
-            spread(labels, believed.gather(1, labels.classes).exp(), believed),
-            softmax_parts(believed, labels)[1].normalized(),
+            spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
+            softmax_parts(teacher_probs, labels)[1].normalized(),
         )

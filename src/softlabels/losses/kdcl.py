@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, PeerLogits, Input, Target
+from softlabels.inputs import Input, Logits, PeerLogits, Target
 from softlabels.losses._checks import (
     check_choice,
     check_logits,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.inputs import (
-    SecondPass,
     AuxBranches,
     Features,
     FromBatch,
-    Logits,
     Input,
+    Logits,
+    SecondPass,
     Target,
 )
 from softlabels.losses._checks import (

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target, TeacherLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -167,12 +167,12 @@ def nkd_loss(
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
     labels = checked_columns(target, logits, mixed_target, ignore_index)
-    believed, others = _of_teacher(teacher_logits, labels, temperature)
+    teacher_probs, others = _of_teacher(teacher_logits, labels, temperature)
     weights = 1.0, non_target_weight * temperature**2
     if not return_parts and target_term == "T1" and non_target_term == "normalized":
-        total = soft_cross_entropy(logits, labels, believed, others, temperature, weights)
+        total = soft_cross_entropy(logits, labels, teacher_probs, others, temperature, weights)
         return reduce_parts({"total": total}, reduction, labels.kept).loss
-    terms = soft_cross_entropy_terms(logits, labels, believed, others, temperature)
+    terms = soft_cross_entropy_terms(logits, labels, teacher_probs, others, temperature)
     non_target = terms.non_target
     if non_target_term == "unnormalized":
         mass = log_non_target_mass(teacher_logits, labels, temperature).exp()
@@ -208,8 +208,8 @@ def _of_teacher(
 ) -> tuple[Tensor, NonTarget]:
     """T at the labeled classes, [B, K], 0 where absent; and N(T) at the temperature."""
     sums, others = softmax_parts(teacher_logits, labels, temperature)
-    believed = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
-    return torch.where(labels.present(), believed, 0.0), others
+    teacher_probs = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
+    return torch.where(labels.present(), teacher_probs, 0.0), others
 
 
 class NKDLoss(nn.Module):
@@ -284,5 +284,5 @@ class NKDLoss(nn.Module):
         check_target(target, teacher_logits, self.ignore_index)
         teacher_logits = in_float32(teacher_logits.detach())
         labels = checked_columns(target, teacher_logits, self.mixed_target, self.ignore_index)
-        believed, others = _of_teacher(teacher_logits, labels, self.temperature)
-        return SoftLabels(spread(labels, believed, teacher_logits), others.normalized())
+        teacher_probs, others = _of_teacher(teacher_logits, labels, self.temperature)
+        return SoftLabels(spread(labels, teacher_probs, teacher_logits), others.normalized())

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import NormParameters, Input
+from softlabels.inputs import Input, NormParameters
 from softlabels.losses._checks import check_flag
 from softlabels.losses._features import (
     Shapes,

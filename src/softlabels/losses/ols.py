@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target
+from softlabels.inputs import Input, Logits, Target
 from softlabels.losses._checks import check_choice, check_logits, check_number
 from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._non_target import Reduction, SoftLabels, label_columns, reduce_parts

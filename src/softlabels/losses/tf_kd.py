@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target
+from softlabels.inputs import Input, Logits, Target
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,

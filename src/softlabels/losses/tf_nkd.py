@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target
+from softlabels.inputs import Input, Logits, Target
 from softlabels.losses._checks import check_choice, check_flag, check_ignore_index
 from softlabels.losses._non_target import Reduction, SoftLabels
 from softlabels.losses.uskd import uskd_loss, uskd_targets

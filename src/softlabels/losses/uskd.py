@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target, TeacherLogits, WeakLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits, WeakLogits
 from softlabels.losses._checks import (
     check_choice,
     check_flag,

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Classifier, Features, NormParameters, Input, TeacherLogits
+from softlabels.inputs import Classifier, Features, Input, NormParameters, TeacherLogits
 from softlabels.losses._checks import check_number
 from softlabels.losses._non_target import LossOutput, SoftLabels
 
@@ -99,7 +99,7 @@ class WeightedSum(nn.Module):
 
     def build_adapters(self, shapes: Shapes) -> nn.Module | None:
         """The learned parts of those methods that have any."""
-        builders = {name: getattr(m, "build_heads", None) for name, m in self.methods.items()}
+        builders = {name: getattr(m, "build_adapters", None) for name, m in self.methods.items()}
         heads: dict[str, nn.Module] = {
             name: built
             for name, build in builders.items()
@@ -197,7 +197,7 @@ def of_teacher(kind: Input, number: int | None) -> Input:
     if number is None or not is_teachers:
         return kind
     changed: Any = kind
-    return cast("Signal", replace(changed, teacher=number))
+    return cast("Input", replace(changed, teacher=number))
 
 
 def _has_memory(heads: nn.Module) -> bool:

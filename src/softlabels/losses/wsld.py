@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Logits, Input, Target, TeacherLogits
+from softlabels.inputs import Input, Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -101,8 +101,8 @@ def wsld_loss(
     labels = label_columns(target, logits, "all", ignore_index)
     of_teacher = _cross_entropy(teacher_logits, labels) + _EPSILON
     weight = -torch.expm1(-_cross_entropy(logits.detach(), labels) / of_teacher)
-    believed = log_softened(teacher_logits, temperature).exp()
-    soft = soft_target_cross_entropy(logits, believed, temperature)
+    teacher_probs = log_softened(teacher_logits, temperature).exp()
+    soft = soft_target_cross_entropy(logits, teacher_probs, temperature)
     return reduce_parts({"soft": temperature**2 * weight * soft}, reduction, labels.kept).loss
 
 

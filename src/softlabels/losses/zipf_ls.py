@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import AuxLogits, Logits, Input, Target, Votes
+from softlabels.inputs import AuxLogits, Input, Logits, Target, Votes
 from softlabels.losses._checks import (
     check_choice,
     check_flag,

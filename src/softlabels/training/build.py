@@ -144,7 +144,7 @@ def build_distiller(
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
         try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
-    inputs = getattr(method, "reads", {}).values()
+    inputs = getattr(method, "inputs", {}).values()
     peer = None
     if any(isinstance(kind, PeerLogits) for kind in inputs):
         if config.peer.name is None and own_student:

@@ -43,7 +43,7 @@ from softlabels.training.errors import (
     Interrupted,
     InterruptGuard,
     RunError,
-    told_of_full_disks,
+    disk_full_as_run_error,
 )
 from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
 
@@ -173,7 +173,7 @@ def _fill(
     """Write all files; `manifest` is still without fingerprints and error."""
     with ExitStack() as stack:
         stack.enter_context(lost_processes(accelerator, config.process_timeout))
-        stack.enter_context(told_of_full_disks(folder.path, "finished files are whole"))
+        stack.enter_context(disk_full_as_run_error(folder.path, "finished files are whole"))
 
         def prepared() -> Manifest:
             of_teacher = teacher_fingerprint(teacher, config.teacher, source.info)

@@ -208,7 +208,7 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 
 def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
-    inputs: Mapping[str, Input] = getattr(build_method(config), "reads", {})
+    inputs: Mapping[str, Input] = getattr(build_method(config), "inputs", {})
     return any(reads_teacher(kind) for kind in inputs.values())
 
 
@@ -240,9 +240,9 @@ def describe_method(kind: str) -> str:
         return f"none\n  {inspect.getdoc(NoMethod)}"
     method = METHODS[kind]
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
-    inputs: Mapping[str, Input] = getattr(method(), "reads", {})
+    inputs: Mapping[str, Input] = getattr(method(), "inputs", {})
     weight = weight_of(method)
-    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, reads.values()))}"]
+    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, inputs.values()))}"]
     lines.append(f"  method_weight: {weight:g} unless set")
     warmup, of_task = warmup_of(method), task_weight_of(method)
     if warmup:

@@ -408,7 +408,9 @@ class Engine:
 
 def _outside_of_memory(module: nn.Module) -> list[Tensor]:
     """The buffers that a forward may change."""
-    kept = {id(b) for part in module.modules() if isinstance(part, MemoryBank) for b in part.buffers()}
+    kept = {
+        id(b) for part in module.modules() if isinstance(part, MemoryBank) for b in part.buffers()
+    }
     return [buffer for buffer in module.buffers() if id(buffer) not in kept]
 
 

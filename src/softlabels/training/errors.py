@@ -15,7 +15,7 @@ __all__ = [
     "LostProcessError",
     "NonFiniteLossError",
     "RunError",
-    "told_of_full_disks",
+    "disk_full_as_run_error",
 ]
 
 
@@ -103,7 +103,9 @@ class InterruptGuard:
 
 
 @contextmanager
-def told_of_full_disks(folder: Path, kept: str = "the last checkpoint is whole") -> Iterator[None]:
+def disk_full_as_run_error(
+    folder: Path, kept: str = "the last checkpoint is whole"
+) -> Iterator[None]:
     """Tell in words that a run could not write into its folder.
 
     Args:

@@ -37,7 +37,7 @@ from softlabels.training.errors import (
     InterruptGuard,
     NonFiniteLossError,
     RunError,
-    told_of_full_disks,
+    disk_full_as_run_error,
 )
 from softlabels.training.fingerprints import check_cache
 from softlabels.training.finish import finish
@@ -189,7 +189,7 @@ def _run_one(
         folder = RunFolder(Path(config.output or ""))
         with ExitStack() as stack:
             stack.enter_context(lost_processes(accelerator, config.process_timeout))
-            stack.enter_context(told_of_full_disks(folder.path))
+            stack.enter_context(disk_full_as_run_error(folder.path))
             # The folder is the main process' alone: others may be on machines without it.
             from_main(accelerator, lambda: folder.check(config))
             score = checked_teacher(
