@@ -65,7 +65,7 @@ def trained(monkeypatch):
             summary = {"complete": True, "final": final, "seconds": 1.5}
             run.folder.summary.write_text(json.dumps(summary))
 
-    monkeypatch.setattr(sweep, "train_several", launch_runs)
+    monkeypatch.setattr(sweep, "launch_runs", launch_runs)
     return runs
 
 
@@ -329,7 +329,7 @@ def test_a_run_that_fails_otherwise_ends_it(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RunError("the run trial 0 ended with status 2")
 
-    monkeypatch.setattr(sweep, "train_several", fails)
+    monkeypatch.setattr(sweep, "launch_runs", fails)
     with pytest.raises(RunError, match="trial 0 ended with status 2"):
         searched(tmp_path)
 

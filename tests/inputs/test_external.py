@@ -240,6 +240,7 @@ def test_missing_images_are_an_error_that_names_them():
 def test_extras_are_what_the_batch_must_bring_each_once():
     distiller = distiller_of(
         a=FromBatch("index"), b=SecondPass(), c=SecondPass(of=WeakLogits()), d=SecondPass("partner"),
+       
         e=FromBatch("mixup_index"), f=FromBatch("index"), g=Target(),
     )  # fmt: skip
 
