@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -28,8 +27,8 @@ from softlabels.distill.trainable import Trainable, provided
 from softlabels.inputs import FromBatch, Input, PeerLogits, SecondPass, TeacherLogits
 from softlabels.inputs.provider import Value
 from softlabels.losses._checks import check_logits, check_target
-from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._non_target import SoftLabels, in_float32, label_probabilities
+from softlabels.losses import Method, MemoryBank, SoftLabels
+from softlabels.losses._non_target import in_float32, label_probabilities
 from softlabels.taps import Layout, undisturbed
 
 __all__ = ["Distiller", "StepOutput"]
@@ -52,8 +51,8 @@ class Distiller(nn.Module):
     Args:
         student: Any classifier, [B, C, H, W] -> [B, classes]; it gets forward hooks, and is not
             edited otherwise.
-        method: A module of `softlabels.losses`, or any module that declares `inputs`. None
-            trains with the task's loss alone.
+        method: A method of `softlabels.losses`, or one of your own, a subclass of its `Method`.
+            None trains with the task's loss alone.
         teacher: Needed if the method reads from one. A plain module is wrapped in a `Teacher`.
             It is moved to the student's device. Or a `TeacherCache`, whose answers are looked up:
             `distiller(images, target, index=batch.index, draw=batch.draw)`. Several networks, as a
@@ -74,15 +73,14 @@ class Distiller(nn.Module):
         trainable: The module to compile, wrap and optimize.
         method: The method's module.
         teacher: The `Teacher`, `Teachers` or `TeacherCache`, or None.
-        detailed: Whether `terms` of a step take the method apart (with `return_parts=True`, where
-            its forward has that). It costs a second run of the method, and changes nothing of the
-            loss; False at first.
+        detailed: Whether `terms` of a step take the method apart. It costs a second run of the
+            method, and changes nothing of the loss; False at first.
 
     Raises:
-        TypeError: The student or the method is no module.
+        TypeError: The student is no module, or the method no `Method`.
         ValueError: A teacher or peer is missing, superfluous or does not give what the method
-            reads, the class counts differ, a layer is not found, or the method's `inputs` does not
-            fit its forward.
+            reads, the class counts differ, a layer is not found, or the method's `inputs` do
+            not fit its `terms`.
 
     Example:
         >>> from softlabels import Distiller, ZipfLSLoss
@@ -96,13 +94,13 @@ class Distiller(nn.Module):
 
     trainable: nn.Module
     teacher: Teacher | Teachers | TeacherCache | None
-    method: nn.Module | None
+    method: Method | None
     task_loss: Loss
 
     def __init__(
         self,
         student: nn.Module,
-        method: nn.Module | None = None,
+        method: Method | None = None,
         *,
         teacher: TeacherCache | nn.Module | Sequence[nn.Module] | None = None,
         task_loss: Loss | None = None,
@@ -168,14 +166,11 @@ class Distiller(nn.Module):
             # Unregistered: neither trained nor stored. `_apply` moves them along.
             self.__dict__["teacher"] = teacher
             self.__dict__["method"] = method
-            ignored = getattr(method, "ignore_index", None)
+            ignored = None if method is None else method.ignore_index
             self.__dict__["task_loss"] = task_loss or partial(_cross_entropy, ignore_index=ignored)
             self.task_weight = float(task_weight)
             self.method_weight = float(method_weight)
             self.detailed = False
-            self._gives_parts = method is not None and "return_parts" in (
-                inspect.signature(method.forward).parameters
-            )
             self._inputs = inputs
             self._reader: TeacherReader | CacheReader | None = None
             if reads_a_teacher and isinstance(teacher, TeacherCache):
@@ -193,8 +188,9 @@ class Distiller(nn.Module):
     def _add_adapters(self, layout: Callable[[], Layout], *, needed: bool) -> None:
         """Build the method's learned parts, and check the teacher where images are known."""
         core = self._core
-        build_adapters = getattr(self.method, "build_adapters", None)
-        if build_adapters is not None or (self._reader is not None and needed):
+        method = self.method
+        has_adapters = method is not None and method.has_adapters()
+        if has_adapters or (self._reader is not None and needed):
             example = layout().example()
             models = [core, *([self.teacher] if isinstance(self.teacher, nn.Module) else [])]
             with undisturbed(*models):
@@ -203,11 +199,10 @@ class Distiller(nn.Module):
                 further = {images_key(name): example for name in self._further_images()}
                 outputs = core(example, {**given, **further})
             self._check_classes(outputs["logits"], given)
-            if build_adapters is not None:
+            if method is not None and has_adapters:
                 values = {**given, **_read_values(outputs)}
-                core.adapters = build_adapters(
-                    {name: _shape(value) for name, value in values.items()}
-                )
+                shapes = {name: _shape(value) for name, value in values.items()}
+                core.adapters = method.build_adapters(shapes)
         parameter = next(core.student.parameters(), None)
         if parameter is not None:
             for part in (core.providers, core.adapters):
@@ -260,7 +255,7 @@ class Distiller(nn.Module):
                 device; with a `TeacherCache` `index` and `draw`, [B] on the CPU.
 
         Returns:
-            The loss, the student's logits, and the parts of the loss.
+            The loss, the student's logits, and the terms of the loss.
 
         Raises:
             ValueError: A missing extra, labels that do not fit the logits, or a teacher with
@@ -272,25 +267,24 @@ class Distiller(nn.Module):
         self._check_classes(logits, given)
         task = self.task_loss(logits, target)
         loss = self.task_weight * task
-        parts = {"task": task.detach()}
         terms = {"task": loss}
         heads = [logits]
         if self.method is not None:
             read = _read_values(outputs)
             values = {**self._arguments(given), **read}
-            distilled = self.method(**values)
-            if self.detailed and self._gives_parts:
-                # Beside the loss itself, so that a look at its parts changes not one bit of it.
+            arguments = self.method.arguments_of(values)
+            distilled = self.method(**arguments)
+            if self.detailed:
+                # Beside the loss itself, so that a look at its terms changes not one bit of it.
                 device = logits.device
                 devices = [] if device.type == "cpu" else [device]
                 with torch.random.fork_rng(devices, device_type=device.type):
-                    _, of_method = self.method(**values, return_parts=True)
-                for name, part in of_method.items():
-                    terms[f"method/{name}"] = self.method_weight * part
+                    of_method = self.method.reduced(**arguments)
+                for name, term in of_method.items():
+                    terms[f"method/{name}"] = self.method_weight * term
             else:
                 terms["method"] = self.method_weight * distilled
             loss = loss + self.method_weight * distilled
-            parts["method"] = distilled.detach()
             heads += [value for value in _logits_among(read) if value is not logits]
             if hasattr(self._core.adapters, "after_step"):
                 self._keep(values)
@@ -299,10 +293,12 @@ class Distiller(nn.Module):
                 f"the loss must be a scalar, got {tuple(loss.shape)}: use reduction='mean' or "
                 "'sum' for the task's loss and the method"
             )
-        for name, value in outputs.items():
-            if name.startswith("monitored/"):
-                parts[name.removeprefix("monitored/")] = value
-        return StepOutput(loss, logits, parts, terms, tuple(heads))
+        monitored = {
+            name.removeprefix("monitored/"): value
+            for name, value in outputs.items()
+            if name.startswith("monitored/")
+        }
+        return StepOutput(loss, logits, terms, monitored, tuple(heads))
 
     def _given(
         self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
@@ -347,8 +343,8 @@ class Distiller(nn.Module):
 
     def memories(self) -> list[MemoryBank]:
         """What the method remembers from one step to the next."""
-        heads = self._core.adapters
-        modules = [] if heads is None else heads.modules()
+        adapters = self._core.adapters
+        modules = [] if adapters is None else adapters.modules()
         return [module for module in modules if isinstance(module, MemoryBank)]
 
     def after_step(self) -> None:
@@ -390,12 +386,14 @@ class Distiller(nn.Module):
             **extras: As in `forward`.
         """
         with torch.no_grad():
-            of_method = getattr(self.method, "soft_labels", None)
-            if of_method is not None:
+            if self.method is not None:
                 given = self._given(images, target, extras)
                 outputs = self._core(images, given)
-                values = {**self._arguments(given), **_read_values(outputs), "target": target}
-                return cast("SoftLabels", of_method(**values))
+                values = {**self._arguments(given), **_read_values(outputs)}
+                arguments = {**self.method.arguments_of(values), "target": target}
+                found = self.method.soft_labels(**arguments)
+                if found is not None:
+                    return found
             logits = self.student(images)
             of_task = getattr(self.task_loss, "soft_labels", None)
             if of_task is not None:
@@ -452,7 +450,7 @@ def _cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None = No
 
 
 def _check_needed(
-    method: nn.Module | None, what: str, given: object, needed: bool, remedy: str
+    method: Method | None, what: str, given: object, needed: bool, remedy: str
 ) -> None:
     name = "training without a method" if method is None else type(method).__name__
     if needed and given is None:

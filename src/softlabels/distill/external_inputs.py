@@ -1,8 +1,7 @@
-"""Provides the signals that come from outside the trained module: labels, extras, teachers."""
+"""What comes from outside the trained module: labels, extras of the batch, teachers."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from softlabels.inputs import (
     Target,
     TeacherLogits,
 )
+from softlabels.losses import Method
 from softlabels.inputs.provider import Value
 from softlabels.inputs.tap_points import in_form, points_of
 from softlabels.taps import FeatureTap, Layout, TapPoint
@@ -195,37 +195,41 @@ def _of_one(logits: Tensor) -> dict[Input, Value]:
     return {TeacherLogits(): logits, TeacherLogits(0): logits}
 
 
-def checked_inputs(method: nn.Module | None) -> dict[str, Input]:
-    """What a method reads, by argument, checked against the arguments of its forward.
+def checked_inputs(method: Method | None) -> dict[str, Input]:
+    """What a method and its adapters read, by argument.
 
     Raises:
-        TypeError: The method is no module.
-        ValueError: Its `inputs` does not fit its forward.
+        TypeError: No `Method`.
+        ValueError: Something read that is no `Input`, an argument of `terms` that nothing gives,
+            or parameters of the method's own, which nothing would train.
     """
     if method is None:
         return {}
-    if not isinstance(method, nn.Module):
-        raise TypeError(f"method must be an nn.Module or None, got {type(method).__name__}")
     name = type(method).__name__
-    inputs = getattr(method, "inputs", None)
-    if not isinstance(inputs, Mapping) or not all(isinstance(s, Input) for s in inputs.values()):
-        raise ValueError(f"{name} must declare `inputs`, a mapping from argument to signal")
-    parameters = inspect.signature(method.forward).parameters
-    missing = [
-        argument
-        for argument, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and argument not in inputs
-    ]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [a for a in inputs if a not in parameters and not takes_any]
-    if missing or unknown:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a softlabels.losses.Method or None, got {name}")
+    for what, inputs in (("inputs", method.inputs), ("adapter_inputs", method.adapter_inputs)):
+        if not isinstance(inputs, Mapping) or not all(
+            isinstance(kind, Input) for kind in inputs.values()
+        ):
+            raise ValueError(f"{name}.{what} must map names to inputs of softlabels.inputs")
+    parameter = next((own for own, _ in method.named_parameters()), None)
+    if parameter is not None:
         raise ValueError(
-            f"{name}.reads must name the arguments of its forward ({', '.join(parameters)}): "
-            f"missing {missing}, unknown {unknown}"
+            f"{name} holds the parameter {parameter!r}, which nothing would train: build learned "
+            "parts in build_adapters"
         )
-    return dict(inputs)
+    unknown = method.unknown_inputs()
+    if unknown:
+        raise ValueError(
+            f"{name}.inputs names {', '.join(unknown)}, which its terms do not take: they take "
+            f"{', '.join(method.argument_names())}; what adapters alone read belongs to "
+            "adapter_inputs"
+        )
+    both = method.inputs.keys() & method.adapter_inputs.keys()
+    if both:
+        raise ValueError(f"{name} has {sorted(both)} among inputs and adapter_inputs: name it once")
+    return {**method.inputs, **method.adapter_inputs}
 
 
 def external_values(

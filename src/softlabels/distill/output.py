@@ -18,18 +18,17 @@ class StepOutput:
     Attributes:
         loss: Scalar to call `backward()` on.
         logits: [B, C], the student's.
-        parts: Detached scalars: `"task"` and `"method"`, each before its weight, and what the
-            signals report.
         terms: The summands of `loss`, after their weights, with their gradient: `"task"` and
-            `"method"`, or, from a detailed distiller, `"method/NAME"` for each part of the method.
+            `"method"`, or, from a detailed distiller, `"method/NAME"` for each term of the method.
+        monitored: Detached scalars that inputs report, such as the agreement of votes.
         heads: The student's logits, and those of other heads that the method reads: what the
             terms pull at.
     """
 
     loss: Tensor
     logits: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
+    monitored: dict[str, Tensor] = field(default_factory=dict)
     heads: tuple[Tensor, ...] = ()
 
     def gradient_shares(self) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ class Trainable(nn.Module):
 
     Args:
         student: The plain network.
-        providers: What provides the student's signals, by name.
-        heads: The method's own learned parts, or None.
+        providers: What provides the inputs from the student, by name.
+        adapters: The method's own learned parts, or None.
         passes: Where each argument of the method comes from; None: each from the provider of its
             name, on the batch's own images.
         peer: A second network that is trained along, or None.
@@ -53,7 +53,7 @@ class Trainable(nn.Module):
         self,
         student: nn.Module,
         providers: Mapping[str, Provider],
-        heads: nn.Module | None = None,
+        adapters: nn.Module | None = None,
         *,
         passes: Mapping[str, PassOf] | None = None,
         peer: nn.Module | None = None,
@@ -62,7 +62,7 @@ class Trainable(nn.Module):
         super().__init__()
         self.student = student
         self.providers = nn.ModuleDict(providers)
-        self.adapters = heads
+        self.adapters = adapters
         self.peer = peer
         self.peer_arguments = peer_arguments
         self.passes = dict(passes or {name: PassOf(name) for name in providers})
@@ -73,16 +73,16 @@ class Trainable(nn.Module):
         self.tap.enabled = False
 
     def forward(self, images: Tensor, given: Mapping[str, Value] | None = None) -> dict[str, Value]:
-        """Run the student and provide its signals.
+        """Run the student and provide what is read of it.
 
         Args:
             images: [B, C, H, W].
-            given: Values from outside, by argument, for the heads (labels, teachers, extras); and
+            given: Values from outside, by argument, for the adapters (labels, teachers, extras); and
                 further images, by `images_key`.
 
         Returns:
             `"logits"`, [B, C]; `"read/ARGUMENT"` for each value that comes from here; and
-            `"monitored/NAME"`, scalars that signals report.
+            `"monitored/NAME"`, scalars that inputs report.
         """
         given = given or {}
         values: dict[str, Value] = {}
@@ -138,11 +138,11 @@ class Trainable(nn.Module):
 def provided(
     inputs: Mapping[str, Input], layout: Callable[[], Layout]
 ) -> tuple[dict[str, Provider], dict[str, PassOf]]:
-    """One provider for each signal of the student, and which forward each argument is of.
+    """One provider for each input from the student, and which forward each argument is of.
 
     Args:
         inputs: What a method reads, by argument.
-        layout: Gives the student's layout; called only if a signal needs it.
+        layout: Gives the student's layout; called only if an input needs it.
     """
     providers: dict[str, Provider] = {}
     passes: dict[str, PassOf] = {}

@@ -1,47 +1,47 @@
-"""Losses: tensors in, tensors out. They need torch alone, and know no model and no loop."""
+"""Losses: tensors in, tensors out, a file each. They need torch alone; `Method` is their base."""
 
 from softlabels.losses._checks import check_values
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._non_target import LossOutput, SoftLabels
-from softlabels.losses._table import METHODS
-from softlabels.losses.at import ATLoss, at_loss
-from softlabels.losses.bake import BAKELoss, bake_loss, bake_targets
-from softlabels.losses.ban import BANLoss, ban_loss
-from softlabels.losses.byot import BYOTLoss, byot_loss
-from softlabels.losses.crd import CRDLoss, crd_loss
-from softlabels.losses.cs_kd import CSKDLoss, cs_kd_loss
-from softlabels.losses.ddgsd import DDGSDLoss, ddgsd_loss
-from softlabels.losses.dist import DISTLoss, dist_loss
-from softlabels.losses.dkd import DKDLoss, dkd_loss
-from softlabels.losses.dks import DKSLoss, dks_loss
-from softlabels.losses.fitnet import FitNetLoss, fitnet_loss
-from softlabels.losses.frskd import FRSKDLoss, frskd_loss
+from softlabels.losses._method import METHODS, Defaults, Method
+from softlabels.losses._non_target import SoftLabels
+from softlabels.losses.at import ATLoss
+from softlabels.losses.bake import BAKELoss, bake_targets
+from softlabels.losses.ban import BANLoss
+from softlabels.losses.byot import BYOTLoss
+from softlabels.losses.crd import CRDLoss
+from softlabels.losses.cs_kd import CSKDLoss
+from softlabels.losses.ddgsd import DDGSDLoss
+from softlabels.losses.dist import DISTLoss
+from softlabels.losses.dkd import DKDLoss
+from softlabels.losses.dks import DKSLoss
+from softlabels.losses.fitnet import FitNetLoss
+from softlabels.losses.frskd import FRSKDLoss
 from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.kdcl import KDCLLoss, kdcl_loss
+from softlabels.losses.kdcl import KDCLLoss
 from softlabels.losses.label_smoothing import LabelSmoothingLoss, label_smoothing_loss
-from softlabels.losses.mgd import MGDLoss, mgd_loss
-from softlabels.losses.mixskd import MixSKDLoss, mixskd_loss
+from softlabels.losses.mgd import MGDLoss
+from softlabels.losses.mixskd import MixSKDLoss
 from softlabels.losses.nkd import NKDLoss, nkd_loss
-from softlabels.losses.nst import NSTLoss, nst_loss
-from softlabels.losses.ofd import OFDLoss, ofd_loss
-from softlabels.losses.ols import OLSLoss, ols_loss
-from softlabels.losses.pkt import PKTLoss, pkt_loss
-from softlabels.losses.ps_kd import PSKDLoss, ps_kd_loss
-from softlabels.losses.reviewkd import ReviewKDLoss, reviewkd_loss
-from softlabels.losses.rkd import RKDLoss, rkd_loss
-from softlabels.losses.sad import SADLoss, sad_loss
-from softlabels.losses.sp import SPLoss, sp_loss
-from softlabels.losses.srrl import SRRLLoss, srrl_loss
-from softlabels.losses.tat import TaTLoss, tat_loss
-from softlabels.losses.tf_fd import TfFDLoss, tf_fd_loss
-from softlabels.losses.tf_kd import TfKDLoss, tf_kd_loss
-from softlabels.losses.tf_kd_self import TfKDSelfLoss, tf_kd_self_loss
-from softlabels.losses.tf_nkd import TfNKDLoss, tf_nkd_loss
+from softlabels.losses.nst import NSTLoss
+from softlabels.losses.ofd import OFDLoss
+from softlabels.losses.ols import OLSLoss
+from softlabels.losses.pkt import PKTLoss
+from softlabels.losses.ps_kd import PSKDLoss
+from softlabels.losses.reviewkd import ReviewKDLoss
+from softlabels.losses.rkd import RKDLoss
+from softlabels.losses.sad import SADLoss
+from softlabels.losses.sp import SPLoss
+from softlabels.losses.srrl import SRRLLoss
+from softlabels.losses.tat import TaTLoss
+from softlabels.losses.tf_fd import TfFDLoss
+from softlabels.losses.tf_kd import TfKDLoss
+from softlabels.losses.tf_kd_self import TfKDSelfLoss
+from softlabels.losses.tf_nkd import TfNKDLoss
 from softlabels.losses.uskd import USKDLoss, uskd_loss, uskd_targets
-from softlabels.losses.vid import VIDLoss, vid_loss
-from softlabels.losses.vitkd import ViTKDLoss, vitkd_loss
+from softlabels.losses.vid import VIDLoss
+from softlabels.losses.vitkd import ViTKDLoss
 from softlabels.losses.weighted_sum import WeightedSum
-from softlabels.losses.wsld import WSLDLoss, wsld_loss
+from softlabels.losses.wsld import WSLDLoss
 from softlabels.losses.zipf_ls import ZipfLSLoss, zipf_ls_loss, zipf_ls_targets
 
 __all__ = [
@@ -56,14 +56,15 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DKSLoss",
+    "Defaults",
     "FRSKDLoss",
     "FitNetLoss",
     "KDCLLoss",
     "KDLoss",
     "LabelSmoothingLoss",
-    "LossOutput",
     "MGDLoss",
     "MemoryBank",
+    "Method",
     "MixSKDLoss",
     "NKDLoss",
     "NSTLoss",
@@ -88,46 +89,13 @@ __all__ = [
     "WSLDLoss",
     "WeightedSum",
     "ZipfLSLoss",
-    "at_loss",
-    "bake_loss",
     "bake_targets",
-    "ban_loss",
-    "byot_loss",
     "check_values",
-    "crd_loss",
-    "cs_kd_loss",
-    "ddgsd_loss",
-    "dist_loss",
-    "dkd_loss",
-    "dks_loss",
-    "fitnet_loss",
-    "frskd_loss",
     "kd_loss",
-    "kdcl_loss",
     "label_smoothing_loss",
-    "mgd_loss",
-    "mixskd_loss",
     "nkd_loss",
-    "nst_loss",
-    "ofd_loss",
-    "ols_loss",
-    "pkt_loss",
-    "ps_kd_loss",
-    "reviewkd_loss",
-    "rkd_loss",
-    "sad_loss",
-    "sp_loss",
-    "srrl_loss",
-    "tat_loss",
-    "tf_fd_loss",
-    "tf_kd_loss",
-    "tf_kd_self_loss",
-    "tf_nkd_loss",
     "uskd_loss",
     "uskd_targets",
-    "vid_loss",
-    "vitkd_loss",
-    "wsld_loss",
     "zipf_ls_loss",
     "zipf_ls_targets",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "check_unsmoothed",
     "check_values",
     "check_votes",
+    "check_whole_number",
     "in_transform",
     "values_can_be_read",
 ]
@@ -205,6 +206,12 @@ def check_number(
         raise ValueError(f"{name} must be finite, {wanted}, got {value}")
 
 
+def check_whole_number(name: str, value: int) -> None:
+    """Raise TypeError unless `value` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {_described(value)}")
+
+
 def check_temperature(value: float) -> None:
     """Raise unless `value` is a temperature: a number in (0, 1e6]."""
     check_number("temperature", value, positive=True, at_most=1e6)
@@ -218,8 +225,8 @@ def check_flag(name: str, value: bool) -> None:
 
 def check_ignore_index(value: int | None) -> None:
     """Raise TypeError unless `value` is a whole number or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"ignore_index must be a whole number or None, got {_described(value)}")
+    if value is not None:
+        check_whole_number("ignore_index", value)
 
 
 def _described(value: object) -> str:

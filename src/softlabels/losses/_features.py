@@ -1,4 +1,4 @@
-"""What losses on feature maps share: pairing levels, pooling to a common size, checks.
+"""What losses on features share: pairing levels of maps, pooling, checks, directions of vectors.
 
 Shapes: B samples, D channels, H x W positions.
 """
@@ -8,31 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from softlabels.inputs import Features, Input
-from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
+from softlabels.losses._method import Shapes, Value
+from softlabels.losses._non_target import in_float32
 
 __all__ = [
-    "Shapes",
     "Values",
     "check_maps",
     "check_stages",
-    "map_signals",
+    "check_vectors",
+    "level_terms",
+    "map_inputs",
     "paired_from_deepest",
     "paired_maps",
     "paired_shapes",
     "pooled_to",
     "pooled_to_each_other",
-    "sum_levels",
     "tensors_of",
+    "the_only",
+    "unit_vectors",
     "wide_maps",
 ]
 
-# What `build_adapters` gets, and what the heads' forward gets, both by argument name.
-Shapes: TypeAlias = Mapping[str, "tuple[int, ...] | list[tuple[int, ...]]"]
-Values: TypeAlias = Mapping[str, "Tensor | list[Tensor]"]
+Values: TypeAlias = Mapping[str, Value]  # what the adapters' forward gets, by argument
 
 Left = TypeVar("Left")
 Right = TypeVar("Right")
@@ -89,13 +91,13 @@ def paired_maps(
     return [(ours, theirs.to(ours.dtype)) for ours, theirs in pairs]
 
 
-def sum_levels(terms: Sequence[Tensor]) -> LossOutput:
-    """The sum of one scalar a level, and the parts `"level_0"` (the shallowest) and so on."""
-    return reduce_parts({f"level_{number}": term for number, term in enumerate(terms)}, "sum")
+def level_terms(terms: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The terms of the levels by name: `"level_0"` (the shallowest) and so on."""
+    return {f"level_{number}": term for number, term in enumerate(terms)}
 
 
-def map_signals(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Input]:
-    """The signals `student_maps` and `teacher_maps` at the same stages of both networks."""
+def map_inputs(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Input]:
+    """The inputs `student_maps` and `teacher_maps` at the same stages of both networks."""
     return {
         "student_maps": Features("student", stages, "map", before_activation),
         "teacher_maps": Features("teacher", stages, "map", before_activation),
@@ -200,3 +202,68 @@ def _check_list(name: str, maps: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{name}[{number}] must be [B, D, H, W] and not empty, got {tuple(map.shape)}"
             )
+
+
+def check_vectors(
+    student: Tensor,
+    teacher: Tensor,
+    names: tuple[str, str] = ("student_features", "teacher_features"),
+    *,
+    same_widths: bool = False,
+) -> None:
+    """Check the pooled features of one batch.
+
+    Args:
+        student: Floating [B, D].
+        teacher: Floating [B, E].
+        names: What the two arguments are called, for the messages.
+        same_widths: E must be D.
+
+    Raises:
+        TypeError: Not floating-point tensors.
+        ValueError: Not [B, D], empty, or of two batches.
+    """
+    for name, features in zip(names, (student, teacher), strict=True):
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            is_tensor = isinstance(features, Tensor)
+            kind = f"a tensor of {features.dtype}" if is_tensor else type(features).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+        if features.dim() != 2 or min(features.shape) < 1:
+            raise ValueError(f"{name} must be [B, D] and not empty, got {tuple(features.shape)}")
+    if student.shape[0] != teacher.shape[0] or (same_widths and student.shape != teacher.shape):
+        wanted = "have one shape" if same_widths else "be of one batch"
+        raise ValueError(
+            f"{names[0]} and {names[1]} must {wanted}, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
+        )
+
+
+def the_only(name: str, features: Tensor | Sequence[Tensor]) -> Tensor:
+    """The one tensor of a list, as a signal of a single stage gives.
+
+    Raises:
+        ValueError: Another number of tensors.
+    """
+    if not isinstance(features, (list, tuple)) or len(features) != 1:
+        got = f"{len(features)}" if isinstance(features, (list, tuple)) else type(features).__name__
+        raise ValueError(f"{name} must be a list of one tensor, got {got}")
+    found: Tensor = features[0]
+    return found
+
+
+def unit_vectors(vectors: Tensor, *, least: float = 0.0, added: float = 0.0) -> Tensor:
+    """Vectors divided by their length; those that have none become 0, and get no gradient.
+
+    A vector of length 0 has no direction: the derivative of the usual quotient there is the
+    reciprocal of whatever keeps it from dividing by 0, which drowns that of all other samples.
+
+    Args:
+        vectors: [..., D], float32 or float64.
+        least: Squared length up to which a vector counts as 0.
+        added: Is added to each length.
+    """
+    squared = vectors.square().sum(-1, keepdim=True)
+    none = squared <= least
+    # Replaced before the root, whose derivative at 0 is infinite.
+    lengths = squared.masked_fill(none, 1.0).sqrt()
+    return torch.where(none, 0.0, vectors / (lengths + added))

@@ -6,16 +6,16 @@ positive label; the *non-target* classes are all others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from softlabels.losses._checks import check_choice, check_unsmoothed
+from softlabels.losses._checks import check_unsmoothed
 
 __all__ = [
     "Labels",
-    "LossOutput",
     "MixedTarget",
     "NonTarget",
     "Reduction",
@@ -28,12 +28,13 @@ __all__ = [
     "label_columns",
     "label_probabilities",
     "non_target_weights",
-    "reduce_parts",
+    "reduce_terms",
     "removed",
     "row_sums",
     "single_mask",
     "softmax_parts",
     "spread",
+    "total_of",
 ]
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -50,18 +51,6 @@ class SoftLabels(NamedTuple):
 
     target: Tensor
     non_target: Tensor
-
-
-class LossOutput(NamedTuple):
-    """What a loss gives with `return_parts=True`.
-
-    Attributes:
-        loss: What it gives without: a scalar, or [B] for `reduction="none"`.
-        parts: The summands of `loss` by name, weighted, reduced as it is, each with its gradient.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
 
 
 class Labels(NamedTuple):
@@ -275,31 +264,31 @@ def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tenso
     return sums[0] / sums[1].clamp(min=1.0)
 
 
-def reduce_parts(
-    parts: dict[str, Tensor], reduction: Reduction, kept: Tensor | None = None
-) -> LossOutput:
-    """Reduce [B] per-sample parts, and add them up.
+def reduce_terms(
+    terms: Mapping[str, Tensor], reduction: Reduction, kept: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Reduce each term over the samples of a batch.
 
     Args:
-        parts: The weighted summands, [B] each; not empty.
+        terms: The weighted summands of a loss, [B] or scalar.
         reduction: `"mean"` over the kept samples (0 if there is none), `"sum"`, or `"none"`.
         kept: [B] boolean; samples that are not kept count nothing. None keeps all.
-
-    Raises:
-        ValueError: An unknown reduction.
     """
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
     if kept is not None:
-        parts = {name: torch.where(kept, part, 0.0) for name, part in parts.items()}
+        terms = {name: torch.where(kept, term, 0.0) for name, term in terms.items()}
+    if reduction == "none":
+        return dict(terms)
     if reduction == "sum":
-        parts = {name: part.sum() for name, part in parts.items()}
-    elif reduction == "mean" and kept is None:
-        parts = {name: part.mean() for name, part in parts.items()}
-    elif reduction == "mean" and kept is not None:
-        count = kept.sum().clamp(min=1)
-        parts = {name: part.sum() / count for name, part in parts.items()}
-    values = list(parts.values())
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return LossOutput(total, parts)
+        return {name: term.sum() for name, term in terms.items()}
+    if kept is None:
+        return {name: term.mean() for name, term in terms.items()}
+    count = kept.sum().clamp(min=1)
+    return {name: term.sum() / count for name, term in terms.items()}
+
+
+def total_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all terms, in their order."""
+    first, *others = terms.values()
+    for term in others:
+        first = first + term
+    return first

@@ -14,7 +14,7 @@ from softlabels.losses._non_target import (
     spread,
 )
 
-__all__ = ["from_heads", "log_softened", "soft_target_cross_entropy", "taken_apart"]
+__all__ = ["log_softened", "soft_target_cross_entropy", "taken_apart"]
 
 
 def log_softened(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -39,13 +39,6 @@ def soft_target_cross_entropy(
     log_probabilities = log_softened(logits, temperature)
     soft_target = soft_target.detach().to(log_probabilities.dtype)
     return -(soft_target * log_probabilities).sum(1)
-
-
-def from_heads(name: str, value: Tensor | None) -> Tensor:
-    """A value that a method's heads add; ValueError if they did not."""
-    if value is None:
-        raise ValueError(f"{name} is missing: it comes from the module that build_heads returns")
-    return value
 
 
 def taken_apart(soft_target: Tensor, target: Tensor) -> SoftLabels:

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from softlabels.inputs import Features, Input, Logits
 from softlabels.losses._checks import check_choice, check_logits, check_number, check_temperature
+from softlabels.losses._features import check_vectors, the_only
 from softlabels.losses._non_target import Reduction, SoftLabels, in_float32, reduce_parts
 from softlabels.losses._soft_target import log_softened, taken_apart
-from softlabels.losses._vectors import check_vectors, the_only
 
 __all__ = ["BAKELoss", "bake_loss", "bake_targets"]
 

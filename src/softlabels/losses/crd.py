@@ -1,24 +1,31 @@
-"""CRD: each sample is told from many others by what the teacher makes of it."""
+"""CRD, contrastive representation distillation: each sample is told from many others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias, cast, overload
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, FromBatch, Input, Target
+from softlabels.inputs import Features, FromBatch, Target
 from softlabels.losses._checks import check_number, values_can_be_read
+from softlabels.losses._features import check_vectors, the_only, unit_vectors
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
-from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
+from softlabels.losses._method import (
+    Count,
+    Defaults,
+    Method,
+    Positive,
+    Shapes,
+    Share,
+    Value,
+)
+from softlabels.losses._non_target import in_float32
 
-__all__ = ["CRDLoss", "crd_loss", "crd_scores", "draw_negatives"]
-
-Value: TypeAlias = "Tensor | list[Tensor]"
+__all__ = ["CRDLoss", "crd_scores", "draw_negatives"]
 
 _EPSILON = 1e-7
 _GIB = 2**30
@@ -77,109 +84,6 @@ def crd_scores(
     return products / temperature
 
 
-@overload
-def crd_loss(
-    student_scores: Tensor,
-    teacher_scores: Tensor,
-    *,
-    num_samples: int,
-    log_normalizers: Tensor | None = None,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def crd_loss(
-    student_scores: Tensor,
-    teacher_scores: Tensor,
-    *,
-    num_samples: int,
-    log_normalizers: Tensor | None = None,
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def crd_loss(
-    student_scores: Tensor,
-    teacher_scores: Tensor,
-    *,
-    num_samples: int,
-    log_normalizers: Tensor | None = None,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
-    r"""CRD: each sample is told from many others by what the teacher makes of it.
-
-    Tian et al., "Contrastive Representation Distillation", ICLR 2020 (arXiv 1910.10699),
-    equations 9-19; code HobbitLong/RepDistiller.
-
-    .. math::
-        L = \sum_{v \in \{S, T\}} -\frac{1}{B} \sum_b \Big[ \log \frac{P_{b0}}{P_{b0} + c}
-        + \sum_{k=1}^K \log \frac{K / n}{P_{bk} + c} \Big], \quad
-        P_{bk} = \frac{e^{s_{bk}}}{Z}, \quad c = \frac{K}{n} + 10^{-7}
-
-    ==========  =====================================================================
-    symbol      meaning
-    ==========  =====================================================================
-    s           scores; 0 is the sample itself, 1 to K the negatives
-    v           the student's embedding with the teacher's memory, and the reverse
-    n           `num_samples`
-    Z           normalizer of each v: n times the mean of exp(s) over the first batch
-    ==========  =====================================================================
-
-    Args:
-        student_scores: [B, 1 + K], of `crd_scores`: the student's embedding with the teacher's
-            memory, the positive first. Gets the gradient.
-        teacher_scores: [B, 1 + K], the teacher's with the student's memory. Gets the gradient,
-            which trains the teacher's embedding.
-        num_samples: Size of the training set.
-        log_normalizers: [2], logarithms of Z for the student and the teacher; None: of this
-            batch, without gradient.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"student"` and
-            `"teacher"`.
-
-    Returns:
-        A scalar: the mean over B of the sum over all 1 + K entries; in nats, at least float32.
-
-    Raises:
-        TypeError: Scores of a wrong dtype, or a `num_samples` that is no whole number.
-        ValueError: Scores that are not [B, 1 + K] of one shape, or a wrong size of the set.
-
-    Deviations: none in the value. The published code keeps exp(s) itself, which overflows in
-    float32 for temperatures below 0.0113; here everything stays a logarithm.
-
-    Numerics: computed in float32 or wider, also under autocast; finite for all finite scores.
-    Distributed: each sample by itself.
-
-    Example:
-        >>> import torch
-        >>> scores = torch.zeros(1, 3)  # Z = n: each P is 1 / n, and c is 2 / n
-        >>> crd_loss(scores, scores, num_samples=8)  # 2 (log 3 + 2 log(3 / 2))
-        tensor(3.8191)
-    """
-    check_vectors(
-        student_scores, teacher_scores, ("student_scores", "teacher_scores"), same_widths=True
-    )
-    _check_count("num_samples", num_samples)
-    num_negatives = student_scores.shape[1] - 1
-    if num_negatives < 1:
-        raise ValueError("student_scores must hold a positive and at least one negative, got 1")
-    both = (in_float32(student_scores), in_float32(teacher_scores))
-    if log_normalizers is None:
-        log_normalizers = _log_normalizers(_log_means(both), num_samples)
-    elif log_normalizers.shape != (2,):
-        raise ValueError(f"log_normalizers must be [2], got {tuple(log_normalizers.shape)}")
-    log_noise = math.log(num_negatives / num_samples)
-    log_floor = math.log(num_negatives / num_samples + _EPSILON)
-    parts = {}
-    for name, scores, normalizer in zip(("student", "teacher"), both, log_normalizers, strict=True):
-        over = scores - normalizer.detach() - log_floor
-        found = -functional.logsigmoid(over[:, 0])
-        refused = -functional.logsigmoid(-over[:, 1:]) + (log_floor - log_noise)
-        parts[name] = (found + refused.sum(1)).mean()
-    output = reduce_parts(parts, "sum")
-    return output if return_parts else output.loss
-
-
 def _log_means(scores: Sequence[Tensor]) -> Tensor:
     """Logarithm of each sample's mean of exp(s), [B, 2], without gradient."""
     means = [of_one.detach().logsumexp(1) - math.log(of_one.shape[1]) for of_one in scores]
@@ -213,14 +117,7 @@ def draw_negatives(labels: Tensor, classes: Tensor, index: Tensor, count: int) -
     return order[place.clamp(max=len(labels) - 1)]
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r:.60}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
-
-
-class _Heads(MemoryBank):
+class _Adapters(MemoryBank):
     """Embeddings of both networks' features, and what is remembered of each sample."""
 
     memory_inputs = ("student_features", "teacher_features", "target", "index", "log_means")
@@ -305,8 +202,25 @@ def _classes(target: Tensor) -> Tensor:
     return target.argmax(1) if target.dim() == 2 else target.long()
 
 
-class CRDLoss(nn.Module):
-    """CRD as a module with its memory; see `crd_loss` for the equation.
+class CRDLoss(Method, name="crd"):
+    r"""CRD: each sample is told from many others by what the teacher makes of it.
+
+    Tian et al., "Contrastive Representation Distillation", ICLR 2020 (arXiv 1910.10699),
+    equations 9-19; code HobbitLong/RepDistiller.
+
+    .. math::
+        L = \sum_{v \in \{S, T\}} -\frac{1}{B} \sum_b \Big[ \log \frac{P_{b0}}{P_{b0} + c}
+        + \sum_{k=1}^K \log \frac{K / n}{P_{bk} + c} \Big], \quad
+        P_{bk} = \frac{e^{s_{bk}}}{Z}, \quad c = \frac{K}{n} + 10^{-7}
+
+    ==========  =====================================================================
+    symbol      meaning
+    ==========  =====================================================================
+    s           scores; 0 is the sample itself, 1 to K the negatives
+    v           the student's embedding with the teacher's memory, and the reverse
+    n           `num_samples`
+    Z           normalizer of each v: n times the mean of exp(s) over the first batch
+    ==========  =====================================================================
 
     The pooled last features of both networks are embedded by a linear layer each, trained with
     the student, and brought to unit length. A memory holds such an embedding of each training
@@ -320,51 +234,41 @@ class CRDLoss(nn.Module):
     There are at most n - 1 negatives. On several processes Z is of the first batch of all of
     them; in that very step each still uses its own.
 
+    Nor is there another deviation in the value. The published code keeps exp(s) itself, which
+    overflows in float32 for temperatures below 0.0113; here everything stays a logarithm.
+
     Args:
         num_negatives: K; at most one less than the training set.
-        temperature: Above 0.
+        temperature: tau of the scores, above 0.
         momentum: What a step keeps of a remembered embedding, in [0, 1].
         width: Features of an embedding.
-        num_samples: Size of the training set; the trainer fills it in.
+        num_samples: Size of the training set, n; the trainer fills it in.
         most_memory: GiB that the memory may take.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.zeros(1, 3)  # Z = n: each P is 1 / n, and c is 2 / n
+        >>> CRDLoss(num_samples=8)([scores, scores])  # 2 (log 3 + 2 log(3 / 2))
+        tensor(3.8191)
     """
 
-    recommended_weight: ClassVar[float] = 0.8
-    inputs: ClassVar[Mapping[str, Input]] = {
+    num_negatives: Count = 16384
+    temperature: Positive = 0.07
+    momentum: Share = 0.5
+    width: Count = 128
+    num_samples: Count | None = None
+    most_memory: Positive = 8.0
+
+    adapter_inputs: ClassVar = {
         "student_features": Features(form="pooled"),
         "teacher_features": Features(of="teacher", form="pooled"),
         "target": Target(),
         "index": FromBatch("index"),
     }
+    defaults = Defaults(weight=0.8)
+    of_batch = True
 
-    def __init__(
-        self,
-        *,
-        num_negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        width: int = 128,
-        num_samples: int | None = None,
-        most_memory: float = 8.0,
-    ) -> None:
-        super().__init__()
-        _check_count("num_negatives", num_negatives)
-        _check_count("width", width)
-        if num_samples is not None:
-            _check_count("num_samples", num_samples)
-        check_number("temperature", temperature, positive=True)
-        check_number("momentum", momentum, at_most=1)
-        check_number("most_memory", most_memory, positive=True)
-        self.num_negatives = num_negatives
-        self.temperature = temperature
-        self.momentum = momentum
-        self.width = width
-        self.num_samples = num_samples
-        self.most_memory = most_memory
-
-    def build_adapters(
-        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
-    ) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The embeddings and the memory.
 
         Raises:
@@ -382,7 +286,7 @@ class CRDLoss(nn.Module):
             cast("list[tuple[int, ...]]", shapes[name])[0][1]
             for name in ("student_features", "teacher_features")
         )
-        return _Heads(
+        return _Adapters(
             (of_student, of_teacher),
             width=self.width,
             num_samples=num_samples,
@@ -398,33 +302,42 @@ class CRDLoss(nn.Module):
             )
         return self.num_samples
 
-    def forward(
-        self,
-        student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor],
-        target: Tensor,
-        index: Tensor,
-        scores: Sequence[Tensor] = (),
-        log_normalizers: Tensor | None = None,
-        log_means: Tensor | None = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `crd_loss` from the scores that the heads give.
+    def terms(
+        self, scores: Sequence[Tensor], log_normalizers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`"student"` and `"teacher"`, scalars.
 
-        Raises:
-            ValueError: No scores: the values did not come through the heads.
+        Args:
+            scores: Two of [B, 1 + K], as of `crd_scores`, the positive first: the student's
+                embedding with the teacher's memory, and the teacher's with the student's. Get
+                the gradient, which trains both embeddings.
+            log_normalizers: [2], logarithms of Z for the student and the teacher; None: of this
+                batch, without gradient.
         """
         if len(scores) != 2:
             raise ValueError(
-                "CRD needs the scores of its heads, of the student and the teacher, "
-                f"got {len(scores)}"
+                f"scores must be those of the student and of the teacher, got {len(scores)}"
             )
-        output = crd_loss(
-            scores[0],
-            scores[1],
-            num_samples=self._size(),
-            log_normalizers=log_normalizers,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+        names = ("the student's scores", "the teacher's scores")
+        check_vectors(scores[0], scores[1], names, same_widths=True)
+        num_samples = self._size()
+        num_negatives = scores[0].shape[1] - 1
+        if num_negatives < 1:
+            raise ValueError("scores must hold a positive and at least one negative, got 1")
+        both = [in_float32(of_one) for of_one in scores]
+        if log_normalizers is None:
+            log_normalizers = _log_normalizers(_log_means(both), num_samples)
+        elif log_normalizers.shape != (2,):
+            raise ValueError(f"log_normalizers must be [2], got {tuple(log_normalizers.shape)}")
+        log_noise = math.log(num_negatives / num_samples)
+        log_floor = math.log(num_negatives / num_samples + _EPSILON)
+        terms = {}
+        for name, own, normalizer in zip(
+            ("student", "teacher"), both, log_normalizers, strict=True
+        ):
+            # P / (P + c) is a sigmoid of log P - log c, and so is c / (P + c).
+            over = own - normalizer.detach() - log_floor
+            found = -functional.logsigmoid(over[:, 0])
+            refused = -functional.logsigmoid(-over[:, 1:]) + (log_floor - log_noise)
+            terms[name] = (found + refused.sum(1)).mean()
+        return terms

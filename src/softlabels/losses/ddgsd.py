@@ -15,8 +15,8 @@ from softlabels.losses._checks import (
     check_target,
     check_temperature,
 )
+from softlabels.losses._features import check_vectors, the_only
 from softlabels.losses._non_target import LossOutput, in_float32
-from softlabels.losses._vectors import check_vectors, the_only
 from softlabels.losses.kd import kd_loss
 
 __all__ = ["DDGSDLoss", "ddgsd_loss"]

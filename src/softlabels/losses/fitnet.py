@@ -13,7 +13,7 @@ from softlabels.losses._features import (
     Values,
     check_maps,
     check_stages,
-    map_signals,
+    map_inputs,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
@@ -124,7 +124,7 @@ class FitNetLoss(nn.Module):
     @property
     def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
-        return map_signals(self.stages)
+        return map_inputs(self.stages)
 
     def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The regressors, one for each pair of levels."""

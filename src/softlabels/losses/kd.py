@@ -1,25 +1,24 @@
-"""KD: classic knowledge distillation, with a teacher."""
+"""KD, knowledge distillation: divergence from the teacher's softened prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, overload
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Input, Logits, TeacherLogits
+from softlabels.inputs import Logits, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_logits,
     check_target,
     check_temperature,
 )
+from softlabels.losses._method import Method, Temperature
 from softlabels.losses._non_target import (
-    LossOutput,
     Reduction,
     SoftLabels,
     label_columns,
-    reduce_parts,
+    reduce_terms,
     softmax_parts,
     spread,
 )
@@ -28,36 +27,13 @@ from softlabels.losses._soft_target import log_softened
 __all__ = ["KDLoss", "kd_loss"]
 
 
-@overload
 def kd_loss(
     logits: Tensor,
     teacher_logits: Tensor,
     *,
     temperature: float = 4.0,
     reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def kd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 4.0,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def kd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 4.0,
-    reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+) -> Tensor:
     r"""KD: the divergence of the student's softened prediction from the teacher's.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531);
@@ -71,7 +47,6 @@ def kd_loss(
         teacher_logits: [B, C], raw teacher logits (T). Gets none.
         temperature: lambda, above 0; unitless.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"divergence"`.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -89,49 +64,37 @@ def kd_loss(
         >>> kd_loss(logits, logits)
         tensor(0.)
     """
+    check_temperature(temperature)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    terms = {"divergence": _divergence(logits, teacher_logits, temperature)}
+    return reduce_terms(terms, reduction)["divergence"]
+
+
+def _divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """The equation above, [B]."""
     check_logits(logits)
     check_logits(teacher_logits, "teacher_logits", like=logits)
-    check_temperature(temperature)
     log_predicted = log_softened(logits, temperature)
     teacher_logits = teacher_logits.detach().to(log_predicted.dtype)
     log_teacher_probs = log_softened(teacher_logits, temperature)
     divergence = (log_teacher_probs.exp() * (log_teacher_probs - log_predicted)).sum(1)
-    output = reduce_parts({"divergence": temperature**2 * divergence}, reduction)
-    return output if return_parts else output.loss
+    return temperature**2 * divergence
 
 
-class KDLoss(nn.Module):
-    """KD as a module; see `kd_loss` for the equation and the settings.
+class KDLoss(Method, name="kd"):
+    """KD as a method; see `kd_loss` for the equation and the settings.
 
     Args:
         temperature: Above 0.
-        reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "teacher_logits": TeacherLogits(),
-    }
+    temperature: Temperature = 4.0
 
-    def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        check_temperature(temperature)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.temperature = temperature
-        self.reduction: Reduction = reduction
+    inputs: ClassVar = {"logits": Logits(), "teacher_logits": TeacherLogits()}
 
-    def forward(
-        self, logits: Tensor, teacher_logits: Tensor, *, return_parts: bool = False
-    ) -> Tensor | LossOutput:
-        """Compute `kd_loss` with this module's settings."""
-        output = kd_loss(
-            logits,
-            teacher_logits,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+    def terms(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        """`"divergence"`."""
+        return {"divergence": _divergence(logits, teacher_logits, self.temperature)}
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""

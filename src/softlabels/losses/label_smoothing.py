@@ -1,12 +1,13 @@
-"""Label smoothing: a task loss, since it smooths the task's own target."""
+"""Label smoothing: cross-entropy on smoothed labels, a task loss."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, overload
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from softlabels.inputs import Logits, Target
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -14,17 +15,18 @@ from softlabels.losses._checks import (
     check_number,
     check_target,
 )
+from softlabels.losses._method import Method, Share
 from softlabels.losses._non_target import (
     Labels,
-    LossOutput,
     Reduction,
     SoftLabels,
     finite_limit,
     in_float32,
     label_columns,
     non_target_weights,
-    reduce_parts,
+    reduce_terms,
     spread,
+    total_of,
 )
 
 __all__ = ["LabelSmoothingLoss", "SmoothOver", "label_smoothing_loss"]
@@ -42,7 +44,6 @@ def _shares(
     return (1 - smoothing - spread_out) * labels.values, spread_out
 
 
-@overload
 def label_smoothing_loss(
     logits: Tensor,
     target: Tensor,
@@ -51,33 +52,7 @@ def label_smoothing_loss(
     smooth_over: SmoothOver = "all",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def label_smoothing_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    smoothing: float = 0.1,
-    smooth_over: SmoothOver = "all",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def label_smoothing_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    smoothing: float = 0.1,
-    smooth_over: SmoothOver = "all",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+) -> Tensor:
     r"""Cross-entropy on smoothed labels.
 
     Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 7. Two conventions are in use:
@@ -95,8 +70,6 @@ def label_smoothing_loss(
         ignore_index: Samples with this class index count nothing, also in the mean over B;
             without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"label"`, and
-            `"uniform"`, what every class gets.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -113,65 +86,50 @@ def label_smoothing_loss(
         >>> label_smoothing_loss(torch.zeros(1, 4), torch.tensor([2]))
         tensor(1.3863)
     """
-    check_logits(logits)
     check_ignore_index(ignore_index)
-    check_target(target, logits, ignore_index)
     check_number("smoothing", smoothing, at_most=1)
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    terms, labels = _terms(logits, target, smoothing, smooth_over, ignore_index)
+    return total_of(reduce_terms(terms, reduction, labels.kept))
+
+
+def _terms(
+    logits: Tensor,
+    target: Tensor,
+    smoothing: float,
+    smooth_over: SmoothOver,
+    ignore_index: int | None = None,
+) -> tuple[dict[str, Tensor], Labels]:
+    """The summands, [B] each, and the labels."""
+    check_logits(logits)
+    check_target(target, logits, ignore_index)
     logits = in_float32(logits)
     labels = label_columns(target, logits, "all", ignore_index)
     at_labeled, everywhere = _shares(labels, logits.shape[1], smoothing, smooth_over)
-    limit = finite_limit(logits.dtype)
-    log_probabilities = logits.log_softmax(1).clamp(min=-limit)
-    parts = {"label": -(at_labeled * log_probabilities.gather(1, labels.classes)).sum(1)}
+    log_probabilities = logits.log_softmax(1).clamp(min=-finite_limit(logits.dtype))
+    terms = {"label": -(at_labeled * log_probabilities.gather(1, labels.classes)).sum(1)}
     if everywhere:
-        parts["uniform"] = -everywhere * log_probabilities.sum(1)
-    output = reduce_parts(parts, reduction, labels.kept)
-    return output if return_parts else output.loss
+        terms["uniform"] = -everywhere * log_probabilities.sum(1)
+    return terms, labels
 
 
-class LabelSmoothingLoss(nn.Module):
+class LabelSmoothingLoss(Method):
     """Label smoothing as a module, for `Distiller(task_loss=...)`; see `label_smoothing_loss`.
 
     Args:
         smoothing: In [0, 1].
         smooth_over: `"all"` or `"non_target"`.
-        ignore_index: Class index of samples that count nothing, or None.
-        reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    def __init__(
-        self,
-        *,
-        smoothing: float = 0.1,
-        smooth_over: SmoothOver = "all",
-        ignore_index: int | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        check_number("smoothing", smoothing, at_most=1)
-        check_choice("smooth_over", smooth_over, ("all", "non_target"))
-        check_ignore_index(ignore_index)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.ignore_index = ignore_index
-        self.smoothing = smoothing
-        self.smooth_over: SmoothOver = smooth_over
-        self.reduction: Reduction = reduction
+    smoothing: Share = 0.1
+    smooth_over: SmoothOver = "all"
 
-    def forward(
-        self, logits: Tensor, target: Tensor, *, return_parts: bool = False
-    ) -> Tensor | LossOutput:
-        """Compute `label_smoothing_loss` with this module's settings."""
-        output = label_smoothing_loss(
-            logits,
-            target,
-            smoothing=self.smoothing,
-            smooth_over=self.smooth_over,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+    inputs: ClassVar = {"logits": Logits(), "target": Target()}
+
+    def terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """`"label"`, and `"uniform"`, what every class gets."""
+        return _terms(logits, target, self.smoothing, self.smooth_over)[0]
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """The smoothed label: most on the true class, the rest spread evenly."""

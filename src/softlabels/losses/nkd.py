@@ -1,15 +1,13 @@
-"""NKD: normalized knowledge distillation, with a teacher."""
+"""NKD, normalized knowledge distillation: the teacher's target and normalized non-target parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import ClassVar, Literal, TypeAlias, overload
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Input, Logits, Target, TeacherLogits
+from softlabels.inputs import Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
@@ -18,18 +16,19 @@ from softlabels.losses._checks import (
     check_target,
     check_temperature,
 )
+from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     Labels,
-    LossOutput,
     MixedTarget,
     NonTarget,
     Reduction,
     SoftLabels,
     checked_columns,
     in_float32,
-    reduce_parts,
+    reduce_terms,
     softmax_parts,
     spread,
+    total_of,
 )
 from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
@@ -42,43 +41,6 @@ __all__ = ["NKDLoss", "NonTargetTerm", "TargetTerm", "nkd_loss"]
 TargetTerm: TypeAlias = Literal["T1", "T2", "both"]
 NonTargetTerm: TypeAlias = Literal["normalized", "unnormalized"]
 
-_TARGET_TERMS = ("T1", "T2", "both")
-_NON_TARGET_TERMS = ("normalized", "unnormalized")
-
-
-@overload
-def nkd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    non_target_weight: float = 1.5,
-    target_term: TargetTerm = "T1",
-    non_target_term: NonTargetTerm = "normalized",
-    mixed_target: MixedTarget = "largest",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def nkd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    non_target_weight: float = 1.5,
-    target_term: TargetTerm = "T1",
-    non_target_term: NonTargetTerm = "normalized",
-    mixed_target: MixedTarget = "largest",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
 
 def nkd_loss(
     logits: Tensor,
@@ -92,8 +54,7 @@ def nkd_loss(
     mixed_target: MixedTarget = "largest",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+) -> Tensor:
     r"""NKD: the teacher's target probability, and its normalized non-target distribution.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
@@ -137,8 +98,6 @@ def nkd_loss(
         ignore_index: Samples with this class index count nothing, also in the mean over B;
             without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"target"` (T1),
-            `"rest"` (T2), `"non_target"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -158,62 +117,91 @@ def nkd_loss(
         >>> nkd_loss(logits, teacher_logits, torch.tensor([0]))
         tensor(2.4645)
     """
+    check_temperature(temperature)
+    check_number("non_target_weight", non_target_weight)
+    check_choice("target_term", target_term, ("T1", "T2", "both"))
+    check_choice("non_target_term", non_target_term, ("normalized", "unnormalized"))
+    check_choice("mixed_target", mixed_target, ("largest", "all"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_ignore_index(ignore_index)
+    soft = _soft(logits, teacher_logits, target, temperature, mixed_target, ignore_index)
+    if target_term == "T1" and non_target_term == "normalized":
+        terms = {"loss": _fused(soft, temperature, non_target_weight)}
+    else:
+        terms = _terms(soft, temperature, non_target_weight, target_term, non_target_term)
+    return total_of(reduce_terms(terms, reduction, soft.labels.kept))
+
+
+class _Soft(NamedTuple):
+    """Both networks' logits, and the soft labels that the teacher's give."""
+
+    logits: Tensor
+    teacher_logits: Tensor
+    labels: Labels
+    target: Tensor  # [B, K], T at the labeled classes, 0 where absent
+    non_target: NonTarget  # N(T) at the temperature
+
+
+def _soft(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    mixed_target: MixedTarget,
+    ignore_index: int | None = None,
+) -> _Soft:
+    """Check the inputs, and make the soft labels."""
     check_logits(logits)
     check_logits(teacher_logits, "teacher_logits", like=logits)
-    _check_settings(temperature, non_target_weight, target_term, non_target_term, mixed_target)
-    check_ignore_index(ignore_index)
     check_target(target, logits, ignore_index)
-
     logits = in_float32(logits)
     teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
     labels = checked_columns(target, logits, mixed_target, ignore_index)
-    teacher_probs, others = _of_teacher(teacher_logits, labels, temperature)
+    # One pass gives both: the non-target softmax at the temperature, and the log-sum over all
+    # classes at temperature 1, which T_t needs.
+    sums, others = softmax_parts(teacher_logits, labels, temperature)
+    teacher_probs = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
+    teacher_probs = torch.where(labels.present(), teacher_probs, 0.0)
+    return _Soft(logits, teacher_logits, labels, teacher_probs, others)
+
+
+def _fused(soft: _Soft, temperature: float, non_target_weight: float) -> Tensor:
+    """The loss itself, [B], with its gradient in closed form."""
     weights = 1.0, non_target_weight * temperature**2
-    if not return_parts and target_term == "T1" and non_target_term == "normalized":
-        total = soft_cross_entropy(logits, labels, teacher_probs, others, temperature, weights)
-        return reduce_parts({"total": total}, reduction, labels.kept).loss
-    terms = soft_cross_entropy_terms(logits, labels, teacher_probs, others, temperature)
-    non_target = terms.non_target
+    return soft_cross_entropy(
+        soft.logits, soft.labels, soft.target, soft.non_target, temperature, weights
+    )
+
+
+def _terms(
+    soft: _Soft,
+    temperature: float,
+    non_target_weight: float,
+    target_term: TargetTerm,
+    non_target_term: NonTargetTerm,
+) -> dict[str, Tensor]:
+    """The summands that the settings ask for, [B] each."""
+    logits, teacher_logits, labels = soft.logits, soft.teacher_logits, soft.labels
+    # Both terms as NKD has them: -T_t log S_t, and the cross-entropy of the normalized rest.
+    pair = soft_cross_entropy_terms(logits, labels, soft.target, soft.non_target, temperature)
+    non_target = pair.non_target
     if non_target_term == "unnormalized":
+        # T_i = N(T)_i M(T) and log S_i = log N(S)_i + log M(S), with M the mass of the others.
         mass = log_non_target_mass(teacher_logits, labels, temperature).exp()
         non_target = mass * (non_target - log_non_target_mass(logits, labels, temperature))
-    parts: dict[str, Tensor] = {}
+    terms: dict[str, Tensor] = {}
     if target_term != "T2":
-        parts["target"] = terms.target
+        terms["target"] = pair.target
     if target_term != "T1":
         # The teacher's mass from the small side: 1 - T_t is 0 where T_t is nearly 1.
         mass = log_non_target_mass(teacher_logits, labels).exp()
-        parts["rest"] = -mass * log_non_target_mass(logits, labels)
-    parts["non_target"] = weights[1] * non_target
-    output = reduce_parts(parts, reduction, labels.kept)
-    return output if return_parts else output.loss
+        terms["rest"] = -mass * log_non_target_mass(logits, labels)
+    terms["non_target"] = non_target_weight * temperature**2 * non_target
+    return terms
 
 
-def _check_settings(
-    temperature: float,
-    non_target_weight: float,
-    target_term: str,
-    non_target_term: str,
-    mixed_target: str,
-) -> None:
-    check_temperature(temperature)
-    check_number("non_target_weight", non_target_weight)
-    check_choice("target_term", target_term, _TARGET_TERMS)
-    check_choice("non_target_term", non_target_term, _NON_TARGET_TERMS)
-    check_choice("mixed_target", mixed_target, ("largest", "all"))
-
-
-def _of_teacher(
-    teacher_logits: Tensor, labels: Labels, temperature: float
-) -> tuple[Tensor, NonTarget]:
-    """T at the labeled classes, [B, K], 0 where absent; and N(T) at the temperature."""
-    sums, others = softmax_parts(teacher_logits, labels, temperature)
-    teacher_probs = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
-    return torch.where(labels.present(), teacher_probs, 0.0), others
-
-
-class NKDLoss(nn.Module):
-    """NKD as a module; see `nkd_loss` for the equation and the settings.
+class NKDLoss(Method, name="nkd"):
+    """NKD as a method; see `nkd_loss` for the equation and the settings.
 
     Args:
         temperature: Of the non-target term; above 0.
@@ -221,68 +209,38 @@ class NKDLoss(nn.Module):
         target_term: `"T1"` (the method itself), `"T2"` or `"both"`.
         non_target_term: `"normalized"` (the method itself) or `"unnormalized"` (classic KD's).
         mixed_target: `"largest"` or `"all"`, for mixed labels.
-        ignore_index: Class index of samples that count nothing, or None.
-        reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "teacher_logits": TeacherLogits(),
-        "target": Target(),
-    }
+    temperature: Temperature = 1.0
+    non_target_weight: Weight = 1.5
+    target_term: TargetTerm = "T1"
+    non_target_term: NonTargetTerm = "normalized"
+    mixed_target: MixedTarget = "largest"
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        non_target_weight: float = 1.5,
-        target_term: TargetTerm = "T1",
-        non_target_term: NonTargetTerm = "normalized",
-        mixed_target: MixedTarget = "largest",
-        ignore_index: int | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        _check_settings(temperature, non_target_weight, target_term, non_target_term, mixed_target)
-        check_ignore_index(ignore_index)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.temperature = temperature
-        self.non_target_weight = non_target_weight
-        self.target_term: TargetTerm = target_term
-        self.non_target_term: NonTargetTerm = non_target_term
-        self.mixed_target: MixedTarget = mixed_target
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
+    inputs: ClassVar = {"logits": Logits(), "teacher_logits": TeacherLogits(), "target": Target()}
 
-    def forward(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `nkd_loss` with this module's settings."""
-        compute = partial(
-            nkd_loss,
-            logits,
-            teacher_logits,
-            target,
-            temperature=self.temperature,
-            non_target_weight=self.non_target_weight,
-            target_term=self.target_term,
-            non_target_term=self.non_target_term,
-            mixed_target=self.mixed_target,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-        return compute(return_parts=True) if return_parts else compute()
+    def terms(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """`"target"` (T1), `"rest"` (T2) and `"non_target"`, weighted."""
+        soft = _soft(logits, teacher_logits, target, self.temperature, self.mixed_target)
+        weights = self.temperature, self.non_target_weight
+        return _terms(soft, *weights, self.target_term, self.non_target_term)
+
+    def fused(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor | None:
+        """The sum of the terms; None where it is not NKD's own."""
+        if self.target_term != "T1" or self.non_target_term != "normalized":
+            return None
+        soft = _soft(logits, teacher_logits, target, self.temperature, self.mixed_target)
+        return _fused(soft, self.temperature, self.non_target_weight)
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's belief in the true class, and how it shares the rest among the others."""
-        check_logits(teacher_logits, "teacher_logits")
-        check_target(target, teacher_logits, self.ignore_index)
-        teacher_logits = in_float32(teacher_logits.detach())
-        labels = checked_columns(target, teacher_logits, self.mixed_target, self.ignore_index)
-        teacher_probs, others = _of_teacher(teacher_logits, labels, self.temperature)
-        return SoftLabels(spread(labels, teacher_probs, teacher_logits), others.normalized())
+        soft = _soft(
+            logits,
+            teacher_logits,
+            target,
+            self.temperature,
+            self.mixed_target,
+            self.ignore_index,
+        )
+        target_labels = spread(soft.labels, soft.target, soft.teacher_logits)
+        return SoftLabels(target_labels, soft.non_target.normalized())

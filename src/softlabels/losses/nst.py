@@ -13,7 +13,7 @@ from softlabels.inputs import Input
 from softlabels.losses._features import (
     check_maps,
     check_stages,
-    map_signals,
+    map_inputs,
     paired_maps,
     pooled_to_each_other,
     sum_levels,
@@ -123,7 +123,7 @@ class NSTLoss(nn.Module):
     @property
     def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
-        return map_signals(self.stages)
+        return map_inputs(self.stages)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from softlabels.losses._features import (
     Values,
     check_maps,
     check_stages,
-    map_signals,
+    map_inputs,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
@@ -204,7 +204,7 @@ class OFDLoss(nn.Module):
     def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks before the activation, and the teacher's BatchNorms."""
         return {
-            **map_signals(self.stages, before_activation=True),
+            **map_inputs(self.stages, before_activation=True),
             "norm_parameters": NormParameters(self.stages),
         }
 

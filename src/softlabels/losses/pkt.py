@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.inputs import Features, Input
+from softlabels.losses._features import check_vectors, the_only, unit_vectors
 from softlabels.losses._non_target import in_float32
-from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
 __all__ = ["PKTLoss", "pkt_loss"]
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
+from softlabels.losses._features import check_vectors, the_only, unit_vectors
 from softlabels.losses._non_target import LossOutput, in_float32, reduce_parts
-from softlabels.losses._vectors import check_vectors, the_only, unit_vectors
 
 __all__ = ["RKDLoss", "rkd_loss"]
 

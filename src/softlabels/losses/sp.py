@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.inputs import Features, Input
-from softlabels.losses._features import check_maps, paired_from_deepest, wide_maps
-from softlabels.losses._vectors import unit_vectors
+from softlabels.losses._features import check_maps, paired_from_deepest, unit_vectors, wide_maps
 
 __all__ = ["SPLoss", "sp_loss"]
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_choice
-from softlabels.losses._features import check_maps
+from softlabels.losses._features import check_maps, the_only
 from softlabels.losses._non_target import in_float32
-from softlabels.losses._vectors import the_only
 
 __all__ = ["SoftmaxOver", "TaTHeads", "TaTLoss", "tat_loss"]
 

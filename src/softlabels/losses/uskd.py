@@ -1,13 +1,12 @@
-"""USKD: universal self-knowledge distillation, no teacher."""
+"""USKD, universal self-knowledge distillation: soft labels that the network itself makes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels.inputs import Input, Logits, Target, TeacherLogits, WeakLogits
 from softlabels.losses._checks import (
@@ -20,9 +19,9 @@ from softlabels.losses._checks import (
     check_two_labels,
     values_can_be_read,
 )
+from softlabels.losses._method import Method, Weight
 from softlabels.losses._non_target import (
     Labels,
-    LossOutput,
     NonTarget,
     Reduction,
     RowSums,
@@ -32,9 +31,10 @@ from softlabels.losses._non_target import (
     in_float32,
     label_columns,
     non_target_weights,
-    reduce_parts,
+    reduce_terms,
     row_sums,
     spread,
+    total_of,
 )
 from softlabels.losses._ranks import zipf_by_order
 from softlabels.losses._soft_cross_entropy import (
@@ -152,7 +152,7 @@ def uskd_targets(
     sync_batch_stats: bool = False,
     ignore_index: int | None = None,
 ) -> SoftLabels:
-    r"""USKD's customised soft labels, without gradient.
+    r"""USKD's customized soft labels, without gradient.
 
     Yang et al., ICCV 2023 (arXiv 2303.13005), equations 6, 10, 11; official code
     yzd-v/cls_KD.
@@ -222,7 +222,6 @@ def _check_settings(squared: bool, rank_from: str, rank_by: str, sync_batch_stat
     check_flag("sync_batch_stats", sync_batch_stats)
 
 
-@overload
 def uskd_loss(
     logits: Tensor,
     weak_logits: Tensor | None,
@@ -239,49 +238,7 @@ def uskd_loss(
     sync_batch_stats: bool = False,
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def uskd_loss(
-    logits: Tensor,
-    weak_logits: Tensor | None,
-    target: Tensor,
-    teacher_logits: Tensor | None = None,
-    *,
-    target_weight: float = 1.0,
-    non_target_weight: float = 0.1,
-    weak_weight: float = 0.005,
-    target_term: TargetTerm = "T1",
-    squared: bool = True,
-    rank_from: USKDRankFrom = "both",
-    rank_by: RankBy = "probability",
-    sync_batch_stats: bool = False,
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def uskd_loss(
-    logits: Tensor,
-    weak_logits: Tensor | None,
-    target: Tensor,
-    teacher_logits: Tensor | None = None,
-    *,
-    target_weight: float = 1.0,
-    non_target_weight: float = 0.1,
-    weak_weight: float = 0.005,
-    target_term: TargetTerm = "T1",
-    squared: bool = True,
-    rank_from: USKDRankFrom = "both",
-    rank_by: RankBy = "probability",
-    sync_batch_stats: bool = False,
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+) -> Tensor:
     r"""USKD: the network learns from soft labels that it makes itself; no teacher.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023
@@ -330,8 +287,6 @@ def uskd_loss(
         ignore_index: Samples with this class index count nothing, also in the mean over B;
             without any other sample the loss is 0.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"target"` (T1),
-            `"rest"` (T2), `"non_target"`, `"weak"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -350,46 +305,87 @@ def uskd_loss(
         >>> uskd_loss(logits, torch.zeros(1, 5), torch.tensor([0]))
         tensor(0.7208)
     """
-    _check_weights(target_weight, non_target_weight, weak_weight)
-    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
-    check_choice("target_term", target_term, ("T1", "T2", "both"))
-    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
-    labels = inputs.labels
-    if target_term != "T1":
-        _check_others(target)
-    sums = row_sums(inputs.logits, labels)
-    values = _target_values(inputs, sums, squared, sync_batch_stats)
-    if non_target_weight:
-        scores = _scores(inputs, sums, rank_from, rank_by)
-        others = non_target_weights(zipf_by_order(scores), labels)
-        del scores  # a buffer of [B, C]
-    else:
-        others = NonTarget(torch.zeros_like(sums.top).expand_as(logits), torch.ones_like(sums.top))
-
-    logits = in_float32(logits)
-    parts: dict[str, Tensor] = {}
-    if not return_parts and target_term == "T1":
-        weights = target_weight, non_target_weight
-        parts["total"] = soft_cross_entropy(logits, labels, values, others, 1.0, weights)
-    else:
-        terms = soft_cross_entropy_terms(logits, labels, values, others)
-        if target_term != "T2":
-            parts["target"] = target_weight * terms.target
-        if target_term != "T1":
-            rest = (values.sum(1) - 1) * log_non_target_mass(logits, labels)
-            parts["rest"] = target_weight * rest
-        parts["non_target"] = non_target_weight * terms.non_target
-    # Also with a weight of 0: a head that only ranks then has a gradient, of zeros, as DDP wants.
-    if weak_weight or weak_logits is not None:
-        parts["weak"] = weak_weight * _weak_term(weak_logits, labels, logits.dtype)
-    output = reduce_parts(parts, reduction, labels.kept)
-    return output if return_parts else output.loss
-
-
-def _check_weights(target_weight: float, non_target_weight: float, weak_weight: float) -> None:
     check_number("target_weight", target_weight)
     check_number("non_target_weight", non_target_weight)
     check_number("weak_weight", weak_weight)
+    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
+    check_choice("target_term", target_term, ("T1", "T2", "both"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
+    weights = target_weight, non_target_weight
+    soft = _soft(inputs, non_target_weight, squared, rank_from, rank_by, sync_batch_stats)
+    if target_term == "T1":
+        terms = {"loss": _fused(logits, soft, weights)}
+    else:
+        _check_others(target)
+        terms = _terms(logits, soft, weights, target_term)
+    terms.update(_weak_terms(weak_logits, soft.labels, weak_weight, inputs.logits.dtype))
+    return total_of(reduce_terms(terms, reduction, soft.labels.kept))
+
+
+class _Soft(NamedTuple):
+    """The soft labels: P_t at the labeled classes, [B, K], and N(Z) over the others."""
+
+    labels: Labels
+    target: Tensor
+    non_target: NonTarget
+
+
+def _soft(
+    inputs: _Inputs,
+    non_target_weight: float,
+    squared: bool,
+    rank_from: USKDRankFrom,
+    rank_by: RankBy,
+    sync_batch_stats: bool,
+) -> _Soft:
+    """Make the soft labels; with a weight of 0 the ranks are left out."""
+    labels = inputs.labels
+    sums = row_sums(inputs.logits, labels)
+    values = _target_values(inputs, sums, squared, sync_batch_stats)
+    if non_target_weight:
+        # The scores die here: a buffer of [B, C] less while the loss is computed.
+        others = non_target_weights(
+            zipf_by_order(_scores(inputs, sums, rank_from, rank_by)), labels
+        )
+    else:
+        nothing = torch.zeros_like(sums.top).expand_as(inputs.logits)
+        others = NonTarget(nothing, torch.ones_like(sums.top))
+    return _Soft(labels, values, others)
+
+
+def _fused(logits: Tensor, soft: _Soft, weights: tuple[float, float]) -> Tensor:
+    """Target and non-target term together, [B], with their gradient in closed form."""
+    logits = in_float32(logits)
+    return soft_cross_entropy(logits, soft.labels, soft.target, soft.non_target, 1.0, weights)
+
+
+def _terms(
+    logits: Tensor, soft: _Soft, weights: tuple[float, float], target_term: TargetTerm
+) -> dict[str, Tensor]:
+    """The summands that have a gradient at the logits, [B] each."""
+    logits = in_float32(logits)
+    pair = soft_cross_entropy_terms(logits, soft.labels, soft.target, soft.non_target)
+    terms: dict[str, Tensor] = {}
+    if target_term != "T2":
+        terms["target"] = weights[0] * pair.target
+    if target_term != "T1":
+        rest = (soft.target.sum(1) - 1) * log_non_target_mass(logits, soft.labels)
+        terms["rest"] = weights[0] * rest
+    terms["non_target"] = weights[1] * pair.non_target
+    return terms
+
+
+def _weak_terms(
+    weak_logits: Tensor | None, labels: Labels, weight: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weak head's own loss, by its name.
+
+    Also with a weight of 0: a head that only ranks then has a gradient, of zeros, as DDP wants.
+    """
+    if not weight and weak_logits is None:
+        return {}
+    return {"weak": weight * _weak_term(weak_logits, labels, dtype)}
 
 
 def _check_others(target: Tensor) -> None:
@@ -415,8 +411,8 @@ def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -
     return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * of_all
 
 
-class USKDLoss(nn.Module):
-    """USKD as a module; see `uskd_loss` for the equation and the settings.
+class USKDLoss(Method, name="uskd"):
+    """USKD as a method; see `uskd_loss` for the equation and the settings.
 
     Args:
         target_weight: Weight of the target term; 0 or more.
@@ -428,47 +424,21 @@ class USKDLoss(nn.Module):
         rank_from: `"both"` (the method itself), `"both_unnormalized"`, `"weak"` or `"final"`.
         rank_by: `"probability"` (the paper) or `"log_probability"` (later reference code).
         sync_batch_stats: Whether the mean in the target label runs over all processes.
-        ignore_index: Class index of samples that count nothing, or None.
-        reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    def __init__(
-        self,
-        *,
-        target_weight: float = 1.0,
-        non_target_weight: float = 0.1,
-        weak_weight: float = 0.005,
-        target_term: TargetTerm = "T1",
-        target_from: TargetFrom = "self",
-        squared: bool = True,
-        rank_from: USKDRankFrom = "both",
-        rank_by: RankBy = "probability",
-        sync_batch_stats: bool = False,
-        ignore_index: int | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        _check_weights(target_weight, non_target_weight, weak_weight)
-        _check_settings(squared, rank_from, rank_by, sync_batch_stats)
-        check_choice("target_term", target_term, ("T1", "T2", "both"))
-        check_choice("target_from", target_from, ("self", "teacher"))
-        check_ignore_index(ignore_index)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.target_weight = target_weight
-        self.non_target_weight = non_target_weight
-        self.weak_weight = weak_weight
-        self.target_term: TargetTerm = target_term
-        self.target_from: TargetFrom = target_from
-        self.squared = squared
-        self.rank_from: USKDRankFrom = rank_from
-        self.rank_by: RankBy = rank_by
-        self.sync_batch_stats = sync_batch_stats
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
+    target_weight: Weight = 1.0
+    non_target_weight: Weight = 0.1
+    weak_weight: Weight = 0.005
+    target_term: TargetTerm = "T1"
+    target_from: TargetFrom = "self"
+    squared: bool = True
+    rank_from: USKDRankFrom = "both"
+    rank_by: RankBy = "probability"
+    sync_batch_stats: bool = False
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        """The signals that these settings need: no weak head if no term uses it."""
+        """What these settings need: no weak head if no term uses it."""
         inputs: dict[str, Input] = {"logits": Logits(), "target": Target()}
         if self.weak_weight or (self.non_target_weight and self.rank_from != "final"):
             inputs["weak_logits"] = WeakLogits(tap="middle")
@@ -476,57 +446,69 @@ class USKDLoss(nn.Module):
             inputs["teacher_logits"] = TeacherLogits()
         return inputs
 
-    def forward(
+    def terms(
         self,
         logits: Tensor,
         weak_logits: Tensor | None = None,
         target: Tensor | None = None,
         teacher_logits: Tensor | None = None,
         *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `uskd_loss` with this module's settings.
+        kept: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`"target"` (T1), `"rest"` (T2), `"non_target"` and `"weak"`, weighted.
 
         `weak_logits` may be left out where `inputs` does without them; `target` may not.
-
-        Raises:
-            TypeError: No target.
-            ValueError: A teacher is missing though it gives the target label, or the reverse.
         """
-        target = self._checked_target(target)
-        self._check_teacher(teacher_logits)
-        compute = partial(
-            uskd_loss,
-            logits,
-            weak_logits,
-            target,
-            teacher_logits,
-            target_weight=self.target_weight,
-            non_target_weight=self.non_target_weight,
-            weak_weight=self.weak_weight,
-            target_term=self.target_term,
-            squared=self.squared,
-            rank_from=self.rank_from,
-            rank_by=self.rank_by,
-            sync_batch_stats=self.sync_batch_stats,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-        return compute(return_parts=True) if return_parts else compute()
+        inputs = self._checked(logits, weak_logits, target, teacher_logits, kept)
+        weights = self.target_weight, self.non_target_weight
+        terms = _terms(logits, self._soft(inputs), weights, self.target_term)
+        return {**terms, **self._weak(weak_logits, inputs)}
 
-    @staticmethod
-    def _checked_target(target: Tensor | None) -> Tensor:
+    def fused(
+        self,
+        logits: Tensor,
+        weak_logits: Tensor | None = None,
+        target: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        *,
+        kept: Tensor | None = None,
+    ) -> Tensor | None:
+        """The sum of the terms; None where it is not USKD's own."""
+        if self.target_term != "T1":
+            return None
+        inputs = self._checked(logits, weak_logits, target, teacher_logits, kept)
+        weights = self.target_weight, self.non_target_weight
+        loss = _fused(logits, self._soft(inputs), weights)
+        return total_of({"loss": loss, **self._weak(weak_logits, inputs)})
+
+    def _checked(
+        self,
+        logits: Tensor,
+        weak_logits: Tensor | None,
+        target: Tensor | None,
+        teacher_logits: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> _Inputs:
         if target is None:
             raise TypeError("target must be a tensor, got None")
-        return target
-
-    def _check_teacher(self, teacher_logits: Tensor | None) -> None:
         if (teacher_logits is None) == (self.target_from == "teacher"):
             got = "none" if teacher_logits is None else "some"
             raise ValueError(
                 f"target_from={self.target_from!r} decides whether teacher_logits are read, "
                 f"got {got}"
             )
+        if self.target_term != "T1":
+            _check_others(target)
+        inputs = _inputs(logits, weak_logits, target, teacher_logits, None)
+        return inputs._replace(labels=inputs.labels._replace(kept=kept))
+
+    def _soft(self, inputs: _Inputs) -> _Soft:
+        ranking = self.squared, self.rank_from, self.rank_by, self.sync_batch_stats
+        return _soft(inputs, self.non_target_weight, *ranking)
+
+    def _weak(self, weak_logits: Tensor | None, inputs: _Inputs) -> dict[str, Tensor]:
+        dtype = inputs.logits.dtype
+        return _weak_terms(weak_logits, inputs.labels, self.weak_weight, dtype)
 
     def soft_labels(
         self,
@@ -537,14 +519,14 @@ class USKDLoss(nn.Module):
     ) -> SoftLabels:
         """A value from the network's own confidence, and Zipf's law over its own ranking.
 
-        `weak_logits` may be left out, as in `forward`: the ranking is that of `logits` then.
+        `weak_logits` may be left out, as in a call: the ranking is that of `logits` then.
 
         Raises:
             TypeError: No target.
-            ValueError: As `forward`.
+            ValueError: As a call.
         """
-        target = self._checked_target(target)
-        self._check_teacher(teacher_logits)
+        self._checked(logits, weak_logits, target, teacher_logits)
+        assert target is not None
         # Never synchronized: a gallery is drawn on one process alone.
         return uskd_targets(
             logits,

@@ -17,7 +17,7 @@ from softlabels.losses._features import (
     Values,
     check_maps,
     check_stages,
-    map_signals,
+    map_inputs,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
@@ -176,7 +176,7 @@ class VIDLoss(nn.Module):
     @property
     def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
-        return map_signals(self.stages)
+        return map_inputs(self.stages)
 
     def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The regressors and the variances' numbers, one of each for each pair of levels."""

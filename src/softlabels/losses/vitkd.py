@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from softlabels.inputs import Features, Input
 from softlabels.losses._checks import check_number
-from softlabels.losses._features import check_maps, wide_maps
+from softlabels.losses._features import check_maps, the_only, wide_maps
 from softlabels.losses._non_target import LossOutput, in_float32
-from softlabels.losses._vectors import the_only
 from softlabels.losses.mgd import generator
 
 __all__ = ["ViTKDHeads", "ViTKDLoss", "vitkd_loss"]

@@ -1,34 +1,32 @@
-"""Several methods at once: their weighted sum."""
+"""Several methods at once: their weighted sum, one loss of named terms."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from softlabels.inputs import Classifier, Features, Input, NormParameters, TeacherLogits
 from softlabels.losses._checks import check_number
-from softlabels.losses._non_target import LossOutput, SoftLabels
+from softlabels.losses._memory_bank import MemoryBank
+from softlabels.losses._method import Method, Shapes, Value
+from softlabels.losses._non_target import SoftLabels, total_of
 
 __all__ = ["WeightedSum", "of_teacher"]
 
-Value: TypeAlias = "Tensor | list[Tensor]"
-Shapes: TypeAlias = "Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]"
-
-_PARTS = "__"  # between a method's name and its argument
+_APART = "__"  # between a method's name and its argument
 
 
-class WeightedSum(nn.Module):
+class WeightedSum(Method):
     r"""A weighted sum of methods, as one method.
 
     .. math:: L = \sum_m w_m L_m
 
-    Each method reads its own signals, has its own learned parts and its own memory; what two of
-    them read of a teacher is computed once.
+    Each method has its own inputs, its own adapters and its own memory; what two of them read of a
+    teacher is computed once. Each reduces itself; the terms are named `METHOD/TERM`.
 
     Args:
         methods: The methods by name.
@@ -40,20 +38,20 @@ class WeightedSum(nn.Module):
         weights: As given.
 
     Raises:
-        TypeError: A method is no module with `inputs`.
+        TypeError: A method is no `Method`.
         ValueError: No method, a name that cannot be told apart, an unknown name in `weights` or
-            `teachers`, or a weight below 0.
+            `teachers`, a weight below 0, or methods that differ in `ignore_index`.
 
     Example:
         >>> from softlabels.losses import KDLoss, NKDLoss
         >>> both = WeightedSum({"nkd": NKDLoss(), "kd": KDLoss()}, {"nkd": 1.0, "kd": 0.5})
-        >>> sorted(both.reads)
+        >>> sorted(both.inputs)
         ['kd__logits', 'kd__teacher_logits', 'nkd__logits', 'nkd__target', 'nkd__teacher_logits']
     """
 
     def __init__(
         self,
-        methods: Mapping[str, nn.Module],
+        methods: Mapping[str, Method],
         weights: Mapping[str, float] | None = None,
         *,
         teachers: Mapping[str, int] | None = None,
@@ -62,135 +60,186 @@ class WeightedSum(nn.Module):
         if not methods:
             raise ValueError("a sum needs one method or more, got none")
         for name, method in methods.items():
-            if not name.isidentifier() or _PARTS in f"{name}_" or hasattr(nn.ModuleDict(), name):
+            if not name.isidentifier() or _APART in f"{name}_" or hasattr(nn.ModuleDict(), name):
                 raise ValueError(
-                    f"the name of a method must be an identifier without {_PARTS!r}, without "
+                    f"the name of a method must be an identifier without {_APART!r}, without "
                     f"'_' at its end, and none of nn.ModuleDict's own, got {name!r}"
                 )
-            if not isinstance(method, nn.Module) or not hasattr(method, "reads"):
+            if not isinstance(method, Method):
                 raise TypeError(
-                    f"{name} must be a module with `inputs`, got {type(method).__name__}"
+                    f"{name} must be a softlabels.losses.Method, got {type(method).__name__}"
                 )
         for what, given in (("weights", weights or {}), ("teachers", teachers or {})):
             unknown = sorted(set(given) - set(methods))
             if unknown:
                 raise ValueError(f"{what} names {unknown}, expected {', '.join(methods)}")
+        ignored = {m.ignore_index for m in methods.values() if m.ignore_index is not None}
+        if len(ignored) > 1:
+            raise ValueError(f"the methods differ in ignore_index: {sorted(ignored)}")
+        # For the task's loss beside it; each method leaves its samples out by itself.
+        self.ignore_index = next(iter(ignored), None)
         self.methods = nn.ModuleDict(methods)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in methods}
         for name, weight in self.weights.items():
             check_number(f"the weight of {name}", weight)
-        self.inputs: dict[str, Input] = {
-            f"{name}{_PARTS}{argument}": of_teacher(kind, (teachers or {}).get(name))
-            for name, method in methods.items()
-            for argument, kind in cast("Any", method).inputs.items()
+        self.teachers = dict(teachers or {})
+
+    def members(self) -> dict[str, Method]:
+        """The methods by name."""
+        return {name: cast("Method", method) for name, method in self.methods.items()}
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The inputs of all methods, `METHOD__ARGUMENT`."""
+        return {
+            f"{name}{_APART}{argument}": of_teacher(kind, self.teachers.get(name))
+            for name, method in self.members().items()
+            for argument, kind in method.inputs.items()
         }
 
     @property
-    def ignore_index(self) -> int | None:
-        """The class index whose samples all the methods that know labels leave out."""
-        found = {
-            value
-            for method in self.methods.values()
-            if (value := getattr(method, "ignore_index", None)) is not None
+    def adapter_inputs(self) -> Mapping[str, Input]:  # type: ignore[override]  # of its methods
+        """What the adapters of all methods read besides."""
+        return {
+            f"{name}{_APART}{argument}": of_teacher(kind, self.teachers.get(name))
+            for name, method in self.members().items()
+            for argument, kind in method.adapter_inputs.items()
         }
-        if len(found) > 1:
-            raise ValueError(f"the methods differ in ignore_index: {sorted(found)}")
-        return next(iter(found), None)
+
+    def settings(self) -> dict[str, Any]:
+        """Weights and teachers, and of each method its class's name and settings."""
+        methods = {
+            name: {"class": type(method).__qualname__, **method.settings()}
+            for name, method in self.members().items()
+        }
+        return {"methods": methods, "weights": self.weights, "teachers": self.teachers}
+
+    def has_adapters(self) -> bool:
+        """Whether one of the methods may have any."""
+        return any(method.has_adapters() for method in self.members().values())
 
     def build_adapters(self, shapes: Shapes) -> nn.Module | None:
-        """The learned parts of those methods that have any."""
-        builders = {name: getattr(m, "build_adapters", None) for name, m in self.methods.items()}
-        heads: dict[str, nn.Module] = {
+        """The adapters of those methods that have any."""
+        adapters: dict[str, nn.Module] = {
             name: built
-            for name, build in builders.items()
-            if build is not None and (built := build(_of(name, shapes))) is not None
+            for name, method in self.members().items()
+            if (built := method.build_adapters(_of(name, shapes))) is not None
         }
-        if not heads:
+        if not adapters:
             return None
-        return _SumWithMemory(heads) if any(map(_has_memory, heads.values())) else _SumHeads(heads)
+        has_memory = any(hasattr(built, "after_step") for built in adapters.values())
+        return _AdaptersWithMemory(adapters) if has_memory else _Adapters(adapters)
 
-    def forward(self, *, return_parts: bool = False, **values: Value) -> Tensor | LossOutput:
-        """The sum, from the values of all methods: `NAME__ARGUMENT=...`."""
-        parts: dict[str, Tensor] = {}
-        for name, method in self.methods.items():
-            own = _of(name, values)
-            weight = self.weights[name]
-            if return_parts and "return_parts" in inspect.signature(method.forward).parameters:
-                _, of_method = method(**own, return_parts=True)
-                parts.update({f"{name}/{part}": weight * v for part, v in of_method.items()})
-            else:
-                parts[name] = weight * method(**own)
-        loss = _total(parts.values())
-        return LossOutput(loss, parts) if return_parts else loss
+    def unknown_inputs(self) -> list[str]:
+        """Those of `inputs` that its method's terms do not take."""
+        return [
+            f"{name}{_APART}{argument}"
+            for name, method in self.members().items()
+            for argument in method.unknown_inputs()
+        ]
+
+    def arguments_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that the methods are called with."""
+        return {
+            f"{name}{_APART}{argument}": value
+            for name, method in self.members().items()
+            for argument, value in method.arguments_of(_of(name, values)).items()
+        }
+
+    def reduced(self, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+        """The terms of all methods, from their inputs by name: `METHOD__ARGUMENT=...`."""
+        self._check_named(args)
+        return {
+            f"{name}/{term}": self.weights[name] * value
+            for name, method in self.members().items()
+            for term, value in method.reduced(**_of(name, inputs)).items()
+        }
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """The sum, from the inputs of all methods by name: `METHOD__ARGUMENT=...`."""
+        self._check_named(args)
+        return total_of(
+            {
+                name: self.weights[name] * method(**_of(name, inputs))
+                for name, method in self.members().items()
+            }
+        )
+
+    @staticmethod
+    def _check_named(args: tuple[Any, ...]) -> None:
+        if args:
+            raise TypeError(
+                f"a sum takes its inputs by name, METHOD{_APART}ARGUMENT=..., got {len(args)} "
+                "positional ones"
+            )
 
     @property
-    def soft_labels(self) -> Callable[..., SoftLabels]:
-        """Gives the soft labels of the first of the methods that has any.
-
-        Raises:
-            AttributeError: None has; so the sum is a method without soft labels, as they are.
-        """
-        for name, method in self.methods.items():
-            of_method: Callable[..., SoftLabels] | None = getattr(method, "soft_labels", None)
-            if of_method is not None:
-                return _from_values(name, of_method)
-        raise AttributeError(f"none of {', '.join(self.methods)} has soft labels")
+    def soft_labels(self) -> Callable[..., SoftLabels | None]:  # type: ignore[override]  # a method
+        """Gives the soft labels of the first of the methods that has any."""
+        members = self.members()
+        for name, method in members.items():
+            if type(method).soft_labels is not Method.soft_labels:
+                return _from_values(name, method.soft_labels)
+        return next(iter(members.values())).soft_labels
 
 
-def _from_values(name: str, of_method: Callable[..., SoftLabels]) -> Callable[..., SoftLabels]:
+def _from_values(
+    name: str, of_method: Callable[..., SoftLabels | None]
+) -> Callable[..., SoftLabels | None]:
     """A method's soft labels as a function of the values of all methods, and of the labels."""
 
     @wraps(of_method)
-    def of_sum(target: Tensor, **values: Value) -> SoftLabels:
+    def of_sum(target: Tensor, **values: Value) -> SoftLabels | None:
         return of_method(**{**_of(name, values), "target": target})
 
     return of_sum
 
 
-class _SumHeads(nn.Module):
-    """The heads of several methods, each with its own values."""
+class _Adapters(nn.Module):
+    """The adapters of several methods, each with its own values."""
 
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict(heads)
+        self.adapters = nn.ModuleDict(adapters)
 
     def forward(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """What each gives, under the names of its method."""
         return {
-            f"{name}{_PARTS}{argument}": value
-            for name, heads in self.heads.items()
-            for argument, value in heads(_of(name, values)).items()
+            f"{name}{_APART}{argument}": value
+            for name, adapters in self.adapters.items()
+            for argument, value in adapters(_of(name, values)).items()
         }
 
 
-class _SumWithMemory(_SumHeads):
-    """Heads of which some remember."""
+class _AdaptersWithMemory(_Adapters):
+    """Adapters of which some remember; itself no bank, since the others are none."""
+
+    def _banks(self) -> dict[str, MemoryBank]:
+        banks = {n: bank for n, bank in self.adapters.items() if hasattr(bank, "after_step")}
+        return cast("dict[str, MemoryBank]", banks)
 
     @property
     def memory_inputs(self) -> tuple[str, ...]:
         """Names of the values that `after_step` needs."""
         return tuple(
-            f"{name}{_PARTS}{argument}"
-            for name, heads in self.heads.items()
-            if _has_memory(heads)
-            for argument in cast("Any", heads).memory_inputs
+            f"{name}{_APART}{argument}"
+            for name, bank in self._banks().items()
+            for argument in bank.memory_inputs
         )
 
     def after_step(self, values: Mapping[str, Value]) -> None:
         """Hand a batch on to those that remember."""
-        for name, heads in self.heads.items():
-            if _has_memory(heads):
-                cast("Any", heads).after_step(_of(name, values))
+        for name, bank in self._banks().items():
+            bank.after_step(_of(name, values))
 
     def after_epoch(self) -> None:
         """Close an epoch."""
-        for heads in self.heads.values():
-            if _has_memory(heads):
-                cast("Any", heads).after_epoch()
+        for bank in self._banks().values():
+            bank.after_epoch()
 
 
 def of_teacher(kind: Input, number: int | None) -> Input:
-    """A signal, read from one of several teachers if it is a teacher's."""
+    """An input, read from one of several teachers if it is a teacher's."""
     is_teachers = isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
         isinstance(kind, Features) and kind.of == "teacher"
     )
@@ -200,18 +249,7 @@ def of_teacher(kind: Input, number: int | None) -> Input:
     return cast("Input", replace(changed, teacher=number))
 
 
-def _has_memory(heads: nn.Module) -> bool:
-    return hasattr(heads, "after_step")
-
-
 def _of(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a method, under its own arguments' names."""
-    start = f"{name}{_PARTS}"
+    start = f"{name}{_APART}"
     return {key.removeprefix(start): v for key, v in values.items() if key.startswith(start)}
-
-
-def _total(values: Iterable[Tensor]) -> Tensor:
-    first, *others = values
-    for value in others:
-        first = first + value
-    return first

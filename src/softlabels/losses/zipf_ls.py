@@ -1,12 +1,12 @@
-"""Zipf's label smoothing: dense votes rank the wrong classes, no teacher."""
+"""Zipf's LS, Zipf's label smoothing: dense votes rank the wrong classes, a law weighs the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels.inputs import AuxLogits, Input, Logits, Target, Votes
 from softlabels.losses._checks import (
@@ -16,20 +16,29 @@ from softlabels.losses._checks import (
     check_logits,
     check_number,
     check_target,
-    check_unsmoothed,
     check_votes,
+)
+from softlabels.losses._method import (
+    Count,
+    Defaults,
+    Method,
+    Positive,
+    Range,
+    Share,
+    Weight,
 )
 from softlabels.losses._non_target import (
     Labels,
-    LossOutput,
     MixedTarget,
     NonTarget,
     Reduction,
     SoftLabels,
+    checked_columns,
     in_float32,
     label_columns,
-    reduce_parts,
+    reduce_terms,
     spread,
+    total_of,
 )
 from softlabels.losses._ranks import DISTRIBUTIONS, Distribution, law
 from softlabels.losses._soft_cross_entropy import soft_cross_entropy
@@ -112,107 +121,57 @@ def zipf_ls_targets(
     check_logits(logits)
     check_ignore_index(ignore_index)
     check_target(target, logits, ignore_index)
-    settings = {
-        "power": power,
-        "smallest_probability": smallest_probability,
-        "decay": decay,
-        "lower_bound": lower_bound,
-        "upper_bound": upper_bound,
-    }
-    _check_settings(distribution, mixed_target, **settings)
-    logits = in_float32(logits.detach())
-    labels = _labels(target, logits, mixed_target, ignore_index)
-    return _non_target(logits, votes, labels, distribution, settings).normalized()
-
-
-def _check_settings(
-    distribution: str,
-    mixed_target: str,
-    power: float,
-    smallest_probability: float,
-    decay: float,
-    lower_bound: float,
-    upper_bound: float,
-) -> None:
-    check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
-    check_number("power", power, at_most=30)
-    check_number("smallest_probability", smallest_probability, at_most=1)
-    check_number("decay", decay, at_most=30)
-    check_number("lower_bound", lower_bound, positive=True)
-    check_number("upper_bound", upper_bound, positive=True)
-    if upper_bound <= lower_bound:
-        raise ValueError(f"upper_bound must be above lower_bound {lower_bound}, got {upper_bound}")
+    weights = _Law(
+        distribution, power, smallest_probability, decay, lower_bound, upper_bound
+    ).checked()
+    logits = in_float32(logits.detach())
+    labels = checked_columns(target, logits, mixed_target, ignore_index)
+    return weights.over(logits, votes, labels).normalized()
 
 
-def _labels(
-    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None
-) -> Labels:
-    if mixed_target == "all":
-        check_unsmoothed(target)
-    return label_columns(target, logits, mixed_target, ignore_index)
+class _Law(NamedTuple):
+    """Which weight a rank has."""
 
+    distribution: Distribution
+    power: float
+    smallest_probability: float
+    decay: float
+    lower_bound: float
+    upper_bound: float
 
-def _non_target(
-    logits: Tensor,
-    votes: Tensor | None,
-    labels: Labels,
-    distribution: Distribution,
-    settings: Mapping[str, float],
-) -> NonTarget:
-    num_classes = logits.shape[1]
-    if distribution == "linear_decay" and settings["smallest_probability"] * num_classes > 1:
-        raise ValueError(
-            f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
-            f"got {settings['smallest_probability']}"
-        )
-    if votes is not None:
-        check_votes(votes, logits)
-    return law(logits, votes, labels, distribution, settings)
+    def checked(self) -> _Law:
+        """Itself; ValueError or TypeError where it makes no sense."""
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_number("power", self.power, at_most=30)
+        check_number("smallest_probability", self.smallest_probability, at_most=1)
+        check_number("decay", self.decay, at_most=30)
+        check_number("lower_bound", self.lower_bound, positive=True)
+        check_number("upper_bound", self.upper_bound, positive=True)
+        if self.upper_bound <= self.lower_bound:
+            raise ValueError(
+                f"upper_bound must be above lower_bound {self.lower_bound}, got {self.upper_bound}"
+            )
+        return self
 
-
-@overload
-def zipf_ls_loss(
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None = None,
-    exit_logits: Sequence[Tensor] = (),
-    *,
-    power: float = 1.0,
-    distribution: Distribution = "zipf",
-    smallest_probability: float = 1e-6,
-    decay: float = 1.0,
-    lower_bound: float = 0.001,
-    upper_bound: float = 1.0,
-    mixed_target: MixedTarget = "largest",
-    correct_only: bool = False,
-    exit_weight: float = 0.0,
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def zipf_ls_loss(
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None = None,
-    exit_logits: Sequence[Tensor] = (),
-    *,
-    power: float = 1.0,
-    distribution: Distribution = "zipf",
-    smallest_probability: float = 1e-6,
-    decay: float = 1.0,
-    lower_bound: float = 0.001,
-    upper_bound: float = 1.0,
-    mixed_target: MixedTarget = "largest",
-    correct_only: bool = False,
-    exit_weight: float = 0.0,
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
+    def over(self, logits: Tensor, votes: Tensor | None, labels: Labels) -> NonTarget:
+        """The law over the ranks of the non-target classes."""
+        num_classes = logits.shape[1]
+        if self.distribution == "linear_decay" and self.smallest_probability * num_classes > 1:
+            raise ValueError(
+                f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
+                f"got {self.smallest_probability}"
+            )
+        if votes is not None:
+            check_votes(votes, logits)
+        settings = {
+            "power": self.power,
+            "smallest_probability": self.smallest_probability,
+            "decay": self.decay,
+            "lower_bound": self.lower_bound,
+            "upper_bound": self.upper_bound,
+        }
+        return law(logits, votes, labels, self.distribution, settings)
 
 
 def zipf_ls_loss(
@@ -232,8 +191,7 @@ def zipf_ls_loss(
     exit_weight: float = 0.0,
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+) -> Tensor:
     r"""Zipf's LS: non-target predictions are drawn to a Zipf distribution over their ranks.
 
     Liang et al., ECCV 2022 (arXiv 2207.12980); official code megvii-research/zipfls
@@ -270,8 +228,6 @@ def zipf_ls_loss(
         ignore_index: Samples with this class index count nothing, also in the mean over B;
             without any other sample the loss is 0. For [B] labels.
         reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"non_target"`,
-            and with `exit_logits` `"exits"`, weighted.
 
     Returns:
         A scalar, or [B] for `"none"`; in nats, at least float32.
@@ -288,57 +244,64 @@ def zipf_ls_loss(
         >>> zipf_ls_loss(torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]]), torch.tensor([0]))
         tensor(0.0572)
     """
-    check_logits(logits)
     check_ignore_index(ignore_index)
-    check_target(target, logits, ignore_index)
     check_flag("correct_only", correct_only)
     check_number("exit_weight", exit_weight)
-    settings = {
-        "power": power,
-        "smallest_probability": smallest_probability,
-        "decay": decay,
-        "lower_bound": lower_bound,
-        "upper_bound": upper_bound,
-    }
-    _check_settings(distribution, mixed_target, **settings)
+    check_choice("mixed_target", mixed_target, ("largest", "all"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    weights = _Law(
+        distribution, power, smallest_probability, decay, lower_bound, upper_bound
+    ).checked()
+    check_logits(logits)
+    check_target(target, logits, ignore_index)
+    labels = checked_columns(target, logits, mixed_target, ignore_index)
+    terms = {"non_target": _divergence(logits, votes, labels, weights)}
+    if correct_only:
+        correct = _correct(logits, target, labels.kept, ignore_index)
+        terms["non_target"] = _of_correct(terms["non_target"], correct, labels.kept, reduction)
+    if exit_logits:
+        of_exits = label_columns(target, in_float32(logits), "all", ignore_index)
+        terms["exits"] = exit_weight * _exits(exit_logits, logits, of_exits)
+    return total_of(reduce_terms(terms, reduction, labels.kept))
+
+
+def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, weights: _Law) -> Tensor:
+    """The equation above, [B]."""
     logits = in_float32(logits)
-    labels = _labels(target, logits, mixed_target, ignore_index)
-    soft = _non_target(logits.detach(), votes, labels, distribution, settings)
-    nothing = torch.zeros_like(labels.values)
+    soft = weights.over(logits.detach(), votes, labels)
+    nothing = torch.zeros_like(labels.values, dtype=logits.dtype)
     # Temperature and weights as constants: dynamic compiled code takes a default for an input.
     cross_entropy = soft_cross_entropy(logits, labels, nothing, soft, 1.0, (1.0, 1.0))
     # sum of q log q, for q = weights / total
     entropy = torch.xlogy(soft.weights, soft.weights).sum(1, keepdim=True) / soft.total
     entropy = torch.where(soft.weights.any(1, keepdim=True), entropy - soft.total.log(), 0.0)
-    divergence = cross_entropy + entropy.squeeze(1)
-    kept = labels.kept
-    if correct_only:
-        largest = label_columns(target, logits, "largest", ignore_index).classes.squeeze(1)
-        correct = logits.detach().argmax(1) == largest
-        kept = correct if kept is None else correct & kept
-    output = reduce_parts({"non_target": divergence}, reduction, kept)
-    if exit_logits:
-        output = _with_exits(
-            output, exit_logits, logits, target, exit_weight, ignore_index, reduction
-        )
-    return output if return_parts else output.loss
+    return cross_entropy + entropy.squeeze(1)
 
 
-def _with_exits(
-    output: LossOutput,
-    exit_logits: Sequence[Tensor],
-    logits: Tensor,
-    target: Tensor,
-    weight: float,
-    ignore_index: int | None,
-    reduction: Reduction,
-) -> LossOutput:
-    """Add the cross-entropy of the exits, over all samples that are not ignored."""
-    labels = label_columns(target, logits, "all", ignore_index)
+def _correct(
+    logits: Tensor, target: Tensor, kept: Tensor | None, ignore_index: int | None = None
+) -> Tensor:
+    """Which samples are predicted correctly, [B]; ignored ones are not."""
+    largest = label_columns(target, logits, "largest", ignore_index).classes.squeeze(1)
+    correct = in_float32(logits).detach().argmax(1) == largest
+    return correct if kept is None else correct & kept
+
+
+def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: Reduction) -> Tensor:
+    """A term of the correct samples alone, such that its mean over B is the mean over them."""
+    term = torch.where(correct, term, 0.0)
+    if reduction != "mean":
+        return term
+    count = len(term) if kept is None else kept.sum().clamp(min=1)
+    return term * (count / correct.sum().clamp(min=1))
+
+
+def _exits(exit_logits: Sequence[Tensor], logits: Tensor, labels: Labels) -> Tensor:
+    """The cross-entropy of all exits together, [B], over the labels themselves."""
     total: Tensor | None = None
     for number, own in enumerate(exit_logits):
         check_logits(own, f"exit_logits[{number}]", like=logits)
-        own = in_float32(own).to(logits.dtype)
+        own = in_float32(own).to(labels.values.dtype)
         ones = torch.ones_like(labels.values[:, :1])
         nothing = NonTarget(torch.zeros_like(ones).expand_as(own), ones)
         # A copy: compiled code cannot pass one tensor twice to an autograd function.
@@ -346,12 +309,11 @@ def _with_exits(
         term = soft_cross_entropy(own, labels, values, nothing, 1.0, (1.0, 0.0))
         total = term if total is None else total + term
     assert total is not None
-    exits = reduce_parts({"exits": weight * total}, reduction, labels.kept)
-    return LossOutput(output.loss + exits.loss, {**output.parts, **exits.parts})
+    return total
 
 
-class ZipfLSLoss(nn.Module):
-    """Zipf's LS as a module; see `zipf_ls_loss` for the equation.
+class ZipfLSLoss(Method, name="zipf_ls"):
+    """Zipf's LS as a method; see `zipf_ls_loss` for the equation.
 
     Args:
         power: Exponent of the law, in [0, 30].
@@ -372,75 +334,38 @@ class ZipfLSLoss(nn.Module):
         exit_weight: Weight of the cross-entropy of each such head.
         mixed_target: `"largest"` or `"all"`, for mixed labels.
         correct_only: Whether only samples that are predicted correctly count.
-        ignore_index: Class index of samples that count nothing, or None.
-        reduction: `"mean"`, `"sum"` or `"none"`.
     """
 
-    recommended_weight = 0.1
+    power: Annotated[float, Range(at_most=30)] = 1.0
+    distribution: Distribution = "zipf"
+    smallest_probability: Share = 1e-6
+    decay: Annotated[float, Range(at_most=30)] = 1.0
+    lower_bound: Positive = 0.001
+    upper_bound: Positive = 1.0
+    rank_from: RankFrom = "votes"
+    vote_upsample: Count = 1
+    vote_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    exit_taps: tuple[str, ...] = ()
+    exit_weight: Weight = 0.0
+    mixed_target: MixedTarget = "largest"
+    correct_only: bool = False
 
-    def __init__(
-        self,
-        *,
-        power: float = 1.0,
-        distribution: Distribution = "zipf",
-        smallest_probability: float = 1e-6,
-        decay: float = 1.0,
-        lower_bound: float = 0.001,
-        upper_bound: float = 1.0,
-        rank_from: RankFrom = "votes",
-        vote_upsample: int = 1,
-        vote_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-        exit_taps: tuple[str, ...] = (),
-        exit_weight: float = 0.0,
-        mixed_target: MixedTarget = "largest",
-        correct_only: bool = False,
-        ignore_index: int | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        check_choice("rank_from", rank_from, ("votes", "logits"))
-        check_number("vote_upsample", vote_upsample, positive=True)
-        check_choice("vote_interpolation", vote_interpolation, ("bilinear", "bicubic"))
-        if not isinstance(vote_upsample, int):
-            raise TypeError(f"vote_upsample must be a whole number, got {vote_upsample!r}")
-        if not isinstance(exit_taps, (tuple, list)) or not all(
-            isinstance(tap, str) for tap in exit_taps
-        ):
-            raise TypeError(f"exit_taps must be a tuple of strings, got {exit_taps!r:.60}")
-        if exit_taps and rank_from != "votes":
+    defaults = Defaults(weight=0.1)
+
+    def check_settings(self) -> None:
+        """Raise ValueError where settings do not fit each other."""
+        self._law().checked()
+        if self.exit_taps and self.rank_from != "votes":
             raise ValueError("exit_taps need rank_from='votes', got rank_from='logits'")
-        check_number("exit_weight", exit_weight)
-        if exit_taps and exit_weight == 0:
+        if self.exit_taps and self.exit_weight == 0:
             raise ValueError(
                 "exit_weight must be above 0 with exit_taps, got 0: nothing else trains their "
                 "heads, and untrained ones would vote at random"
             )
-        check_flag("correct_only", correct_only)
-        check_ignore_index(ignore_index)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.law: dict[str, Any] = {
-            "power": power,
-            "distribution": distribution,
-            "smallest_probability": smallest_probability,
-            "decay": decay,
-            "lower_bound": lower_bound,
-            "upper_bound": upper_bound,
-            "mixed_target": mixed_target,
-        }
-        _check_settings(**self.law)
-        self.rank_from: RankFrom = rank_from
-        self.vote_upsample = vote_upsample
-        self.vote_interpolation: Literal["bilinear", "bicubic"] = vote_interpolation
-        self.exit_taps = tuple(exit_taps)
-        self.exit_weight = exit_weight
-        self.mixed_target: MixedTarget = mixed_target
-        self.correct_only = correct_only
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        """The signals that these settings need: votes only if they rank."""
+        """What these settings need: votes only if they rank."""
         inputs: dict[str, Input] = {"logits": Logits(), "target": Target()}
         if self.rank_from == "votes":
             inputs["votes"] = Votes(upsample=self.vote_upsample, mode=self.vote_interpolation)
@@ -448,37 +373,44 @@ class ZipfLSLoss(nn.Module):
             inputs["exits"] = AuxLogits(taps=self.exit_taps)
         return inputs
 
-    def forward(
+    def terms(
         self,
         logits: Tensor,
         target: Tensor,
         votes: Tensor | None = None,
         exits: Sequence[Tensor] = (),
         *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `zipf_ls_loss` with this module's settings.
+        kept: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`"non_target"`, and with `exits` `"exits"`, weighted.
 
-        `exits` is what the signal `AuxLogits` gives: logits and votes of each head in turn.
-
-        Raises:
-            ValueError: Votes are missing though they rank, or given though they do not.
+        `exits` is what the input `AuxLogits` gives: logits and votes of each head in turn.
         """
-        output = zipf_ls_loss(
-            logits,
-            target,
-            self._joined(votes, exits),
-            exits[::2],
-            **self.law,
-            correct_only=self.correct_only,
-            exit_weight=self.exit_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            return_parts=True,
+        check_logits(logits)
+        check_target(target, logits)
+        votes = self._joined(votes, exits)
+        labels = checked_columns(target, logits, self.mixed_target)
+        terms = {"non_target": _divergence(logits, votes, labels, self._law())}
+        if self.correct_only:
+            correct = _correct(logits, target, kept)
+            terms["non_target"] = _of_correct(terms["non_target"], correct, kept, self.reduction)
+        if exits:
+            of_exits = label_columns(target, in_float32(logits), "all")
+            terms["exits"] = self.exit_weight * _exits(exits[::2], logits, of_exits)
+        return terms
+
+    def _law(self) -> _Law:
+        return _Law(
+            self.distribution,
+            self.power,
+            self.smallest_probability,
+            self.decay,
+            self.lower_bound,
+            self.upper_bound,
         )
-        return output if return_parts else output.loss
 
     def _joined(self, votes: Tensor | None, exits: Sequence[Tensor]) -> Tensor | None:
+        """The votes of all heads."""
         if (votes is None) == (self.rank_from == "votes"):
             got = "none" if votes is None else "some"
             raise ValueError(f"rank_from={self.rank_from!r} decides whether votes rank, got {got}")
@@ -499,12 +431,9 @@ class ZipfLSLoss(nn.Module):
         exits: Sequence[Tensor] = (),
     ) -> SoftLabels:
         """The label, and Zipf's law over the wrong classes as the network itself ranks them."""
-        soft = zipf_ls_targets(
-            logits,
-            target,
-            self._joined(votes, exits),
-            **self.law,
-            ignore_index=self.ignore_index,
-        )
-        labels = label_columns(target, soft, self.mixed_target, self.ignore_index)
+        check_logits(logits)
+        check_target(target, logits, self.ignore_index)
+        logits = in_float32(logits.detach())
+        labels = checked_columns(target, logits, self.mixed_target, self.ignore_index)
+        soft = self._law().over(logits, self._joined(votes, exits), labels).normalized()
         return SoftLabels(spread(labels, labels.values, soft), soft)

@@ -83,12 +83,12 @@ def with_defaults(
         name = "timm:resnet20" if max(info.image_size) <= _SMALL_IMAGE else "timm:resnet18"
     of_method = METHODS.get(config.method.kind) if method is None else method
     chosen: dict[str, Any] = {
-        "method_weight": weight_of(of_method),
-        "method_warmup_epochs": warmup_of(of_method),
+        "method_weight": defaults_of(of_method).weight,
+        "method_warmup_epochs": defaults_of(of_method).warmup,
     }
     filled = {key: value for key, value in chosen.items() if getattr(config, key) is None}
     if config.task.weight is None:
-        weight = task_weight_of(of_method)
+        weight = defaults_of(of_method).task_weight
         filled["task"] = config.task.model_copy(update={"weight": weight})
     if num_train is not None and getattr(config.method, _NUM_SAMPLES, 0) is None:
         filled["method"] = config.method.model_copy(update={_NUM_SAMPLES: num_train})
@@ -103,9 +103,9 @@ def _further_with_defaults(further: FurtherMethod, num_train: int | None) -> Fur
     method = METHODS[further.kind]
     filled: dict[str, Any] = {}
     if further.weight is None:
-        filled["weight"] = weight_of(method)
+        filled["weight"] = defaults_of(method).weight
     if further.warmup_epochs is None:
-        filled["warmup_epochs"] = warmup_of(method)
+        filled["warmup_epochs"] = defaults_of(method).warmup
     keeps = _NUM_SAMPLES in METHOD_SETTINGS[further.kind].model_fields
     if num_train is not None and keeps and further.settings.get(_NUM_SAMPLES) is None:
         filled["settings"] = {**further.settings, _NUM_SAMPLES: num_train}

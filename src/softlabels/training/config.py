@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
-from torch import nn
 
-from softlabels.distill.external_inputs import reads_teacher
-from softlabels.inputs import Input
-from softlabels.losses import METHODS, WeightedSum
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.losses import METHODS, Defaults, Method, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, recipe_names
 from softlabels.training.settings import (
     LARGEST_FACTOR,
@@ -41,6 +39,7 @@ __all__ = [
     "ConfigError",
     "build_method",
     "checked",
+    "defaults_of",
     "describe_method",
     "dump",
     "explain",
@@ -49,10 +48,7 @@ __all__ = [
     "parse",
     "recipe_names",
     "resolve",
-    "task_weight_of",
     "taught_by_itself",
-    "warmup_of",
-    "weight_of",
     "with_method",
 ]
 
@@ -170,7 +166,7 @@ class Config(Section):
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
-def build_method(config: Config) -> nn.Module | None:
+def build_method(config: Config) -> Method | None:
     """The method's module, or the sum of several; None without one.
 
     Raises:
@@ -192,7 +188,7 @@ def build_method(config: Config) -> nn.Module | None:
     return WeightedSum(methods, teachers=teachers)
 
 
-def _built(settings: MethodSettings) -> nn.Module:
+def _built(settings: MethodSettings) -> Method:
     return METHODS[settings.kind](**settings.model_dump(exclude={"kind"}))
 
 
@@ -208,30 +204,18 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 
 def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
-    inputs: Mapping[str, Input] = getattr(build_method(config), "inputs", {})
+    inputs = checked_inputs(build_method(config))
     return any(reads_teacher(kind) for kind in inputs.values())
 
 
 def taught_by_itself(config: Config) -> bool:
     """Whether the method's teacher is an earlier run of the student itself."""
-    return bool(getattr(build_method(config), "taught_by_itself", False))
+    return defaults_of(build_method(config)).taught_by_itself
 
 
-def weight_of(method: type[nn.Module] | nn.Module | None) -> float:
-    """The weight that a method's paper uses most."""
-    return float(getattr(method, "recommended_weight", 1.0))
-
-
-def task_weight_of(method: type[nn.Module] | nn.Module | None) -> float | Literal["rest"]:
-    """The task's weight that a method's paper uses most."""
-    weight: float | Literal["rest"] = getattr(method, "recommended_task_weight", 1.0)
-    return weight
-
-
-def warmup_of(method: type[nn.Module] | nn.Module | None) -> float | Literal["run"]:
-    """The epochs over which the weight rises in a method's paper."""
-    epochs: float | Literal["run"] = getattr(method, "recommended_warmup", 0.0)
-    return epochs
+def defaults_of(method: type[Method] | Method | None) -> Defaults:
+    """What a method's paper uses for its weight, and the like."""
+    return Defaults() if method is None else method.defaults
 
 
 def describe_method(kind: str) -> str:
@@ -240,16 +224,16 @@ def describe_method(kind: str) -> str:
         return f"none\n  {inspect.getdoc(NoMethod)}"
     method = METHODS[kind]
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
-    inputs: Mapping[str, Input] = getattr(method(), "inputs", {})
-    weight = weight_of(method)
-    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, inputs.values()))}"]
-    lines.append(f"  method_weight: {weight:g} unless set")
-    warmup, of_task = warmup_of(method), task_weight_of(method)
-    if warmup:
-        over = "the run" if warmup == "run" else f"{warmup:g} epochs"
+    built, defaults = method(), method.defaults
+    read = [*built.inputs.values(), *built.adapter_inputs.values()]
+    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, read))}"]
+    lines.append(f"  method_weight: {defaults.weight:g} unless set")
+    if defaults.warmup:
+        over = "the run" if defaults.warmup == "run" else f"{defaults.warmup:g} epochs"
         lines.append(f"  it rises over {over} unless method_warmup_epochs is set")
-    if of_task != 1.0:
-        what = "1 - method_weight" if of_task == "rest" else f"{of_task:g}"
+    if defaults.task_weight != 1.0:
+        rest = defaults.task_weight == "rest"
+        what = "1 - method_weight" if rest else f"{defaults.task_weight:g}"
         lines.append(f"  task.weight: {what} unless set")
     for name, field in METHOD_SETTINGS[kind].model_fields.items():
         if name != "kind":

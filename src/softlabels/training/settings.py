@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, create_model
-from torch import nn
 
 from softlabels.data.sources.by_name import SOURCES
 from softlabels.data.split import LARGEST_VALIDATION
-from softlabels.losses import METHODS
+from softlabels.losses import METHODS, Method
+from softlabels.losses._method import setting_fields
 from softlabels.losses.label_smoothing import SmoothOver
 
 __all__ = [
@@ -63,13 +63,7 @@ class Section(BaseModel):
 
 def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
     """Type, default and description of each keyword-only argument of a constructor."""
-    bases = [*reversed(inspect.getmro(target))] if inspect.isclass(target) else [target]
-    documented = [docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")) for base in bases]
-    texts = {
-        parameter.arg_name: " ".join((parameter.description or "").split())
-        for doc in documented
-        for parameter in doc.params
-    }
+    texts = _documented(target)
     call = target.__init__ if inspect.isclass(target) else target
     parameters = inspect.signature(call, eval_str=True).parameters
     return {
@@ -79,17 +73,32 @@ def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, s
     }
 
 
+def _documented(target: Callable[..., Any]) -> dict[str, str]:
+    """The text of each argument in the docstring, of a class also in those of its bases."""
+    bases = [*reversed(inspect.getmro(target))] if inspect.isclass(target) else [target]
+    documented = [docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")) for base in bases]
+    return {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for doc in documented
+        for parameter in doc.params
+    }
+
+
 class MethodSettings(Section):
     """Base of the methods' settings; `kind` tells them apart."""
 
     kind: str
 
 
-def _method_settings(kind: str, method: type[nn.Module]) -> type[MethodSettings]:
+def _method_settings(kind: str, method: type[Method]) -> type[MethodSettings]:
     fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
-    for name, (annotation, default, text) in _keyword_settings(method).items():
-        if name != "reduction":  # a step's loss is a batch mean
-            fields[name] = (annotation, Field(default, description=text))
+    texts = _documented(method)
+    left_out = {"reduction"}  # a step's loss is a batch mean
+    if not method.can_ignore():
+        left_out.add("ignore_index")
+    for name, field in setting_fields(method).items():
+        if name not in left_out:
+            fields[name] = (field.annotation, Field(field.default, description=texts.get(name, "")))
     return create_model(f"{kind}_settings", __base__=MethodSettings, **fields)
 
 
