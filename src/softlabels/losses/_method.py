@@ -52,6 +52,7 @@ __all__ = [
     "SettingField",
     "Shapes",
     "Share",
+    "Stages",
     "Temperature",
     "Value",
     "Weight",
@@ -80,6 +81,7 @@ Positive: TypeAlias = Annotated[float, Range(above=0)]
 Temperature: TypeAlias = Annotated[float, Range(above=0, at_most=1e6)]
 Share: TypeAlias = Annotated[float, Range(at_most=1)]
 Count: TypeAlias = Annotated[int, Range(above=0)]
+Stages: TypeAlias = Annotated[tuple[str, ...], Range(above=0)]  # one or more names
 
 
 class SettingField(NamedTuple):
@@ -140,8 +142,10 @@ def _check_setting(name: str, value: Any, annotation: Any, bounds: Range | None 
     elif origin is tuple:
         if not isinstance(value, tuple | list):
             raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
+        if bounds is not None and not value:
+            raise ValueError(f"{name} must name one or more, got none")
         for number, item in enumerate(value):
-            _check_setting(f"{name}[{number}]", item, arguments[0], bounds)
+            _check_setting(f"{name}[{number}]", item, arguments[0])
     elif isinstance(annotation, type) and not isinstance(value, annotation):
         raise TypeError(f"{name} must be {annotation.__name__}, got {type(value).__name__}")
 

@@ -1,87 +1,53 @@
-"""DKD: decoupled knowledge distillation, with a teacher."""
+"""DKD, decoupled knowledge distillation: KD's target and non-target halves, weighted apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import ClassVar, Literal, overload
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Input, Logits, Target, TeacherLogits
+from softlabels.inputs import Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
-    check_choice,
-    check_ignore_index,
     check_logits,
-    check_number,
     check_target,
-    check_temperature,
 )
+from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     Labels,
-    LossOutput,
     MixedTarget,
-    Reduction,
     SoftLabels,
     checked_columns,
     finite_limit,
     in_float32,
-    reduce_parts,
     softmax_parts,
     spread,
 )
 from softlabels.losses._soft_cross_entropy import log_non_target_mass
 from softlabels.losses._soft_target import log_softened
 
-__all__ = ["DKDLoss", "dkd_loss"]
+__all__ = ["DKDLoss"]
 
 
-@overload
-def dkd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    target_weight: float = 1.0,
-    non_target_weight: float = 8.0,
-    temperature: float = 4.0,
-    mixed_target: MixedTarget = "largest",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
+def _split(
+    logits: Tensor, labels: Labels, temperature: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Probabilities and their logarithms: of labeled class or not, and over the non-target ones.
+
+    The first two are [B, 2], the others [B, C], with a probability of 0 at labeled classes,
+    where the logarithm means nothing.
+    """
+    limit = finite_limit(logits.dtype)
+    scaled = (logits / temperature).clamp(-limit, limit)
+    sums, others = softmax_parts(scaled, labels)
+    labeled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
+    log_labeled = (labeled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
+    log_binary = torch.stack((log_labeled, log_non_target_mass(scaled, labels)), 1)
+    log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)
+    return (log_binary.exp(), log_binary), (others.normalized(), log_others)
 
 
-@overload
-def dkd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    target_weight: float = 1.0,
-    non_target_weight: float = 8.0,
-    temperature: float = 4.0,
-    mixed_target: MixedTarget = "largest",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def dkd_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    target_weight: float = 1.0,
-    non_target_weight: float = 8.0,
-    temperature: float = 4.0,
-    mixed_target: MixedTarget = "largest",
-    ignore_index: int | None = None,
-    reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+class DKDLoss(Method, name="dkd"):
     r"""DKD: classic distillation's two halves, each with a weight of its own.
 
     Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022 (arXiv 2203.08679); official
@@ -107,9 +73,6 @@ def dkd_loss(
     it grow to its full weight over 20 epochs (CIFAR-100) or 1 (ImageNet).
 
     Args:
-        logits: [B, C], raw student logits. Gets the gradient.
-        teacher_logits: [B, C], raw teacher logits. Gets none.
-        target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
         target_weight: alpha, 0 or more.
         non_target_weight: beta, 0 or more. Published per pair of networks: 8 for most of
             CIFAR-100, 0.5 (ResNet-34 to 18) and 2 (ResNet-50 to MobileNet) on ImageNet.
@@ -117,19 +80,6 @@ def dkd_loss(
         mixed_target: For [B, C] labels. `"largest"`: t is the class with the largest label
             (ties: the lower class). `"all"`: t is the group of all classes with a positive
             label: p_t is their sum, and each leaves the non-target part.
-        ignore_index: Samples with this class index count nothing, also in the mean over B;
-            without any other sample the loss is 0. For [B] labels.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"target"`,
-            `"non_target"`, weighted.
-
-    Returns:
-        A scalar, or [B] for `"none"`; in nats, at least float32.
-
-    Raises:
-        TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label, setting or reduction; with `mixed_target="all"`, a
-            label for every one of more than two classes.
 
     Deviations: the published code takes class indices alone, and the logarithm of summed
     probabilities, which is infinite where they underflow; here each logarithm is a difference
@@ -141,121 +91,41 @@ def dkd_loss(
         >>> import torch
         >>> logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
         >>> teacher_logits = torch.tensor([[3.0, 0.0, 1.0, -2.0, 0.5]])
-        >>> dkd_loss(logits, teacher_logits, torch.tensor([0]))
+        >>> DKDLoss()(logits, teacher_logits, torch.tensor([0]))
         tensor(2.3503)
     """
-    check_logits(logits)
-    check_logits(teacher_logits, "teacher_logits", like=logits)
-    _check_settings(target_weight, non_target_weight, temperature, mixed_target, ignore_index)
-    check_target(target, logits, ignore_index)
-    logits = in_float32(logits)
-    teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    labels = checked_columns(target, logits, mixed_target, ignore_index)
 
-    student = _split(logits, labels, temperature)
-    teacher = _split(teacher_logits, labels, temperature)
-    parts = {}
-    divergences = ("target", target_weight, 0), ("non_target", non_target_weight, 1)
-    for name, weight, part in divergences:
-        teacher_probs, log_teacher_probs = teacher[part]
-        divergence = (teacher_probs * (log_teacher_probs - student[part][1])).sum(1)
-        parts[name] = weight * temperature**2 * divergence
-    output = reduce_parts(parts, reduction, labels.kept)
-    return output if return_parts else output.loss
+    target_weight: Weight = 1.0
+    non_target_weight: Weight = 8.0
+    temperature: Temperature = 4.0
+    mixed_target: MixedTarget = "largest"
 
+    inputs: ClassVar = {"logits": Logits(), "teacher_logits": TeacherLogits(), "target": Target()}
 
-def _split(
-    logits: Tensor, labels: Labels, temperature: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Probabilities and their logarithms: of labeled class or not, and over the non-target ones.
+    def terms(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """`"target"` and `"non_target"`, weighted.
 
-    The first two are [B, 2], the others [B, C], with a probability of 0 at labeled classes,
-    where the logarithm means nothing.
-    """
-    limit = finite_limit(logits.dtype)
-    scaled = (logits / temperature).clamp(-limit, limit)
-    sums, others = softmax_parts(scaled, labels)
-    labeled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
-    log_labeled = (labeled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
-    log_binary = torch.stack((log_labeled, log_non_target_mass(scaled, labels)), 1)
-    log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)
-    return (log_binary.exp(), log_binary), (others.normalized(), log_others)
+        Args:
+            logits: [B, C], raw student logits. Gets the gradient.
+            teacher_logits: [B, C], raw teacher logits. Gets none.
+            target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
+        """
+        check_logits(logits)
+        check_logits(teacher_logits, "teacher_logits", like=logits)
+        check_target(target, logits)
+        logits = in_float32(logits)
+        teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
+        labels = checked_columns(target, logits, self.mixed_target)
 
-
-def _check_settings(
-    target_weight: float,
-    non_target_weight: float,
-    temperature: float,
-    mixed_target: str,
-    ignore_index: int | None,
-) -> None:
-    check_number("target_weight", target_weight)
-    check_number("non_target_weight", non_target_weight)
-    check_temperature(temperature)
-    check_choice("mixed_target", mixed_target, ("largest", "all"))
-    check_ignore_index(ignore_index)
-
-
-class DKDLoss(nn.Module):
-    """DKD as a module; see `dkd_loss` for the equation and the settings.
-
-    Args:
-        target_weight: 0 or more.
-        non_target_weight: 0 or more.
-        temperature: Of both terms; above 0.
-        mixed_target: `"largest"` or `"all"`, for mixed labels.
-        ignore_index: Class index of samples that count nothing, or None.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-    """
-
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "teacher_logits": TeacherLogits(),
-        "target": Target(),
-    }
-
-    def __init__(
-        self,
-        *,
-        target_weight: float = 1.0,
-        non_target_weight: float = 8.0,
-        temperature: float = 4.0,
-        mixed_target: MixedTarget = "largest",
-        ignore_index: int | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        _check_settings(target_weight, non_target_weight, temperature, mixed_target, ignore_index)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.target_weight = target_weight
-        self.non_target_weight = non_target_weight
-        self.temperature = temperature
-        self.mixed_target: MixedTarget = mixed_target
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
-
-    def forward(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `dkd_loss` with this module's settings."""
-        compute = partial(
-            dkd_loss,
-            logits,
-            teacher_logits,
-            target,
-            target_weight=self.target_weight,
-            non_target_weight=self.non_target_weight,
-            temperature=self.temperature,
-            mixed_target=self.mixed_target,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
-        return compute(return_parts=True) if return_parts else compute()
+        student = _split(logits, labels, self.temperature)
+        teacher = _split(teacher_logits, labels, self.temperature)
+        terms = {}
+        divergences = ("target", self.target_weight, 0), ("non_target", self.non_target_weight, 1)
+        for name, weight, part in divergences:
+            teacher_probs, log_teacher_probs = teacher[part]
+            divergence = (teacher_probs * (log_teacher_probs - student[part][1])).sum(1)
+            terms[name] = weight * self.temperature**2 * divergence
+        return terms
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""

@@ -1,52 +1,33 @@
-"""NST: the student's channels are spread over an image as the teacher's are."""
+"""NST, neuron selectivity transfer: discrepancy of the networks' channels, as points."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softlabels.inputs import Input
 from softlabels.losses._features import (
     check_maps,
-    check_stages,
+    level_terms,
     map_inputs,
     paired_maps,
     pooled_to_each_other,
-    sum_levels,
 )
-from softlabels.losses._non_target import LossOutput
+from softlabels.losses._method import Defaults, Method, Stages
 
-__all__ = ["NSTLoss", "nst_loss"]
-
-
-@overload
-def nst_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    *,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
+__all__ = ["NSTLoss"]
 
 
-@overload
-def nst_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    *,
-    return_parts: Literal[True],
-) -> LossOutput: ...
+def _mean_kernel(left: Tensor, right: Tensor) -> Tensor:
+    """Mean of the squared products of all pairs of rows of [B, D, N] and [B, E, N]."""
+    with torch.autocast(device_type=left.device.type, enabled=False):
+        return torch.bmm(left, right.transpose(1, 2)).square().mean()
 
 
-def nst_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    *,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+class NSTLoss(Method, name="nst"):
     r"""NST: the maximum mean discrepancy of the two networks' channels, as points.
 
     Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017
@@ -66,19 +47,7 @@ def nst_loss(
     =======  ===================================================================
 
     Args:
-        student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
-        teacher_maps: List of [B, E, H, W], of any width and size. Get none. Levels are paired
-            from the deepest; the larger map of a pair is average-pooled to the smaller.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"level_0"` (the
-            shallowest), ...
-
-    Returns:
-        A scalar, at least float32; the published weight 50 is not in it. The term of the teacher
-        alone is in it, though it has no gradient.
-
-    Raises:
-        TypeError: Not lists of floating-point tensors.
-        ValueError: Shapes that do not fit.
+        stages: Names of stages, as of `Features`; both networks are read there.
 
     Numerics: float32 or wider, also under autocast. A channel of zeros stays zeros.
     Distributed: mean over the samples of the process.
@@ -86,52 +55,36 @@ def nst_loss(
     Example:
         >>> import torch
         >>> student = torch.tensor([[[[1.0, 0.0]]]])
-        >>> nst_loss([student], [student.flip(3)])
+        >>> NSTLoss()([student], [student.flip(3)])
         tensor(2.)
     """
-    check_maps(student_maps, teacher_maps)
-    terms = []
-    for pair in paired_maps(student_maps, teacher_maps):
-        student, teacher = (
-            functional.normalize(map.flatten(2), dim=2) for map in pooled_to_each_other(*pair)
-        )
-        own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
-        terms.append(own - 2 * _mean_kernel(student, teacher))
-    output = sum_levels(terms)
-    return output if return_parts else output.loss
 
+    stages: Stages = ("stages",)
 
-def _mean_kernel(left: Tensor, right: Tensor) -> Tensor:
-    """Mean of the squared products of all pairs of rows of [B, D, N] and [B, E, N]."""
-    with torch.autocast(device_type=left.device.type, enabled=False):
-        return torch.bmm(left, right.transpose(1, 2)).square().mean()
-
-
-class NSTLoss(nn.Module):
-    """NST as a module; see `nst_loss` for the equation.
-
-    Args:
-        stages: Names of stages, as of `Features`; both networks are read there.
-    """
-
-    recommended_weight: ClassVar[float] = 50.0
-
-    def __init__(self, *, stages: tuple[str, ...] = ("stages",)) -> None:
-        super().__init__()
-        self.stages = check_stages(stages)
+    defaults = Defaults(weight=50.0)
+    of_batch = True
 
     @property
     def inputs(self) -> Mapping[str, Input]:
         """Maps of both networks."""
         return map_inputs(self.stages)
 
-    def forward(
-        self,
-        student_maps: list[Tensor],
-        teacher_maps: list[Tensor],
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `nst_loss`."""
-        output = nst_loss(student_maps, teacher_maps, return_parts=True)
-        return output if return_parts else output.loss
+    def terms(
+        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """`"level_0"` (the shallowest) and so on, scalars.
+
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
+            teacher_maps: List of [B, E, H, W], of any width and size. Get none. Levels are paired
+                from the deepest; the larger map of a pair is average-pooled to the smaller.
+        """
+        check_maps(student_maps, teacher_maps)
+        terms = []
+        for pair in paired_maps(student_maps, teacher_maps):
+            student, teacher = (
+                functional.normalize(map.flatten(2), dim=2) for map in pooled_to_each_other(*pair)
+            )
+            own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
+            terms.append(own - 2 * _mean_kernel(student, teacher))
+        return level_terms(terms)

@@ -1,138 +1,31 @@
-"""OFD: distillation of feature maps before their activation, up to a margin."""
+"""OFD, overhaul of feature distillation: maps before activation, L2 up to a margin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from softlabels.inputs import Input, NormParameters
-from softlabels.losses._checks import check_flag
 from softlabels.losses._features import (
-    Shapes,
     Values,
     check_maps,
-    check_stages,
+    level_terms,
     map_inputs,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
     pooled_to_each_other,
-    sum_levels,
     tensors_of,
 )
-from softlabels.losses._non_target import LossOutput, in_float32
+from softlabels.losses._method import Defaults, Method, Shapes, Stages
+from softlabels.losses._non_target import in_float32
 
-__all__ = ["OFDLoss", "ofd_loss", "ofd_margins"]
+__all__ = ["OFDLoss", "ofd_margins"]
 
 # Below this share of negative values their mean is not trusted, and 3 deviations are taken.
 _RARE = 0.001
-
-
-@overload
-def ofd_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    norm_parameters: Sequence[Tensor],
-    *,
-    pool_maps: bool = True,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def ofd_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    norm_parameters: Sequence[Tensor],
-    *,
-    pool_maps: bool = True,
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def ofd_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    norm_parameters: Sequence[Tensor],
-    *,
-    pool_maps: bool = True,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
-    r"""OFD: the squared distance of feature maps, where the teacher's sign asks for it.
-
-    Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019 (arXiv 1904.01866),
-    code at clovaai/overhaul-distillation; multi-level sum as there and in
-    megvii-research/mdistiller.
-
-    A positive teacher value is to be met. A negative one, or one below the channel's margin, only
-    must not be exceeded, since the activation that follows hides it.
-
-    .. math::
-        L = \sum_{l=1}^{n} 2^{l-n} \frac{1}{B} \sum_{b,c,x} d(s_{bcx}, t_{bcx}, m_c), \qquad
-        d(s, t, m) = \begin{cases}
-            (s - t)^2 & t > 0 \\
-            (s - \max(t, m))^2 & t \le 0,\; s > \max(t, m) \\
-            0 & \text{else}
-        \end{cases}
-
-    ===========  ===================================================================
-    s, t         values of the student's (connected) and the teacher's map
-    l, n         level, from the shallowest to the deepest, and how many there are
-    b, c, x, B   sample, channel, position; batch size
-    m            margin of the channel, see `ofd_margins`
-    ===========  ===================================================================
-
-    Args:
-        student_maps: List of [B, D, H, W], shallow to deep, before the activation and of the
-            teacher's widths (the connectors' outputs). Get the gradient.
-        teacher_maps: List of [B, D, H, W], before the activation. Get none. Levels are paired
-            from the deepest.
-        norm_parameters: List of [2, D], one for each of `teacher_maps`: weight and bias of the
-            BatchNorm that it comes out of. Get none.
-        pool_maps: Average-pool the larger map of a pair to the smaller; False asks for equal
-            sizes.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"level_0"` (the
-            shallowest), ..., each with its factor.
-
-    Returns:
-        A scalar, at least float32; the published weight 1e-3 is not in it.
-
-    Raises:
-        TypeError: Not lists of floating-point tensors.
-        ValueError: Shapes that do not fit.
-
-    Deviations: the student's map is pooled too where it is the larger one (mdistiller repeats the
-    teacher's values). `pool_maps=False` is clovaai's code, which has no pooling. Margins are kept
-    in the maps' precision instead of float32, and are finite for a BatchNorm weight of 0. Both
-    run the teacher's BatchNorm on batch statistics; here the teacher is in evaluation mode, unless
-    the `Teacher`'s own mode is `"train"`.
-    Numerics: float32 or wider, also under autocast.
-    Distributed: mean over the samples of the process.
-
-    Example:
-        >>> import torch
-        >>> student = [torch.tensor([1.0, -2.0, 0.0]).reshape(1, 3, 1, 1)]
-        >>> teacher = [torch.tensor([3.0, -1.0, -9.0]).reshape(1, 3, 1, 1)]
-        >>> norms = [torch.stack((torch.ones(3), torch.tensor([0.0, 0.0, -1.0])))]
-        >>> ofd_loss(student, teacher, norms)
-        tensor(5.6579)
-    """
-    check_maps(student_maps, teacher_maps, same_widths=True, same_sizes=not pool_maps)
-    _check_norms(norm_parameters, teacher_maps)
-    pairs = paired_maps(student_maps, teacher_maps)
-    margins = ofd_margins(norm_parameters)[-len(pairs) :]
-    terms = []
-    for above, ((student, teacher), margin) in enumerate(zip(pairs, margins, strict=True)):
-        student, teacher = pooled_to_each_other(student, teacher)
-        bound = torch.maximum(teacher, margin.to(student.dtype)[:, None, None])
-        gap = torch.where((teacher > 0) | (student > bound), student - bound, 0.0)
-        level = gap.square().sum() / len(student)
-        terms.append(level / 2 ** (len(pairs) - 1 - above))
-    output = sum_levels(terms)
-    return output if return_parts else output.loss
 
 
 def ofd_margins(norm_parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -182,23 +75,60 @@ def _check_norms(norm_parameters: Sequence[Tensor], teacher_maps: Sequence[Tenso
             )
 
 
-class OFDLoss(nn.Module):
-    """OFD as a module; see `ofd_loss` for the equation.
+class OFDLoss(Method, name="ofd"):
+    r"""OFD: the squared distance of feature maps, where the teacher's sign asks for it.
 
-    Its heads connect each student map to the teacher's width: a 1x1 convolution and a BatchNorm.
+    Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019 (arXiv 1904.01866),
+    code at clovaai/overhaul-distillation; multi-level sum as there and in
+    megvii-research/mdistiller.
+
+    A positive teacher value is to be met. A negative one, or one below the channel's margin, only
+    must not be exceeded, since the activation that follows hides it.
+
+    .. math::
+        L = \sum_{l=1}^{n} 2^{l-n} \frac{1}{B} \sum_{b,c,x} d(s_{bcx}, t_{bcx}, m_c), \qquad
+        d(s, t, m) = \begin{cases}
+            (s - t)^2 & t > 0 \\
+            (s - \max(t, m))^2 & t \le 0,\; s > \max(t, m) \\
+            0 & \text{else}
+        \end{cases}
+
+    ===========  ===================================================================
+    s, t         values of the student's (connected) and the teacher's map
+    l, n         level, from the shallowest to the deepest, and how many there are
+    b, c, x, B   sample, channel, position; batch size
+    m            margin of the channel, see `ofd_margins`
+    ===========  ===================================================================
+
+    Its adapters connect each student map to the teacher's width: a 1x1 convolution and a BatchNorm.
 
     Args:
         stages: Names of stages, as of `Features`; both networks are read there.
-        pool_maps: Average-pool the larger map of a pair to the smaller.
+        pool_maps: Average-pool the larger map of a pair to the smaller; False asks for equal
+            sizes.
+
+    Deviations: the student's map is pooled too where it is the larger one (mdistiller repeats the
+    teacher's values). `pool_maps=False` is clovaai's code, which has no pooling. Margins are kept
+    in the maps' precision instead of float32, and are finite for a BatchNorm weight of 0. Both
+    run the teacher's BatchNorm on batch statistics; here the teacher is in evaluation mode, unless
+    the `Teacher`'s own mode is `"train"`.
+    Numerics: float32 or wider, also under autocast.
+    Distributed: mean over the samples of the process.
+
+    Example:
+        >>> import torch
+        >>> student = [torch.tensor([1.0, -2.0, 0.0]).reshape(1, 3, 1, 1)]
+        >>> teacher = [torch.tensor([3.0, -1.0, -9.0]).reshape(1, 3, 1, 1)]
+        >>> norms = [torch.stack((torch.ones(3), torch.tensor([0.0, 0.0, -1.0])))]
+        >>> OFDLoss()(student, teacher, norms)
+        tensor(5.6579)
     """
 
-    recommended_weight: ClassVar[float] = 1e-3
+    stages: Stages = ("stages",)
+    pool_maps: bool = True
 
-    def __init__(self, *, stages: tuple[str, ...] = ("stages",), pool_maps: bool = True) -> None:
-        super().__init__()
-        check_flag("pool_maps", pool_maps)
-        self.stages = check_stages(stages)
-        self.pool_maps = pool_maps
+    defaults = Defaults(weight=1e-3)
+    of_batch = True
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -212,23 +142,34 @@ class OFDLoss(nn.Module):
         """The connectors, one for each pair of levels."""
         return _Connectors([(s[1], t[1]) for s, t in paired_shapes(shapes)])
 
-    def forward(
+    def terms(
         self,
-        student_maps: list[Tensor],
-        teacher_maps: list[Tensor],
-        norm_parameters: list[Tensor],
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `ofd_loss` with this module's settings."""
-        output = ofd_loss(
-            student_maps,
-            teacher_maps,
-            norm_parameters,
-            pool_maps=self.pool_maps,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+        student_maps: Sequence[Tensor],
+        teacher_maps: Sequence[Tensor],
+        norm_parameters: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """`"level_0"` (the shallowest) and so on, scalars, each with its factor.
+
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep, before the activation and of the
+                teacher's widths (the connectors' outputs). Get the gradient.
+            teacher_maps: List of [B, D, H, W], before the activation. Get none. Levels are paired
+                from the deepest.
+            norm_parameters: List of [2, D], one for each of `teacher_maps`: weight and bias of the
+                BatchNorm that it comes out of. Get none.
+        """
+        check_maps(student_maps, teacher_maps, same_widths=True, same_sizes=not self.pool_maps)
+        _check_norms(norm_parameters, teacher_maps)
+        pairs = paired_maps(student_maps, teacher_maps)
+        margins = ofd_margins(norm_parameters)[-len(pairs) :]
+        terms = []
+        for above, ((student, teacher), margin) in enumerate(zip(pairs, margins, strict=True)):
+            student, teacher = pooled_to_each_other(student, teacher)
+            bound = torch.maximum(teacher, margin.to(student.dtype)[:, None, None])
+            gap = torch.where((teacher > 0) | (student > bound), student - bound, 0.0)
+            level = gap.square().sum() / len(student)
+            terms.append(level / 2 ** (len(pairs) - 1 - above))
+        return level_terms(terms)
 
 
 class _Connectors(nn.Module):

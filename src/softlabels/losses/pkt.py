@@ -1,23 +1,31 @@
-"""PKT: how likely one sample is another's neighbor is the same as for the teacher."""
+"""PKT, probabilistic knowledge transfer: how likely one sample is another's neighbor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Features, Input
+from softlabels.inputs import Features
 from softlabels.losses._features import check_vectors, the_only, unit_vectors
+from softlabels.losses._method import Defaults, Method
 from softlabels.losses._non_target import in_float32
 
-__all__ = ["PKTLoss", "pkt_loss"]
+__all__ = ["PKTLoss"]
 
 _EPSILON = 1e-7
 
 
-def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+def _neighbors(features: Tensor) -> Tensor:
+    units = unit_vectors(features, added=_EPSILON)
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        kernel = (units @ units.T + 1.0) / 2.0
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+class PKTLoss(Method, name="pkt"):
     r"""PKT: how likely one sample is another's neighbor is the same as for the teacher.
 
     Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
@@ -38,59 +46,41 @@ def pkt_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
     The published weight is 30000, the `method_weight` by default.
 
-    Args:
-        student_features: [B, D], pooled. Gets the gradient.
-        teacher_features: [B, E], pooled; E may differ from D. Gets none.
-
-    Returns:
-        A scalar in nats, at least float32; 0 for a batch of one sample.
-
-    Raises:
-        TypeError: Features of a wrong dtype.
-        ValueError: Features that are not [B, D] of one batch.
-
     Deviations: from the paper, as in the published code: a sample is its own neighbor too, the
     mean is over all B^2 entries, and 1e-7 is added to lengths and inside the logarithm. From
     that code, whose gradient is NaN there: a row of zeros, which has the kernel 1/2 with all
     samples, gets no gradient.
-
     Numerics: computed in float32 or wider, also under autocast.
     Distributed: neighbors within the batch of each process.
 
     Example:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> pkt_loss(features, features)
+        >>> PKTLoss()(features, features)
         tensor(0.)
     """
-    check_vectors(student_features, teacher_features)
-    student = in_float32(student_features)
-    log_student = (_neighbors(student) + _EPSILON).log()
-    teacher = _neighbors(in_float32(teacher_features.detach()).to(student.dtype))
-    return (teacher * ((teacher + _EPSILON).log() - log_student)).mean()
 
-
-def _neighbors(features: Tensor) -> Tensor:
-    units = unit_vectors(features, added=_EPSILON)
-    with torch.autocast(device_type=features.device.type, enabled=False):
-        kernel = (units @ units.T + 1.0) / 2.0
-    return kernel / kernel.sum(1, keepdim=True)
-
-
-class PKTLoss(nn.Module):
-    """PKT as a module, on the pooled last features; see `pkt_loss` for the equation."""
-
-    recommended_weight: ClassVar[float] = 30000.0
-    inputs: ClassVar[Mapping[str, Input]] = {
+    inputs: ClassVar = {
         "student_features": Features(form="pooled"),
         "teacher_features": Features(of="teacher", form="pooled"),
     }
+    defaults = Defaults(weight=30000.0)
+    of_batch = True
 
-    def forward(
+    def terms(
         self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
-    ) -> Tensor:
-        """Compute `pkt_loss`; each list holds one [B, D]."""
-        return pkt_loss(
-            the_only("student_features", student_features),
-            the_only("teacher_features", teacher_features),
-        )
+    ) -> dict[str, Tensor]:
+        """`"neighbors"`, a scalar; each list holds one [B, D].
+
+        Args:
+            student_features: [B, D], pooled. Gets the gradient.
+            teacher_features: [B, E], pooled; E may differ from D. Gets none.
+        """
+        ours = the_only("student_features", student_features)
+        theirs = the_only("teacher_features", teacher_features)
+        check_vectors(ours, theirs)
+        student = in_float32(ours)
+        log_student = (_neighbors(student) + _EPSILON).log()
+        teacher = _neighbors(in_float32(theirs.detach()).to(student.dtype))
+        divergence = (teacher * ((teacher + _EPSILON).log() - log_student)).mean()
+        return {"neighbors": divergence}

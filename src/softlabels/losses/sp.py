@@ -1,20 +1,33 @@
-"""SP: samples that are similar for the teacher are similar for the student."""
+"""SP, similarity-preserving distillation: similarities between a batch's samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Features, Input
-from softlabels.losses._features import check_maps, paired_from_deepest, unit_vectors, wide_maps
+from softlabels.inputs import Input
+from softlabels.losses._features import (
+    check_maps,
+    level_terms,
+    map_inputs,
+    paired_from_deepest,
+    unit_vectors,
+    wide_maps,
+)
+from softlabels.losses._method import Defaults, Method, Stages
 
-__all__ = ["SPLoss", "sp_loss"]
+__all__ = ["SPLoss"]
 
 
-def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+def _similarities(maps: Tensor) -> Tensor:
+    rows = maps.flatten(1)
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        return unit_vectors(rows @ rows.T)
+
+
+class SPLoss(Method, name="sp"):
     r"""SP: samples that are similar for the teacher are similar for the student.
 
     Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 (arXiv 1907.09682),
@@ -36,66 +49,45 @@ def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
     The published weight is 3000, the `method_weight` by default.
 
     Args:
-        student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
-        teacher_maps: As for the student; widths, sizes and the number of levels may differ.
-            Levels are paired from the deepest. Get none.
-
-    Returns:
-        A scalar, at least float32.
-
-    Raises:
-        TypeError: Not lists of floating-point tensors.
-        ValueError: No maps, or maps that are not [B, D, H, W] of one batch.
+        stages: Where maps are read in both networks, as of `Features`; the published codes take
+            the last one alone.
 
     Deviations: a sample whose map is 0 everywhere has no direction, and its row is 0 as in the
     published codes; here it gets no gradient of that row, where theirs is divided by 1e-12.
-
     Numerics: computed in float32 or wider, also under autocast.
     Distributed: similarities within the batch of each process.
 
     Example:
         >>> import torch
         >>> maps = torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(2, 1, 1, 2)
-        >>> sp_loss([maps], [torch.ones(2, 3, 4, 4)])  # (1, 0) against (1, 1) / sqrt(2)
+        >>> SPLoss()([maps], [torch.ones(2, 3, 4, 4)])  # (1, 0) against (1, 1) / sqrt(2)
         tensor(0.2929)
     """
-    check_maps(student_maps, teacher_maps)
-    pairs = paired_from_deepest(wide_maps(student_maps), wide_maps(teacher_maps, constant=True))
-    total: Tensor | None = None
-    for ours, theirs in pairs:
-        similar = _similarities(ours)
-        level = (similar - _similarities(theirs.to(ours.dtype))).square().mean()
-        total = level if total is None else total + level
-    assert total is not None
-    return total
 
+    stages: Stages = ("last",)
 
-def _similarities(maps: Tensor) -> Tensor:
-    rows = maps.flatten(1)
-    with torch.autocast(device_type=rows.device.type, enabled=False):
-        return unit_vectors(rows @ rows.T)
+    defaults = Defaults(weight=3000.0)
+    of_batch = True
 
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Maps of both networks."""
+        return map_inputs(self.stages)
 
-class SPLoss(nn.Module):
-    """SP as a module; see `sp_loss` for the equation.
+    def terms(
+        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """`"level_0"` (the shallowest) and so on, scalars.
 
-    Args:
-        stages: Where maps are read in both networks, as of `Features`; the published codes take
-            the last one alone.
-    """
-
-    recommended_weight: ClassVar[float] = 3000.0
-
-    def __init__(self, *, stages: tuple[str, ...] = ("last",)) -> None:
-        super().__init__()
-        if not isinstance(stages, (tuple, list)):
-            raise TypeError(f"stages must be a tuple of names, got {stages!r:.60}")
-        self.stages = tuple(stages)
-        self.inputs: Mapping[str, Input] = {
-            "student_maps": Features(stages=self.stages, form="map"),
-            "teacher_maps": Features(of="teacher", stages=self.stages, form="map"),
-        }
-
-    def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-        """Compute `sp_loss`."""
-        return sp_loss(student_maps, teacher_maps)
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
+            teacher_maps: As for the student; widths, sizes and the number of levels may differ.
+                Levels are paired from the deepest. Get none.
+        """
+        check_maps(student_maps, teacher_maps)
+        pairs = paired_from_deepest(wide_maps(student_maps), wide_maps(teacher_maps, constant=True))
+        terms = []
+        for ours, theirs in pairs:
+            similar = _similarities(ours)
+            terms.append((similar - _similarities(theirs.to(ours.dtype))).square().mean())
+        return level_terms(terms)

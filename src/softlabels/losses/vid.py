@@ -1,117 +1,31 @@
-"""VID: the teacher's map is likely under a normal law that the student's map predicts."""
+"""VID, variational information distillation: likelihood of the teacher's maps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.inputs import Input
-from softlabels.losses._checks import check_number
 from softlabels.losses._features import (
-    Shapes,
     Values,
     check_maps,
-    check_stages,
+    level_terms,
     map_inputs,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
     pooled_to,
     pooled_to_each_other,
-    sum_levels,
     tensors_of,
 )
-from softlabels.losses._non_target import LossOutput, in_float32
+from softlabels.losses._method import Method, Positive, Shapes, Stages
+from softlabels.losses._non_target import in_float32
 
-__all__ = ["VIDLoss", "vid_loss"]
-
-
-@overload
-def vid_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    *,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def vid_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    *,
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def vid_loss(
-    student_maps: Sequence[Tensor],
-    teacher_maps: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    *,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
-    r"""VID: minus the log-likelihood of the teacher's maps, with a learned mean and variance.
-
-    Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019
-    (arXiv 1904.05835), equation 5 without its constant, as in HobbitLong/RepDistiller and
-    megvii-research/mdistiller.
-
-    .. math:: L = \sum_l \mathrm{mean}_{b,c,x}
-        \left[\frac{(t_{bcx} - \mu_{bcx})^2}{2 \sigma_c^2} + \frac{1}{2} \log \sigma_c^2\right]
-
-    ===========  ==========================================================
-    t            the teacher's map of the level
-    mu           the mean that is regressed from the student's map
-    sigma        standard deviation, one for each channel
-    l            level
-    b, c, x      sample, channel, position
-    ===========  ==========================================================
-
-    Args:
-        student_maps: List of [B, D, H, W], shallow to deep: the regressed means, of the teacher's
-            widths. Get the gradient.
-        teacher_maps: List of [B, D, H, W]. Get none. Levels are paired from the deepest; the
-            larger map of a pair is average-pooled to the smaller.
-        variances: List of [D], above 0, paired likewise. Get the gradient.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"level_0"` (the
-            shallowest), ...
-
-    Returns:
-        A scalar, a mean over all elements of a level, in nats, at least float32. May be negative.
-
-    Raises:
-        TypeError: Not lists of floating-point tensors.
-        ValueError: Shapes that do not fit.
-
-    Numerics: float32 or wider, also under autocast.
-    Distributed: mean over the samples of the process.
-
-    Example:
-        >>> import torch
-        >>> teacher = torch.ones(2, 3, 4, 4)
-        >>> vid_loss([3 * teacher], [teacher], [torch.ones(3)])
-        tensor(2.)
-    """
-    check_maps(student_maps, teacher_maps, same_widths=True)
-    pairs = paired_maps(student_maps, teacher_maps)
-    variances = _checked_variances(variances, pairs)
-    terms = []
-    for (mean, teacher), variance in zip(pairs, variances, strict=True):
-        mean, teacher = pooled_to_each_other(mean, teacher)
-        variance = in_float32(variance).to(mean.dtype)
-        # The mean over the channels' logarithms, for positions and samples have one and the same.
-        squares = (mean - teacher).square() / variance[:, None, None]
-        terms.append(0.5 * (squares.mean() + variance.log().mean()))
-    output = sum_levels(terms)
-    return output if return_parts else output.loss
+__all__ = ["VIDLoss"]
 
 
 def _checked_variances(
@@ -136,42 +50,58 @@ def _checked_variances(
     return deepest
 
 
-class VIDLoss(nn.Module):
-    """VID as a module; see `vid_loss` for the equation.
+class VIDLoss(Method, name="vid"):
+    r"""VID: minus the log-likelihood of the teacher's maps, with a learned mean and variance.
 
-    Its heads regress each student map, pooled to the teacher's size if it is larger, to the
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019
+    (arXiv 1904.05835), equation 5 without its constant, as in HobbitLong/RepDistiller and
+    megvii-research/mdistiller.
+
+    .. math:: L = \sum_l \mathrm{mean}_{b,c,x}
+        \left[\frac{(t_{bcx} - \mu_{bcx})^2}{2 \sigma_c^2} + \frac{1}{2} \log \sigma_c^2\right]
+
+    ===========  ==========================================================
+    t            the teacher's map of the level
+    mu           the mean that is regressed from the student's map
+    sigma        standard deviation, one for each channel
+    l            level
+    b, c, x      sample, channel, position
+    ===========  ==========================================================
+
+    Its adapters regress each student map, pooled to the teacher's size if it is larger, to the
     teacher's width: three 1x1 convolutions without bias, ReLU between. They hold one number a
     channel besides, from which its variance comes: log(1 + exp(number)) + `min_variance`.
-
-    Deviations: the numbers are trained; mdistiller does not give them to its optimizer. The
-    softplus does not overflow.
 
     Args:
         stages: Names of stages, as of `Features`; both networks are read there.
         initial_variance: What the variances begin with; above `min_variance`.
         min_variance: Added to every variance, above 0.
+
+    Deviations: the numbers are trained; mdistiller does not give them to its optimizer. The
+    softplus does not overflow.
+    Numerics: float32 or wider, also under autocast.
+    Distributed: mean over the samples of the process.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.ones(2, 3, 4, 4)
+        >>> VIDLoss()([3 * teacher], [teacher], [torch.ones(3)])
+        tensor(2.)
     """
 
-    recommended_weight: ClassVar[float] = 1.0
+    stages: Stages = ("stages",)
+    initial_variance: Positive = 5.0
+    min_variance: Positive = 1e-5
 
-    def __init__(
-        self,
-        *,
-        stages: tuple[str, ...] = ("stages",),
-        initial_variance: float = 5.0,
-        min_variance: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        check_number("min_variance", min_variance, positive=True)
-        check_number("initial_variance", initial_variance, positive=True)
-        if initial_variance <= min_variance:
+    of_batch = True
+
+    def check_settings(self) -> None:
+        """The first variance is above what is added to it."""
+        if self.initial_variance <= self.min_variance:
             raise ValueError(
-                f"initial_variance must be above min_variance ({min_variance}), "
-                f"got {initial_variance}"
+                f"initial_variance must be above min_variance ({self.min_variance}), "
+                f"got {self.initial_variance}"
             )
-        self.stages = check_stages(stages)
-        self.initial_variance = initial_variance
-        self.min_variance = min_variance
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -183,23 +113,33 @@ class VIDLoss(nn.Module):
         widths = [(student[1], teacher[1]) for student, teacher in paired_shapes(shapes)]
         return _Regressors(widths, self.initial_variance, self.min_variance)
 
-    def forward(
+    def terms(
         self,
-        student_maps: list[Tensor],
-        teacher_maps: list[Tensor],
-        variances: list[Tensor] | None = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `vid_loss`; the heads give `variances`.
+        student_maps: Sequence[Tensor],
+        teacher_maps: Sequence[Tensor],
+        variances: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """`"level_0"` (the shallowest) and so on, scalars.
 
-        Raises:
-            ValueError: `variances` is None.
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep: the regressed means,
+            of the teacher's
+                widths. Get the gradient.
+            teacher_maps: List of [B, D, H, W]. Get none. Levels are paired from the deepest; the
+                larger map of a pair is average-pooled to the smaller.
+            variances: List of [D], above 0, paired likewise. Get the gradient.
         """
-        if variances is None:
-            raise ValueError("VIDLoss needs the variances that its heads give: see build_heads")
-        output = vid_loss(student_maps, teacher_maps, variances, return_parts=True)
-        return output if return_parts else output.loss
+        check_maps(student_maps, teacher_maps, same_widths=True)
+        pairs = paired_maps(student_maps, teacher_maps)
+        variances = _checked_variances(variances, pairs)
+        terms = []
+        for (mean, teacher), variance in zip(pairs, variances, strict=True):
+            mean, teacher = pooled_to_each_other(mean, teacher)
+            variance = in_float32(variance).to(mean.dtype)
+            # The mean over the channels' logarithms: all positions and samples share them.
+            squares = (mean - teacher).square() / variance[:, None, None]
+            terms.append(0.5 * (squares.mean() + variance.log().mean()))
+        return level_terms(terms)
 
 
 class _Regressors(nn.Module):

@@ -28,9 +28,9 @@ from softlabels.taps import undisturbed
 from softlabels.training.config import (
     Config,
     build_method,
-    task_weight_of,
-    warmup_of,
-    weight_of,
+    defaults_of,
+    
+    
 )
 from softlabels.training.settings import (
     METHOD_SETTINGS,
