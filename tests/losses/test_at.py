@@ -7,7 +7,8 @@ import torch
 
 from shared.golden_vectors import assert_close, cases_of
 from shared.map_draws import drawn, levels
-from softlabels.losses.at import ATLoss, at_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.at import ATLoss
 
 CASES = cases_of("at")
 
@@ -16,8 +17,8 @@ CASES = cases_of("at")
 def test_values_and_gradients_are_the_published_ones(case) -> None:
     student = levels(case, "student_map", gradient=True)
     teacher = levels(case, "teacher_map")
-    output = ATLoss(power=int(case["power"]))(student, teacher, return_parts=True)
-    for level, part in enumerate(output.parts.values()):
+    output = loss_and_terms(ATLoss(power=int(case["power"])), student, teacher)
+    for level, part in enumerate(output.terms.values()):
         assert_close(part, case[f"level_loss_{level}"])
     assert_close(output.loss, case["total"])
     loss = case["weight"] * output.loss
@@ -43,23 +44,23 @@ def test_a_loop_over_samples_gives_the_same(power) -> None:
             attentions.append([value / length for value in sums])
         gaps += [(ours - theirs) ** 2 for ours, theirs in zip(*attentions, strict=True)]
     expected = torch.tensor(sum(gaps) / len(gaps), dtype=torch.float64)
-    assert_close(at_loss(student, teacher, power=power), expected)
+    assert_close(ATLoss(power=power)(student, teacher), expected)
 
 
 def test_scales_signs_and_copies_of_channels_do_not_matter() -> None:
     (student,), (teacher,) = drawn((2, 3, 4, 4)), drawn((2, 5, 4, 4), seed=1)
-    expected = at_loss([student], [teacher])
+    expected = ATLoss()([student], [teacher])
     scale = torch.tensor([3.0, -0.1], dtype=torch.float64)[:, None, None, None]
     changed = torch.cat((student, student), 1).flip(1) * scale
-    assert_close(at_loss([changed], [teacher]), expected)
-    assert at_loss([changed], [student]) < 1e-12 < expected
+    assert_close(ATLoss()([changed], [teacher]), expected)
+    assert ATLoss()([changed], [student]) < 1e-12 < expected
 
 
 def test_the_larger_map_is_pooled_first() -> None:
     (student,), (teacher,) = drawn((2, 3, 2, 2)), drawn((2, 5, 6, 6), seed=1)
     small = torch.nn.functional.avg_pool2d(teacher, 3)
-    assert_close(at_loss([student], [teacher]), at_loss([student], [small]))
-    assert_close(at_loss([teacher], [student]), at_loss([small], [student]))
+    assert_close(ATLoss()([student], [teacher]), ATLoss()([student], [small]))
+    assert_close(ATLoss()([teacher], [student]), ATLoss()([small], [student]))
 
 
 def test_no_attention_at_all_is_a_constant_and_one_sample_will_do() -> None:
@@ -67,7 +68,7 @@ def test_no_attention_at_all_is_a_constant_and_one_sample_will_do() -> None:
     teacher = torch.ones(1, 5, 2, 2)
     # The teacher's attention is 1/2 at each of 4 positions: the mean of squares is 1/4.
     for power in (1, 2):
-        loss = at_loss([student], [teacher], power=power)
+        loss = ATLoss(power=power)([student], [teacher])
         loss.backward()
         torch.testing.assert_close(loss, torch.tensor(0.25))
         assert (student.grad == 0).all()
@@ -77,6 +78,6 @@ def test_wrong_settings_are_told() -> None:
     with pytest.raises(ValueError, match="power must be 1 or more, got 0"):
         ATLoss(power=0)
     with pytest.raises(TypeError, match="power must be a whole number, got True"):
-        at_loss(drawn((1, 3, 2, 2)), drawn((1, 3, 2, 2)), power=True)
+        ATLoss(power=True)(drawn((1, 3, 2, 2)), drawn((1, 3, 2, 2)))
     with pytest.raises(TypeError, match="power must be a whole number, got 2"):
         ATLoss(power=2.5)

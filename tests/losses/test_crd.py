@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from shared.golden_vectors import assert_close, cases_of
+from shared.terms import loss_and_terms
 from softlabels.losses import crd
-from softlabels.losses.crd import CRDLoss, crd_loss, crd_scores, draw_negatives
+from softlabels.losses.crd import CRDLoss, crd_scores, draw_negatives
 
 CASES = cases_of("crd")
 PARAMETERS = {
@@ -69,7 +70,7 @@ def test_a_step_of_the_reference(case, monkeypatch):
     }
 
     values |= heads(values)
-    loss, parts = module(**values, return_parts=True)
+    loss, parts = loss_and_terms(module, **values)
     (float(case["weight"]) * loss).backward()
     with torch.no_grad():
         heads.after_step(values)
@@ -110,7 +111,7 @@ def test_a_loop_over_all_entries():
             expected -= math.log(probability / (probability + floor)) / 2
             for other in others:
                 expected -= math.log(4 / num_samples / (other / normalizer + floor)) / 2
-        loss = crd_loss(scores, scores, num_samples=num_samples)
+        loss = CRDLoss(num_samples=num_samples)([scores, scores])
         assert_close(loss, 2 * torch.tensor(expected, dtype=torch.float64))
 
 
@@ -262,9 +263,9 @@ def test_the_module_has_the_settings_of_the_function():
     scores, normalizers = [numbers(2, 4), numbers(2, 4, seed=1)], numbers(2)
     module, arguments = CRDLoss(num_samples=9), ([], [], torch.zeros(2), torch.zeros(2))
 
-    assert module(*arguments, scores) == crd_loss(*scores, num_samples=9)
-    expected = crd_loss(*scores, num_samples=9, log_normalizers=normalizers)
-    loss, parts = module(*arguments, scores, normalizers, return_parts=True)
+    assert module(*arguments, scores) == CRDLoss(num_samples=9)(*scores)
+    expected = CRDLoss(num_samples=9)(*scores, log_normalizers=normalizers)
+    loss, parts = loss_and_terms(module, *arguments, scores, normalizers)
     assert loss == expected == parts["student"] + parts["teacher"]
 
 
@@ -284,13 +285,13 @@ def test_errors_say_what_was_got():
     with pytest.raises(ValueError, match="temperature must be finite, above 0, got 0"):
         CRDLoss(temperature=0.0)
     with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
-        crd_loss(scores, scores, num_samples=0)
+        CRDLoss(num_samples=0)([scores, scores])
     with pytest.raises(ValueError, match=r"must have one shape, got \(2, 4\) and \(2, 3\)"):
-        crd_loss(scores, scores[:, :3], num_samples=9)
+        CRDLoss(num_samples=9)([scores, scores[:, :3]])
     with pytest.raises(ValueError, match="at least one negative, got 1"):
-        crd_loss(scores[:, :1], scores[:, :1], num_samples=9)
+        CRDLoss(num_samples=9)([scores[:, :1], scores[:, :1]])
     with pytest.raises(ValueError, match=r"log_normalizers must be \[2\], got \(3,\)"):
-        crd_loss(scores, scores, num_samples=9, log_normalizers=numbers(3))
+        CRDLoss(num_samples=9)([scores, scores], log_normalizers=numbers(3))
     with pytest.raises(ValueError, match=r"must be \[2\] and \[2, K\], got \(3,\)"):
         crd_scores(scores, scores, torch.zeros(3).long(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match=r"\[B, D\] and \[n, D\], got \(2, 4\) and \(2, 3\)"):

@@ -8,7 +8,8 @@ import torch
 
 from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.dist import DISTLoss, dist_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.dist import DISTLoss
 from softlabels.losses.kd import KDLoss
 
 
@@ -20,21 +21,22 @@ def test_values_and_gradients_of_the_published_code(squared):
     for case in cases:
         student = case["student_logits"].requires_grad_()
         teacher = case["teacher_logits"].requires_grad_()
-        output = dist_loss(
+        output = loss_and_terms(
+            DISTLoss(
+                inter_weight=float(case["beta"]),
+                intra_weight=float(case["gamma"]),
+                temperature=float(case["temperature"]),
+                temperature_squared=squared,
+            ),
             student,
             teacher,
-            inter_weight=float(case["beta"]),
-            intra_weight=float(case["gamma"]),
-            temperature=float(case["temperature"]),
-            temperature_squared=squared,
-            return_parts=True,
         )
         output.loss.backward()
 
         factor = case["temperature"] ** 2 if squared else 1.0
         assert_close(output.loss, case["loss" if squared else "loss_without_temperature_squared"])
-        assert_close(output.parts["inter"], factor * case["beta"] * case["inter"])
-        assert_close(output.parts["intra"], factor * case["gamma"] * case["intra"])
+        assert_close(output.terms["inter"], factor * case["beta"] * case["inter"])
+        assert_close(output.terms["intra"], factor * case["gamma"] * case["intra"])
         assert_close(student.grad, case[f"grad_{kind}student_logits"])
         assert teacher.grad is None
 
@@ -46,14 +48,14 @@ def test_correlations_of_numpy():
     of_classes = [np.corrcoef(student[:, c], teacher[:, c])[0, 1] for c in range(3)]
     expected = 4 * (1.5 * (1 - np.mean(of_samples)) + 0.5 * (1 - np.mean(of_classes)))
 
-    value = dist_loss(*drawn, inter_weight=1.5, intra_weight=0.5, temperature=2.0)
+    value = DISTLoss(inter_weight=1.5, intra_weight=0.5, temperature=2.0)(*drawn)
 
     # Not closer: 1e-8 is added to the product of norms.
     assert float(value) == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_networks_have_no_loss():
-    value = dist_loss(TEACHER_LOGITS, TEACHER_LOGITS)
+    value = DISTLoss()(TEACHER_LOGITS, TEACHER_LOGITS)
 
     # All but what 1e-8 beside the product of norms leaves.
     assert abs(float(value)) < 1e-5
@@ -63,7 +65,7 @@ def test_a_class_that_hardly_varies_counts_as_uncorrelated():
     # Its probabilities are about 1e-6 and 2e-6: the product of norms is 5e-13.
     logits = torch.tensor([[0.0, 0.0, -13.8], [0.0, 0.0, -13.1]]).double()
 
-    parts = dist_loss(logits, logits, return_parts=True).parts
+    parts = loss_and_terms(DISTLoss(), logits, logits).terms
 
     assert float(parts["intra"]) > 0.99
 
@@ -71,11 +73,11 @@ def test_a_class_that_hardly_varies_counts_as_uncorrelated():
 def test_a_batch_of_one_has_no_relation_within_classes():
     logits = STUDENT_LOGITS[:1].clone().requires_grad_()
 
-    output = dist_loss(logits, TEACHER_LOGITS[:1], return_parts=True)
-    (of_intra,) = torch.autograd.grad(output.parts["intra"], logits, retain_graph=True)
-    (of_inter,) = torch.autograd.grad(output.parts["inter"], logits)
+    output = loss_and_terms(DISTLoss(), logits, TEACHER_LOGITS[:1])
+    (of_intra,) = torch.autograd.grad(output.terms["intra"], logits, retain_graph=True)
+    (of_inter,) = torch.autograd.grad(output.terms["inter"], logits)
 
-    assert float(output.parts["intra"].detach()) == 1
+    assert float(output.terms["intra"].detach()) == 1
     assert not of_intra.any()
     assert bool(of_inter.any())
 
@@ -87,7 +89,7 @@ def test_constant_certain_and_extreme_logits_are_finite(dtype):
     for student in (steps, torch.zeros(2, 3), torch.full((2, 3), 7.5)):
         for teacher in (steps, steps.flip(1), torch.zeros(2, 3)):
             logits = student.to(dtype).requires_grad_()
-            loss = dist_loss(logits, teacher.to(dtype))
+            loss = DISTLoss()(logits, teacher.to(dtype))
             loss.backward()
 
             assert loss.dtype == torch.float32
@@ -104,13 +106,13 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
     }
     module = DISTLoss(**settings)
 
-    output = module(STUDENT_LOGITS, TEACHER_LOGITS, return_parts=True)
+    output = loss_and_terms(module, STUDENT_LOGITS, TEACHER_LOGITS)
     soft = module.soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
 
-    expected = dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, **settings)
+    expected = DISTLoss(**settings)(STUDENT_LOGITS, TEACHER_LOGITS)
     assert torch.equal(module(STUDENT_LOGITS, TEACHER_LOGITS), expected)
     assert torch.equal(output.loss, expected)
-    assert list(output.parts) == ["inter", "intra"]
+    assert list(output.terms) == ["inter", "intra"]
     of_kd = KDLoss(temperature=3.0).soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(soft, of_kd, strict=True))
 
@@ -126,11 +128,11 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
 )
 def test_wrong_settings_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, **change)
+        DISTLoss(**change)(STUDENT_LOGITS, TEACHER_LOGITS)
     with pytest.raises(error, match=message):
         DISTLoss(**change)
 
 
 def test_logits_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="teacher_logits must have the shape of logits"):
-        dist_loss(STUDENT_LOGITS, TEACHER_LOGITS[:, :4])
+        DISTLoss()(STUDENT_LOGITS, TEACHER_LOGITS[:, :4])

@@ -15,7 +15,8 @@ from shared.by_hand import (
     rows,
 )
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.dkd import DKDLoss, dkd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.dkd import DKDLoss
 
 
 def logits(batch_size=4, num_classes=6, seed=0, dtype=torch.float64):
@@ -30,14 +31,11 @@ def test_values_and_gradients_of_the_published_code():
     for case in cases:
         student = case["student_logits"].requires_grad_()
         teacher = case["teacher_logits"].requires_grad_()
-        loss = dkd_loss(
-            student,
-            teacher,
-            case["target"],
+        loss = DKDLoss(
             target_weight=float(case["alpha"]),
             non_target_weight=float(case["beta"]),
             temperature=float(case["temperature"]),
-        )
+        )(student, teacher, case["target"])
         loss.backward()
 
         assert_close(loss, case["loss"])
@@ -46,13 +44,11 @@ def test_values_and_gradients_of_the_published_code():
 
 
 def test_the_shared_vectors():
-    at_four = dkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, TARGET, return_parts=True)
-    at_one = dkd_loss(
-        STUDENT_LOGITS, TEACHER_LOGITS, TARGET, temperature=1.0, non_target_weight=0.5
-    )
+    at_four = loss_and_terms(DKDLoss(), STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
+    at_one = DKDLoss(temperature=1.0, non_target_weight=0.5)(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
 
     assert_six_digits(at_four.loss, 1.558960)
-    assert_six_digits(at_four.parts["target"], 0.074803)
+    assert_six_digits(at_four.terms["target"], 0.074803)
     assert_six_digits(at_one, 0.124002)
 
 
@@ -72,15 +68,9 @@ def test_mixed_labels_against_sums_of_probabilities(mixed_target):
                 t = torch.stack((teacher[~kept].sum(), teacher[kept].sum()))
             expected += weight * temperature**2 * float((t * (t / s).log()).sum()) / 2
 
-    value = dkd_loss(
-        STUDENT_LOGITS,
-        TEACHER_LOGITS,
-        MIXED_TARGET,
-        target_weight=3.0,
-        non_target_weight=0.7,
-        temperature=temperature,
-        mixed_target=mixed_target,
-    )
+    value = DKDLoss(
+        target_weight=3.0, non_target_weight=0.7, temperature=temperature, mixed_target=mixed_target
+    )(STUDENT_LOGITS, TEACHER_LOGITS, MIXED_TARGET)
 
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
@@ -89,7 +79,7 @@ def test_equal_networks_have_no_loss_and_no_gradient():
     student, _ = logits()
     student.requires_grad_()
 
-    loss = dkd_loss(student, student.detach(), torch.tensor([0, 1, 5, 2]))
+    loss = DKDLoss()(student, student.detach(), torch.tensor([0, 1, 5, 2]))
     loss.backward()
 
     assert float(loss.detach()) == 0
@@ -102,17 +92,17 @@ def test_the_non_target_part_knows_nothing_of_the_target_logit():
     changed = student.scatter_add(1, target.unsqueeze(1), torch.full((4, 1), 50.0).double())
 
     def part(given):
-        return dkd_loss(given, teacher, target, return_parts=True).parts["non_target"]
+        return loss_and_terms(DKDLoss(), given, teacher, target).terms["non_target"]
 
     assert_close(part(changed), part(student))
 
 
 def test_two_classes_leave_nothing_to_the_non_target_part():
     student, teacher = logits(3, 2)
-    output = dkd_loss(student, teacher, torch.tensor([0, 1, 1]), return_parts=True)
+    output = loss_and_terms(DKDLoss(), student, teacher, torch.tensor([0, 1, 1]))
 
-    assert float(output.parts["non_target"]) == 0
-    assert float(output.parts["target"]) > 0
+    assert float(output.terms["non_target"]) == 0
+    assert float(output.terms["target"]) > 0
 
 
 def test_parts_reductions_and_ignored_samples():
@@ -120,14 +110,14 @@ def test_parts_reductions_and_ignored_samples():
     target = torch.tensor([0, -1, 5, 2])
     kept = target >= 0
 
-    none = dkd_loss(student, teacher, target, ignore_index=-1, reduction="none", return_parts=True)
-    alone = dkd_loss(student[kept], teacher[kept], target[kept], reduction="none")
+    none = loss_and_terms(DKDLoss(ignore_index=-1, reduction="none"), student, teacher, target)
+    alone = DKDLoss(reduction="none")(student[kept], teacher[kept], target[kept])
 
     assert_close(none.loss[kept], alone)
     assert float(none.loss[1]) == 0
-    assert_close(sum(none.parts.values()), none.loss)
+    assert_close(sum(none.terms.values()), none.loss)
     for reduction, expected in (("mean", alone.mean()), ("sum", alone.sum())):
-        value = dkd_loss(student, teacher, target, ignore_index=-1, reduction=reduction)
+        value = DKDLoss(ignore_index=-1, reduction=reduction)(student, teacher, target)
         assert_close(value, expected)
 
 
@@ -140,7 +130,7 @@ def test_certain_and_extreme_logits_are_finite(dtype, num_classes):
     for student_sign, teacher_sign in ((1, 1), (1, -1), (-1, 1), (0, 1)):
         student = (student_sign * largest * signs).to(dtype).requires_grad_()
         teacher = (teacher_sign * largest * signs).to(dtype)
-        loss = dkd_loss(student, teacher, torch.tensor([0, 1, 1]))
+        loss = DKDLoss()(student, teacher, torch.tensor([0, 1, 1]))
         loss.backward()
 
         assert loss.dtype == torch.float32
@@ -161,12 +151,12 @@ def test_the_module_computes_the_function():
     module = DKDLoss(**settings)
 
     assert torch.equal(
-        module(student, teacher, target), dkd_loss(student, teacher, target, **settings)
+        module(student, teacher, target), DKDLoss(**settings)(student, teacher, target)
     )
-    parts = module(student, teacher, target, return_parts=True).parts
+    parts = loss_and_terms(module, student, teacher, target).terms
     assert list(parts) == ["target", "non_target"]
     assert float(DKDLoss(non_target_weight=0.0)(student, teacher, target)) == pytest.approx(
-        float(dkd_loss(student, teacher, target, return_parts=True).parts["target"])
+        float(loss_and_terms(DKDLoss(), student, teacher, target).terms["target"])
     )
 
 
@@ -199,7 +189,7 @@ def test_soft_labels_are_the_two_parts_of_the_softened_teacher():
 def test_wrong_settings_are_refused(change, error, message):
     student, teacher = logits()
     with pytest.raises(error, match=message):
-        dkd_loss(student, teacher, torch.tensor([0, 1, 5, 2]), **change)
+        DKDLoss(**change)(student, teacher, torch.tensor([0, 1, 5, 2]))
     with pytest.raises(error, match=message):
         DKDLoss(**change)
 
@@ -208,8 +198,8 @@ def test_wrong_inputs_are_refused():
     student, teacher = logits()
     target = torch.tensor([0, 1, 5, 2])
     with pytest.raises(ValueError, match="teacher_logits must have the shape of logits"):
-        dkd_loss(student, teacher[:, :5], target)
+        DKDLoss()(student, teacher[:, :5], target)
     with pytest.raises(ValueError, match="target must lie in"):
-        dkd_loss(student, teacher, target + 1)
+        DKDLoss()(student, teacher, target + 1)
     with pytest.raises(ValueError, match="label for every class"):
-        dkd_loss(student, teacher, torch.full((4, 6), 1 / 6), mixed_target="all")
+        DKDLoss(mixed_target="all")(student, teacher, torch.full((4, 6), 1 / 6))

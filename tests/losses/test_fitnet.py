@@ -8,7 +8,7 @@ from torch import nn
 
 from shared.golden_vectors import assert_close, cases_of
 from shared.map_draws import drawn, heads_of, through
-from softlabels.losses.fitnet import FitNetLoss, fitnet_loss
+from softlabels.losses.fitnet import FitNetLoss
 
 CASES = cases_of("fitnet")
 
@@ -50,14 +50,14 @@ def test_a_loop_over_levels_gives_the_same() -> None:
     for ours, theirs in ((student[0], teacher[1]), (student[1], teacher[2])):
         gaps = [(a - b) ** 2 for a, b in zip(ours.flatten(), theirs.flatten(), strict=True)]
         expected += sum(gaps) / len(gaps)
-    assert_close(fitnet_loss(student, teacher), expected)
+    assert_close(FitNetLoss()(student, teacher), expected)
 
 
 def test_the_larger_map_is_pooled() -> None:
     (student,), (teacher,) = drawn((2, 3, 2, 2)), drawn((2, 3, 6, 4), seed=1)
     small = nn.functional.avg_pool2d(teacher, (3, 2))
-    assert_close(fitnet_loss([student], [teacher]), fitnet_loss([student], [small]))
-    assert_close(fitnet_loss([teacher], [student]), fitnet_loss([small], [student]))
+    assert_close(FitNetLoss()([student], [teacher]), FitNetLoss()([student], [small]))
+    assert_close(FitNetLoss()([teacher], [student]), FitNetLoss()([small], [student]))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_regressor_goes_by_the_sizes(student, teacher, kind, kernel, regress
 
 def test_equal_maps_have_no_loss() -> None:
     maps = drawn((2, 3, 4, 4), gradient=True)
-    loss = fitnet_loss(maps, [map.detach() for map in maps])
+    loss = FitNetLoss()(maps, [map.detach() for map in maps])
     loss.backward()
     assert loss == 0
     assert (maps[0].grad == 0).all()
@@ -103,4 +103,4 @@ def test_the_second_stage_is_read_unless_asked() -> None:
 
 def test_maps_of_other_widths_are_told() -> None:
     with pytest.raises(ValueError, match="same number of channels"):
-        fitnet_loss(drawn((2, 3, 4, 4)), drawn((2, 5, 4, 4)))
+        FitNetLoss()(drawn((2, 3, 4, 4)), drawn((2, 5, 4, 4)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.mgd import MGDLoss, mgd_loss
+from softlabels.losses.mgd import MGDLoss
 
 
 def shapes_of(**maps):
@@ -39,7 +39,7 @@ def test_the_reference(case):
     heads.load_state_dict({ours: case[theirs] for ours, theirs in names.items()})
 
     generated = heads.generated(student_map, case["noise"])
-    loss = mgd_loss(generated, teacher_map)
+    loss = MGDLoss()([generated], [teacher_map])
     (float(case["alpha"]) * loss).backward()
 
     assert_close(generated.detach(), case["generated_map"])
@@ -58,16 +58,16 @@ def test_a_plain_sum():
     for a, b in zip(generated.flatten().tolist(), teacher.flatten().tolist(), strict=True):
         total += (a - b) ** 2
 
-    assert float(mgd_loss(generated, teacher)) == pytest.approx(total / 3, rel=1e-12)
-    assert torch.equal(MGDLoss()([generated], [teacher]), mgd_loss(generated, teacher))
+    assert float(MGDLoss()([generated], [teacher])) == pytest.approx(total / 3, rel=1e-12)
+    assert torch.equal(MGDLoss()([generated], [teacher]), MGDLoss()([generated], [teacher]))
 
 
 def test_an_equal_map_costs_nothing_and_the_teacher_gets_no_gradient():
     teacher_map = torch.randn(2, 3, 4, 4, requires_grad=True)
     generated = torch.randn(2, 3, 4, 4, requires_grad=True)
 
-    assert float(mgd_loss(teacher_map.detach(), teacher_map)) == 0
-    mgd_loss(generated, teacher_map).backward()
+    assert float(MGDLoss()([teacher_map.detach()], [teacher_map])) == 0
+    MGDLoss()([generated], [teacher_map]).backward()
 
     assert teacher_map.grad is None
     torch.testing.assert_close(generated.grad, generated.detach() - teacher_map.detach())
@@ -116,13 +116,13 @@ def test_a_larger_teacher_is_pooled():
     teacher_map = torch.arange(4.0).view(1, 1, 2, 2)
 
     # Mean 1.5.
-    assert float(mgd_loss(torch.full((1, 1, 1, 1), 2.0), teacher_map)) == 0.25
+    assert float(MGDLoss()([torch.full((1, 1, 1, 1), 2.0)], [teacher_map])) == 0.25
 
 
 def test_half_precision_is_widened():
     generated = torch.full((1, 2, 2, 2), 300.0).half().requires_grad_()
 
-    loss = mgd_loss(generated, torch.zeros(1, 2, 2, 2).half())
+    loss = MGDLoss()([generated], [torch.zeros(1, 2, 2, 2).half()])
     loss.backward()
 
     # 8 * 90000, above the largest half.
@@ -134,10 +134,10 @@ def test_half_precision_is_widened():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "same number of channels", lambda x: mgd_loss(x, x[:, :2])),
-        (ValueError, "same height and width", lambda x: mgd_loss(x, x[..., :2])),
-        (ValueError, "must be of one batch", lambda x: mgd_loss(x, x[:1])),
-        (TypeError, "teacher_map.* floating-point", lambda x: mgd_loss(x, x.long())),
+        (ValueError, "same number of channels", lambda x: MGDLoss()([x], [x[:, :2]])),
+        (ValueError, "same height and width", lambda x: MGDLoss()([x], [x[..., :2]])),
+        (ValueError, "must be of one batch", lambda x: MGDLoss()([x], [x[:1]])),
+        (TypeError, "teacher_map.* floating-point", lambda x: MGDLoss()([x], [x.long()])),
         (ValueError, "mask_ratio", lambda x: MGDLoss(mask_ratio=1.1)),
         (ValueError, "student_maps must be a list of one", lambda x: MGDLoss()([x, x], [x])),
     ],

@@ -10,7 +10,8 @@ import torch
 
 from shared.golden_vectors import assert_close, cases_of
 from shared.map_draws import drawn, heads_of, levels
-from softlabels.losses.ofd import OFDLoss, ofd_loss, ofd_margins
+from shared.terms import loss_and_terms
+from softlabels.losses.ofd import OFDLoss, ofd_margins
 
 CASES = cases_of("ofd")
 
@@ -47,9 +48,9 @@ def test_values_and_gradients_are_the_published_ones(case) -> None:
     aligned = heads(values)["student_maps"]
     for map in aligned:
         map.retain_grad()
-    output = method(**{**values, "student_maps": aligned}, return_parts=True)
+    output = loss_and_terms(method, **{**values, "student_maps": aligned})
     assert_close(output.loss * case["weight"], case["loss"])
-    for level, part in enumerate(output.parts.values()):
+    for level, part in enumerate(output.terms.values()):
         factor = case[f"level_weight_{level}"]
         assert_close(part, factor * case[f"level_loss_{level}"])
     (output.loss * case["weight"]).backward()
@@ -89,7 +90,7 @@ def test_a_loop_over_elements_gives_the_same() -> None:
             elif theirs <= 0 and ours <= theirs:
                 distance = 0.0
             expected += distance / 2 / (2 if level == 0 else 1)
-    assert_close(ofd_loss(student, teacher, norms), expected)
+    assert_close(OFDLoss()(student, teacher, norms), expected)
 
 
 def test_the_margin_is_the_mean_of_the_negative_values() -> None:
@@ -109,7 +110,7 @@ def test_a_norm_weight_of_zero_has_finite_margins(dtype) -> None:
     expected = torch.tensor([-1.5, 0.0, 0.0, -6e4]).to(margin)
     torch.testing.assert_close(margin, expected, rtol=1e-3, atol=0)
     student = torch.ones(1, 4, 1, 1, requires_grad=True)
-    loss = ofd_loss([student], [-torch.ones(1, 4, 1, 1)], [parameters])
+    loss = OFDLoss()([student], [-torch.ones(1, 4, 1, 1)], [parameters])
     loss.backward()
     # Targets are the larger of -1 and the margin: gaps of 2, 1, 1 and 2.
     torch.testing.assert_close(loss, torch.tensor(10.0))
@@ -125,18 +126,18 @@ def test_nothing_is_asked_where_the_activation_hides_the_difference() -> None:
     (teacher,) = drawn((2, 3, 4, 4))
     norms = drawn((2, 3), seed=1)
     lower = torch.where(teacher > 0, teacher, teacher - 1)
-    assert ofd_loss([lower], [teacher], norms) == 0
-    assert ofd_loss([lower + 1e-3], [teacher], norms) > 0
+    assert OFDLoss()([lower], [teacher], norms) == 0
+    assert OFDLoss()([lower + 1e-3], [teacher], norms) > 0
 
 
 def test_the_larger_map_is_pooled_unless_sizes_must_be_equal() -> None:
     (student,), (teacher,) = drawn((2, 3, 2, 2)), drawn((2, 3, 6, 6), seed=1)
     norms = drawn((2, 3), seed=2)
     small = torch.nn.functional.avg_pool2d(teacher, 3)
-    assert_close(ofd_loss([student], [teacher], norms), ofd_loss([student], [small], norms))
-    assert_close(ofd_loss([teacher], [student], norms), ofd_loss([small], [student], norms))
+    assert_close(OFDLoss()([student], [teacher], norms), OFDLoss()([student], [small], norms))
+    assert_close(OFDLoss()([teacher], [student], norms), OFDLoss()([small], [student], norms))
     method = OFDLoss(pool_maps=False)
-    assert_close(method([student], [small], norms), ofd_loss([student], [small], norms))
+    assert_close(method([student], [small], norms), OFDLoss()([student], [small], norms))
     with pytest.raises(ValueError, match=r"same height and width, got \(2, 3, 2, 2\)"):
         method([student], [teacher], norms)
 
@@ -167,6 +168,6 @@ def test_connectors_have_the_published_initialization() -> None:
 def test_norm_parameters_that_do_not_fit_are_told(norms, error, message) -> None:
     map = torch.ones(1, 3, 2, 2)
     with pytest.raises(error, match=message):
-        ofd_loss([map], [map], norms)
+        OFDLoss()([map], [map], norms)
     with pytest.raises(TypeError, match="pool_maps must be True or False"):
         OFDLoss(pool_maps=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.pkt import PKTLoss, pkt_loss
+from softlabels.losses.pkt import PKTLoss
 
 
 def features(*shape, seed=0):
@@ -19,7 +19,7 @@ def features(*shape, seed=0):
 def test_values_and_gradients_of_the_reference(case):
     student = case["student_features"].requires_grad_()
 
-    loss = pkt_loss(student, case["teacher_features"])
+    loss = PKTLoss()([student], [case["teacher_features"]])
     weighted = case["weight"] * loss
     weighted.backward()
 
@@ -47,7 +47,7 @@ def test_a_loop_over_pairs():
         for j in range(5)
     )
 
-    loss = pkt_loss(student, teacher)
+    loss = PKTLoss()([student], [teacher])
 
     assert_close(loss, torch.tensor(expected / 25, dtype=torch.float64))
 
@@ -56,8 +56,8 @@ def test_lengths_do_not_matter_and_directions_do():
     teacher = features(4, 3)
     lengths = torch.tensor([[1.0], [20.0], [3.0], [7.0]])
 
-    assert pkt_loss(lengths * teacher, teacher).abs() < 1e-12
-    assert pkt_loss(teacher + 1.0, teacher) > 1e-3
+    assert PKTLoss()([lengths * teacher], [teacher]).abs() < 1e-12
+    assert PKTLoss()([teacher + 1.0], [teacher]) > 1e-3
 
 
 def test_a_row_of_zeros_has_the_reference_value_and_no_gradient():
@@ -67,7 +67,7 @@ def test_a_row_of_zeros_has_the_reference_value_and_no_gradient():
     student = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
     teacher = torch.ones(2, 3)
 
-    loss = pkt_loss(student, teacher)
+    loss = PKTLoss()([student], [teacher])
     loss.backward()
 
     torch.testing.assert_close(loss, torch.tensor(0.014723), rtol=0, atol=1e-6)
@@ -81,34 +81,34 @@ def test_hazards_stay_finite_also_in_half_precision():
     teacher = torch.tensor([[1.0], [-1.0], [0.0], [1.0]]).half().requires_grad_()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = pkt_loss(student, teacher)
+        loss = PKTLoss()([student], [teacher])
     loss.backward()
 
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, pkt_loss(student.float(), teacher.float()))
+    assert torch.equal(loss, PKTLoss()([student.float()], [teacher.float()]))
     assert loss.isfinite()
     assert student.grad.isfinite().all()
     assert teacher.grad is None
 
 
 def test_one_sample_has_no_neighbors_to_choose_from():
-    assert pkt_loss(features(1, 3), features(1, 4)) == 0
+    assert PKTLoss()([features(1, 3)], [features(1, 4)]) == 0
 
 
 def test_the_module_is_the_function():
     student, teacher = features(4, 3), features(4, 5, seed=1)
 
-    assert PKTLoss()([student], [teacher]) == pkt_loss(student, teacher)
-    assert PKTLoss.recommended_weight == 30000
+    assert PKTLoss()([student], [teacher]) == PKTLoss()([student], [teacher])
+    assert PKTLoss.defaults.weight == 30000
 
 
 def test_errors_say_what_was_got():
     good = features(4, 3)
     with pytest.raises(TypeError, match=r"student_features must be .* torch.int64"):
-        pkt_loss(torch.zeros(4, 3, dtype=torch.long), good)
+        PKTLoss()([torch.zeros(4, 3, dtype=torch.long)], [good])
     with pytest.raises(ValueError, match=r"student_features must be \[B, D\] .* \(0, 3\)"):
-        pkt_loss(good[:0], good)
+        PKTLoss()([good[:0]], [good])
     with pytest.raises(ValueError, match=r"of one batch, got \(4, 3\) and \(3, 3\)"):
-        pkt_loss(good, good[:3])
+        PKTLoss()([good], [good[:3]])
     with pytest.raises(ValueError, match="teacher_features must be a list of one tensor, got 0"):
         PKTLoss()([good], [])

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from shared.golden_vectors import assert_close, cases_of
 from shared.map_draws import drawn, heads_of, levels, through
-from softlabels.losses.reviewkd import ReviewKDLoss, reviewkd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.reviewkd import ReviewKDLoss
 
 CASES = cases_of("reviewkd")
 
@@ -56,8 +57,8 @@ def test_values_and_gradients_are_the_published_ones(case) -> None:
     for level, output in enumerate(outputs):
         output.retain_grad()
         assert_close(output, case[f"output_map_{level}"].reshape(output.shape))
-    found = method(**{**values, **replaced}, return_parts=True)
-    for level, part in enumerate(found.parts.values()):
+    found = loss_and_terms(method, **{**values, **replaced})
+    for level, part in enumerate(found.terms.values()):
         assert_close(part, case[f"level_loss_{level}"])
     warm_up = min(case["epoch"] / case["warmup_epochs"], torch.tensor(1.0))
     loss = case["weight"] * warm_up * found.loss
@@ -92,7 +93,7 @@ def test_each_scale_has_half_the_weight_of_the_one_before(size, weights) -> None
         pooled = [functional.adaptive_avg_pool2d(map, side) for map in (student, teacher)]
         total += weight * functional.mse_loss(*pooled)
     expected = total / (1 + sum(weights.values()))
-    assert_close(reviewkd_loss([student], [teacher]), expected)
+    assert_close(ReviewKDLoss()([student], [teacher]), expected)
 
 
 def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
@@ -127,7 +128,7 @@ def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
     blend = shares[:, :1] * own + shares[:, 1:] * deep
     smaller = blend[:, :, ::2, ::2]
     output = normed(functional.conv2d(smaller, parameters["blocks.0.widen.0.weight"], padding=1))
-    expected = reviewkd_loss(
+    expected = ReviewKDLoss()(
         [output, deep_output], [teacher[0], teacher_pooled[0][..., None, None]]
     )
     assert_close(ReviewKDLoss()(**through(heads, values)), expected)
@@ -154,7 +155,7 @@ def test_what_is_handed_up_has_the_size_of_the_teacher() -> None:
 
 def test_equal_maps_have_no_loss() -> None:
     maps = drawn((2, 3, 8, 8), (2, 4, 1, 1), gradient=True)
-    loss = reviewkd_loss(maps, [map.detach() for map in maps])
+    loss = ReviewKDLoss()(maps, [map.detach() for map in maps])
     loss.backward()
     assert loss == 0
     assert all((map.grad == 0).all() for map in maps)
@@ -196,7 +197,7 @@ def test_wrong_settings_and_shapes_are_told() -> None:
     with pytest.raises(TypeError, match="student_before_activation must be True or False"):
         ReviewKDLoss(student_before_activation=1)
     with pytest.raises(ValueError, match="same height and width"):
-        reviewkd_loss(drawn((2, 3, 4, 4)), drawn((2, 3, 2, 2)))
+        ReviewKDLoss()(drawn((2, 3, 4, 4)), drawn((2, 3, 2, 2)))
     shapes = {"student_maps": [(2, 3)], "teacher_maps": [(2, 3, 4, 4)]}
     with pytest.raises(ValueError, match=r"student_maps must be \[B, D, H, W\], got \(2, 3\)"):
         ReviewKDLoss().build_adapters(shapes)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.rkd import RKDLoss, rkd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.rkd import RKDLoss
 
 CASES = cases_of("rkd")
 
@@ -23,8 +24,8 @@ def weights_of(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_of_the_reference(case):
-    loss, parts = rkd_loss(
-        case["student_features"], case["teacher_features"], **weights_of(case), return_parts=True
+    loss, parts = loss_and_terms(
+        RKDLoss(**weights_of(case)), [case["student_features"]], [case["teacher_features"]]
     )
 
     assert_close(loss, case["loss"])
@@ -41,11 +42,8 @@ def test_gradients_of_the_reference(case):
         ("grad_angle_loss_student_features", 0.0, 1.0),
         ("grad_student_features", *weights_of(case).values()),
     ):
-        loss = rkd_loss(
-            student,
-            case["teacher_features"],
-            distance_weight=distance_weight,
-            angle_weight=angle_weight,
+        loss = RKDLoss(distance_weight=distance_weight, angle_weight=angle_weight)(
+            [student], [case["teacher_features"]]
         )
         (gradient,) = torch.autograd.grad(loss, student)
         assert_close(gradient, case[name])
@@ -83,7 +81,7 @@ def test_a_loop_over_pairs_and_triples():
     ]
     expected = 3.0 * sum(pairs) / 25 + 7.0 * sum(triples) / 125
 
-    loss = rkd_loss(student, teacher, distance_weight=3.0, angle_weight=7.0)
+    loss = RKDLoss(distance_weight=3.0, angle_weight=7.0)([student], [teacher])
 
     assert_close(loss, torch.tensor(expected, dtype=torch.float64))
 
@@ -92,14 +90,14 @@ def test_shift_scale_and_rotation_do_not_matter():
     teacher = features(6, 4)
     rotation = torch.linalg.qr(features(4, 4, seed=2)).Q
 
-    assert_close(rkd_loss(5.0 * teacher @ rotation + 3.0, teacher), torch.zeros(()).double())
-    assert rkd_loss(teacher * torch.tensor([1.0, 1.0, 1.0, 3.0]), teacher) > 0.01
+    assert_close(RKDLoss()([5.0 * teacher @ rotation + 3.0], [teacher]), torch.zeros(()).double())
+    assert RKDLoss()([teacher * torch.tensor([1.0, 1.0, 1.0, 3.0])], [teacher]) > 0.01
 
 
 def test_the_teacher_gets_no_gradient():
     student, teacher = features(4, 3).requires_grad_(), features(4, 3, seed=1).requires_grad_()
 
-    rkd_loss(student, teacher).backward()
+    RKDLoss()([student], [teacher]).backward()
 
     assert teacher.grad is None
     assert student.grad.abs().max() > 0
@@ -113,8 +111,8 @@ def test_equal_rows_have_a_moderate_gradient(gap):
     reference = features(5, 4).requires_grad_()
     teacher = features(5, 4, seed=1)
 
-    rkd_loss(student, teacher).backward()
-    rkd_loss(reference, teacher).backward()
+    RKDLoss()([student], [teacher]).backward()
+    RKDLoss()([reference], [teacher]).backward()
 
     # Equal rows differ in nothing, but the other rows still draw at them.
     assert student.grad.isfinite().all()
@@ -126,7 +124,7 @@ def test_equal_rows_have_a_moderate_gradient(gap):
 def test_hazards_stay_finite(size):
     student = (size * features(4, 3)).float().requires_grad_()
 
-    loss = rkd_loss(student, torch.zeros(4, 5))
+    loss = RKDLoss()([student], [torch.zeros(4, 5)])
     loss.backward()
 
     assert loss.isfinite()
@@ -136,7 +134,7 @@ def test_hazards_stay_finite(size):
 def test_one_sample_alone_has_no_relations():
     student = features(1, 3).requires_grad_()
 
-    loss = rkd_loss(student, features(1, 5))
+    loss = RKDLoss()([student], [features(1, 5)])
     loss.backward()
 
     assert loss == 0
@@ -146,9 +144,9 @@ def test_one_sample_alone_has_no_relations():
 def test_half_precision_is_widened_also_under_autocast():
     student, teacher = features(5, 3).bfloat16(), features(5, 4, seed=1).bfloat16()
 
-    expected = rkd_loss(student.float(), teacher.float())
+    expected = RKDLoss()([student.float()], [teacher.float()])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = rkd_loss(student, teacher)
+        loss = RKDLoss()([student], [teacher])
 
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
@@ -158,25 +156,25 @@ def test_the_module_has_the_settings_of_the_function():
     student, teacher = features(4, 3), features(4, 5, seed=1)
     module = RKDLoss(distance_weight=2.0, angle_weight=0.5)
 
-    loss, parts = module([student], [teacher], return_parts=True)
+    loss, parts = loss_and_terms(module, [student], [teacher])
 
-    assert loss == rkd_loss(student, teacher, distance_weight=2.0, angle_weight=0.5)
+    assert loss == RKDLoss(distance_weight=2.0, angle_weight=0.5)([student], [teacher])
     assert loss == module([student], [teacher]) == parts["distance"] + parts["angle"]
-    assert RKDLoss()([student], [teacher]) == rkd_loss(student, teacher)
+    assert RKDLoss()([student], [teacher]) == RKDLoss()([student], [teacher])
 
 
 def test_errors_say_what_was_got():
     good = features(4, 3)
     with pytest.raises(TypeError, match=r"student_features must be .* torch.int64"):
-        rkd_loss(torch.zeros(4, 3, dtype=torch.long), good)
+        RKDLoss()([torch.zeros(4, 3, dtype=torch.long)], [good])
     with pytest.raises(TypeError, match=r"teacher_features must be .*, got list"):
-        rkd_loss(good, [good])
+        RKDLoss()([good], [[good]])
     with pytest.raises(ValueError, match=r"teacher_features must be \[B, D\] .*\(4, 3, 1\)"):
-        rkd_loss(good, good.unsqueeze(2))
+        RKDLoss()([good], [good.unsqueeze(2)])
     with pytest.raises(ValueError, match=r"of one batch, got \(4, 3\) and \(3, 3\)"):
-        rkd_loss(good, good[:3])
+        RKDLoss()([good], [good[:3]])
     with pytest.raises(ValueError, match="angle_weight must be finite, 0 or more, got -1"):
-        rkd_loss(good, good, angle_weight=-1.0)
+        RKDLoss(angle_weight=-1.0)([good], [good])
     with pytest.raises(ValueError, match="distance_weight must be finite"):
         RKDLoss(distance_weight=float("inf"))
     with pytest.raises(ValueError, match="student_features must be a list of one tensor, got 2"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.srrl import SRRLLoss, srrl_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.srrl import SRRLLoss
 
 
 def inputs(batch_size=3, dtype=torch.float64, student_size=(2, 3), teacher_size=(4, 4)):
@@ -44,13 +45,13 @@ def test_values_and_gradients_of_the_published_code():
         added = heads(values)
         (aligned,) = added["student_map"]
         aligned.retain_grad()
-        output = module(**{**values, **added}, return_parts=True)
+        output = loss_and_terms(module, **{**values, **added})
         output.loss.backward()
 
         assert_close(aligned, case["aligned_map"])
         assert_close(output.loss, case["loss"])
-        assert_close(output.parts["feature"], case["alpha"] * case["feature_term"])
-        assert_close(output.parts["logit"], case["beta"] * case["logit_term"])
+        assert_close(output.terms["feature"], case["alpha"] * case["feature_term"])
+        assert_close(output.terms["logit"], case["beta"] * case["logit_term"])
         assert_close(aligned.grad, case["grad_aligned_map"])
         assert_close(student_map.grad, case["grad_student_map"])
         assert_close(heads.conv.weight.grad, case["grad_conv_weight"])
@@ -68,10 +69,12 @@ def test_one_sample_by_hand():
     weight, bias = torch.tensor([[1.0, -1.0], [0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 0, 0])
     logits = torch.tensor([[1.0, 0.0, 3.0]])
 
-    output = srrl_loss(student, teacher, weight, bias, logits, logit_weight=3.0, return_parts=True)
+    output = loss_and_terms(
+        SRRLLoss(logit_weight=3.0), [student], [teacher], [weight, bias], logits
+    )
 
-    assert float(output.parts["feature"]) == pytest.approx(2)
-    assert float(output.parts["logit"]) == pytest.approx(13.25)
+    assert float(output.terms["feature"]) == pytest.approx(2)
+    assert float(output.terms["logit"]) == pytest.approx(13.25)
     assert float(output.loss) == pytest.approx(15.25)
 
 
@@ -85,7 +88,9 @@ def test_a_loop_over_samples():
         expected += 0.5 * float(((pooled - wanted) ** 2).sum()) / (3 * 5)
         expected += 5.0 * float(((read - logits[sample]) ** 2).sum()) / (3 * 4)
 
-    value = srrl_loss(student, teacher, weight, bias, logits, feature_weight=0.5, logit_weight=5.0)
+    value = SRRLLoss(feature_weight=0.5, logit_weight=5.0)(
+        [student], [teacher], [weight, bias], logits
+    )
 
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
@@ -95,7 +100,7 @@ def test_the_students_own_teacher_leaves_nothing_to_learn():
     logits = student.mean((2, 3)) @ weight.t() + bias
     student.requires_grad_()
 
-    loss = srrl_loss(student, student.detach(), weight, bias, logits)
+    loss = SRRLLoss()([student], [student.detach()], [weight, bias], logits)
     loss.backward()
 
     assert float(loss.detach()) < 1e-24
@@ -105,7 +110,7 @@ def test_the_students_own_teacher_leaves_nothing_to_learn():
 def test_the_student_alone_gets_a_gradient():
     tensors = [tensor.requires_grad_() for tensor in inputs()]
 
-    srrl_loss(*tensors).backward()
+    SRRLLoss()(*tensors).backward()
 
     assert bool(tensors[0].grad.any())
     assert all(tensor.grad is None for tensor in tensors[1:])
@@ -113,11 +118,11 @@ def test_the_student_alone_gets_a_gradient():
 
 def test_half_precision_and_autocast_are_computed_in_float32():
     half = inputs(dtype=torch.bfloat16)
-    expected = srrl_loss(*(tensor.float() for tensor in half))
+    expected = SRRLLoss()(*(tensor.float() for tensor in half))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = srrl_loss(*half)
-        again = srrl_loss(*(tensor.float() for tensor in half))
+        found = SRRLLoss()(*half)
+        again = SRRLLoss()(*(tensor.float() for tensor in half))
 
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
@@ -140,13 +145,13 @@ def test_the_module_computes_the_function():
 
     value = SRRLLoss(**settings)([student], [teacher], [weight, bias], logits)
 
-    assert torch.equal(value, srrl_loss(student, teacher, weight, bias, logits, **settings))
+    assert torch.equal(value, SRRLLoss(**settings)([student], [teacher], [weight, bias], logits))
 
 
 @pytest.mark.parametrize("name", ["feature_weight", "logit_weight"])
 def test_wrong_settings_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be finite, 0 or more"):
-        srrl_loss(*inputs(), **{name: -1.0})
+        SRRLLoss(**{name: -1.0})(*inputs())
     with pytest.raises(TypeError, match=f"{name} must be a number"):
         SRRLLoss(**{name: True})
 
@@ -154,12 +159,12 @@ def test_wrong_settings_are_refused(name):
 def test_wrong_inputs_are_refused():
     student, teacher, weight, bias, logits = inputs()
     with pytest.raises(ValueError, match="must have the same number of channels"):
-        srrl_loss(student[:, :4], teacher, weight, bias, logits)
+        SRRLLoss()([student[:, :4]], [teacher], [weight, bias], logits)
     with pytest.raises(ValueError, match="must be of one batch"):
-        srrl_loss(student, teacher[:2], weight, bias, logits)
+        SRRLLoss()([student], [teacher[:2]], [weight, bias], logits)
     with pytest.raises(ValueError, match="teacher_logits must hold 3 samples as student_map"):
-        srrl_loss(student, teacher, weight, bias, logits[:2])
+        SRRLLoss()([student], [teacher], [weight, bias], logits[:2])
     with pytest.raises(ValueError, match=r"weight of \(4, 5\) and a bias of \(4,\)"):
-        srrl_loss(student, teacher, weight.t(), bias, logits)
+        SRRLLoss()([student], [teacher], [weight.t(), bias], logits)
     with pytest.raises(TypeError, match=r"student_map\[0\] must be a floating-point tensor"):
-        srrl_loss(student.long(), teacher, weight, bias, logits)
+        SRRLLoss()([student.long()], [teacher], [weight, bias], logits)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from softlabels.losses.tat import TaTLoss, tat_loss
+from softlabels.losses.tat import TaTLoss
 
 
 def test_by_hand():
@@ -19,7 +19,7 @@ def test_by_hand():
     # Teacher 0: weights 1/2, 1/2, rebuilt 6, gap 6.
     teacher = torch.tensor([1.0, 2.0, 0.0]).view(1, 1, 3, 1).double()
 
-    loss = tat_loss(query, value, teacher)
+    loss = TaTLoss()([query, value], [teacher])
 
     assert float(loss) == pytest.approx((36 + 5.6**2 + 36) / 3, rel=1e-6)
 
@@ -31,7 +31,7 @@ def test_the_published_code_by_hand():
     # Rebuilt 6 and 7, compared with 1 and 2.
     teacher = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2).double()
 
-    loss = tat_loss(query, value, teacher, softmax_over="teacher")
+    loss = TaTLoss(softmax_over="teacher")([query, value], [teacher])
 
     assert float(loss) == pytest.approx(25, rel=1e-6)
 
@@ -64,7 +64,7 @@ def test_the_module_is_the_function_and_the_teacher_gets_no_gradient(softmax_ove
     loss = TaTLoss(softmax_over=softmax_over)([query, value], [teacher])
     loss.backward()
 
-    assert torch.equal(loss, tat_loss(query, value, teacher, softmax_over=softmax_over))
+    assert torch.equal(loss, TaTLoss(softmax_over=softmax_over)([query, value], [teacher]))
     assert query.grad.any()
     assert value.grad.any()
     assert teacher.grad is None
@@ -74,7 +74,7 @@ def test_the_order_of_the_students_positions_is_nothing():
     query, value, teacher = torch.randn(3, 2, 4, 3, 3).double().unbind()
 
     torch.testing.assert_close(
-        tat_loss(query.flip(2), value.flip(2), teacher), tat_loss(query, value, teacher)
+        TaTLoss()([query.flip(2), value.flip(2)], [teacher]), TaTLoss()([query, value], [teacher])
     )
 
 
@@ -82,7 +82,7 @@ def test_the_right_position_found_costs_nothing():
     # Each query is far nearest to its own teacher's position.
     teacher = torch.eye(4).view(1, 4, 2, 2)
 
-    assert float(tat_loss(100 * teacher, teacher, teacher)) == pytest.approx(0, abs=1e-12)
+    assert float(TaTLoss()([100 * teacher, teacher], [teacher])) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("widths", [(3, 5), (4, 4)])
@@ -113,36 +113,36 @@ def test_zeros_and_large_maps_stay_finite(softmax_over):
     large = (torch.eye(3).view(1, 1, 3, 3) * 6e4).requires_grad_()
     teacher = torch.full((1, 1, 3, 3), 6e4).half()
     for value in (large, torch.zeros_like(large)):
-        loss = tat_loss(large, value, teacher, softmax_over=softmax_over)
+        loss = TaTLoss(softmax_over=softmax_over)([large, value], [teacher])
         loss.backward()
 
         assert loss.isfinite()
         assert large.grad.isfinite().all()
     # 6e4 squared is above the largest half.
-    assert float(tat_loss(0 * teacher, 0 * teacher, teacher)) == pytest.approx(3.6e9, rel=1e-3)
+    assert float(TaTLoss()([0 * teacher, 0 * teacher], [teacher])) == pytest.approx(3.6e9, rel=1e-3)
 
 
 def test_autocast_changes_nothing():
     query, value, teacher = torch.randn(3, 2, 4, 3, 3).unbind()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = tat_loss(query, value, teacher)
+        inside = TaTLoss()([query, value], [teacher])
 
-    assert torch.equal(inside, tat_loss(query, value, teacher))
+    assert torch.equal(inside, TaTLoss()([query, value], [teacher]))
 
 
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "same number of channels", lambda x: tat_loss(x, x, x[:, :2])),
-        (ValueError, "value_map must have the shape", lambda x: tat_loss(x, x[:, :2], x)),
-        (ValueError, "of one batch", lambda x: tat_loss(x, x, x[:1])),
-        (TypeError, "floating-point", lambda x: tat_loss(x, x, x.int())),
+        (ValueError, "same number of channels", lambda x: TaTLoss()([x, x], [x[:, :2]])),
+        (ValueError, "value_map must have the shape", lambda x: TaTLoss()([x, x[:, :2]], [x])),
+        (ValueError, "of one batch", lambda x: TaTLoss()([x, x], [x[:1]])),
+        (TypeError, "floating-point", lambda x: TaTLoss()([x, x], [x.int()])),
         (ValueError, "softmax_over", lambda x: TaTLoss(softmax_over="both")),
         (
             ValueError,
             "same height and width",
-            lambda x: tat_loss(x, x, x[..., :2], softmax_over="teacher"),
+            lambda x: TaTLoss(softmax_over="teacher")([x, x], [x[..., :2]]),
         ),
         (ValueError, "queries and the values of the heads", lambda x: TaTLoss()([x], [x])),
     ],

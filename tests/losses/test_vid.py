@@ -8,7 +8,7 @@ from torch.distributions import Normal
 
 from shared.golden_vectors import assert_close, cases_of
 from shared.map_draws import drawn, heads_of
-from softlabels.losses.vid import VIDLoss, vid_loss
+from softlabels.losses.vid import VIDLoss
 
 CASES = cases_of("vid")
 
@@ -46,13 +46,13 @@ def test_it_is_minus_the_log_density_without_its_constant() -> None:
         law = Normal(ours, variance.sqrt()[:, None, None])
         constant = Normal(0.0, 1.0).log_prob(torch.zeros((), dtype=torch.float64))
         expected += (constant - law.log_prob(theirs)).mean()
-    assert_close(vid_loss(mean, teacher, variances), expected)
+    assert_close(VIDLoss()(mean, teacher, variances), expected)
 
 
 def test_the_best_variance_is_the_mean_squared_gap() -> None:
     (mean,), (teacher,) = drawn((4, 3, 5, 5)), drawn((4, 3, 5, 5), seed=1)
     variance = (mean - teacher).square().mean((0, 2, 3)).requires_grad_()
-    vid_loss([mean], [teacher], [variance]).backward()
+    VIDLoss()([mean], [teacher], [variance]).backward()
     assert_close(variance.grad, torch.zeros(3, dtype=torch.float64))
 
 
@@ -92,7 +92,9 @@ def test_half_precision_heads_have_float32_variances() -> None:
 def test_variances_of_the_deepest_levels_are_used_and_one_sample_will_do() -> None:
     (mean,), (teacher,) = drawn((1, 3, 2, 2)), drawn((1, 3, 2, 2), seed=1)
     variances = [torch.ones(7), torch.full((3,), 2.0, dtype=torch.float64)]
-    assert_close(vid_loss([mean], [teacher], variances), vid_loss([mean], [teacher], variances[1:]))
+    assert_close(
+        VIDLoss()([mean], [teacher], variances), VIDLoss()([mean], [teacher], variances[1:])
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_variances_of_the_deepest_levels_are_used_and_one_sample_will_do() -> No
 def test_variances_that_do_not_fit_are_told(variances, error, message) -> None:
     map = torch.ones(1, 3, 2, 2)
     with pytest.raises(error, match=message):
-        vid_loss([map], [map], variances)
+        VIDLoss()([map], [map], variances)
 
 
 def test_wrong_settings_are_told() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.vitkd import ViTKDLoss, vitkd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.vitkd import ViTKDLoss
 
 
 def on_grid(tokens):
@@ -61,13 +62,13 @@ def test_the_reference(case):
     low = [on_grid(student_low[:, level]) for level in range(2)]
     noise = case["noise"].view(-1, side, side)
     generated, mask = heads.generated(on_grid(student_high), noise)
-    loss, parts = ViTKDLoss(**settings)(
+    loss, parts = loss_and_terms(
+        ViTKDLoss(**settings),
         [align(map) for align, map in zip(heads.align_low, low, strict=True)],
         [generated],
         [on_grid(case["teacher_low"][:, level]) for level in range(2)],
         [on_grid(case["teacher_high"])],
         mask,
-        return_parts=True,
     )
     loss.backward()
 
@@ -94,7 +95,7 @@ def test_plain_sums():
     low, high, mask, teacher_low, teacher_high = drawn()
     settings = {"mimic_weight": 0.3, "generation_weight": 0.7, "mask_ratio": 0.4}
 
-    loss, parts = vitkd_loss(*drawn(), **settings, return_parts=True)
+    loss, parts = loss_and_terms(ViTKDLoss(**settings), *drawn())
 
     mimic = generation = 0.0
     for sample in range(2):
@@ -166,7 +167,7 @@ def test_half_precision_is_widened():
     high = torch.full((1, 2, 2, 2), 300.0).half()
     zeros, mask = torch.zeros(1, 2, 2, 2).half(), torch.ones(1, 2, 2)
 
-    loss = vitkd_loss([high], high, mask, [zeros], zeros, mimic_weight=1.0)
+    loss = ViTKDLoss(mimic_weight=1.0)([high], [high], [zeros], [zeros], mask)
 
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(720000, rel=1e-4)

@@ -10,7 +10,7 @@ import torch
 from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS
 from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.kd import KDLoss
-from softlabels.losses.wsld import WSLDLoss, wsld_loss
+from softlabels.losses.wsld import WSLDLoss
 
 
 def test_values_and_gradients_of_the_published_code():
@@ -19,9 +19,9 @@ def test_values_and_gradients_of_the_published_code():
     for case in cases:
         student = case["student_logits"].requires_grad_()
         teacher = case["teacher_logits"].requires_grad_()
-        assert float(case["alpha"]) == WSLDLoss.recommended_weight
+        assert float(case["alpha"]) == WSLDLoss.defaults.weight
         module = WSLDLoss(temperature=float(case["temperature"]))
-        loss = WSLDLoss.recommended_weight * module(student, teacher, case["target"])
+        loss = WSLDLoss.defaults.weight * module(student, teacher, case["target"])
         loss.backward()
 
         assert_close(loss, case["loss"])
@@ -57,7 +57,7 @@ def test_a_loop_over_samples(mixed):
     if mixed:
         labels = target = 0.6 * labels + 0.4 * labels.roll(1, 1)
 
-    value = wsld_loss(student, teacher, target, temperature=3.0, reduction="none")
+    value = WSLDLoss(temperature=3.0, reduction="none")(student, teacher, target)
 
     assert_close(value, loop(student, teacher, labels, 3.0))
 
@@ -68,8 +68,8 @@ def test_a_student_ahead_of_its_teacher_learns_little():
     wrong = torch.tensor([[0.0, 10.0, 0.0]])
     label = torch.tensor([0])
 
-    ahead = wsld_loss(sure, wrong, label)
-    behind = wsld_loss(wrong, sure, label)
+    ahead = WSLDLoss()(sure, wrong, label)
+    behind = WSLDLoss()(wrong, sure, label)
 
     assert float(ahead) < 1e-6
     # The teacher's loss is almost 0, so that the weight is 1: what is left is KD's cross-entropy.
@@ -80,9 +80,9 @@ def test_a_student_ahead_of_its_teacher_learns_little():
 
 def test_reductions_and_ignored_samples():
     target = torch.tensor([0, 9])
-    none = wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS, target, ignore_index=9, reduction="none")
-    alone = wsld_loss(STUDENT_LOGITS[:1], TEACHER_LOGITS[:1], target[:1])
-    mean = wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS, target, ignore_index=9)
+    none = WSLDLoss(ignore_index=9, reduction="none")(STUDENT_LOGITS, TEACHER_LOGITS, target)
+    alone = WSLDLoss()(STUDENT_LOGITS[:1], TEACHER_LOGITS[:1], target[:1])
+    mean = WSLDLoss(ignore_index=9)(STUDENT_LOGITS, TEACHER_LOGITS, target)
 
     assert_close(none, torch.stack((alone, torch.zeros_like(alone))))
     assert_close(mean, alone)
@@ -95,7 +95,7 @@ def test_certain_and_extreme_logits_are_finite(dtype):
     for teacher in (row, -row, torch.zeros(1, 3)):
         for target in ([0], [2]):
             student = row.to(dtype).requires_grad_()
-            loss = wsld_loss(student, teacher.to(dtype), torch.tensor(target))
+            loss = WSLDLoss()(student, teacher.to(dtype), torch.tensor(target))
             loss.backward()
 
             assert loss.dtype == torch.float32
@@ -111,7 +111,7 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
     value = module(STUDENT_LOGITS, TEACHER_LOGITS, target)
     soft = module.soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
 
-    assert torch.equal(value, wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS, target, **settings))
+    assert torch.equal(value, WSLDLoss(**settings)(STUDENT_LOGITS, TEACHER_LOGITS, target))
     expected = KDLoss(temperature=2.0).soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(soft, expected, strict=True))
     ignored = module.soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, target)
@@ -128,15 +128,15 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
 )
 def test_wrong_settings_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS, TARGET, **change)
+        WSLDLoss(**change)(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
     with pytest.raises(error, match=message):
         WSLDLoss(**change)
 
 
 def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match="teacher_logits must have the shape of logits"):
-        wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS[:1], TARGET)
+        WSLDLoss()(STUDENT_LOGITS, TEACHER_LOGITS[:1], TARGET)
     with pytest.raises(TypeError, match="logits must be a floating-point tensor"):
-        wsld_loss(STUDENT_LOGITS.long(), TEACHER_LOGITS, TARGET)
+        WSLDLoss()(STUDENT_LOGITS.long(), TEACHER_LOGITS, TARGET)
     with pytest.raises(ValueError, match="target must hold 2 labels"):
-        wsld_loss(STUDENT_LOGITS, TEACHER_LOGITS, TARGET[:1])
+        WSLDLoss()(STUDENT_LOGITS, TEACHER_LOGITS, TARGET[:1])
