@@ -236,7 +236,8 @@ def test_hazards_stay_finite():
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values |= heads(values)
-        loss = CRDLoss(num_samples=12)(**values)
+        method = CRDLoss(num_samples=12)
+        loss = method(**method.arguments_of(values))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -259,14 +260,14 @@ def test_negatives_are_at_most_the_rest_of_a_small_set():
         heads({**values, "index": torch.tensor([5])})
 
 
-def test_the_module_has_the_settings_of_the_function():
+def test_given_normalizers_are_taken():
     scores, normalizers = [numbers(2, 4), numbers(2, 4, seed=1)], numbers(2)
-    module, arguments = CRDLoss(num_samples=9), ([], [], torch.zeros(2), torch.zeros(2))
+    method = CRDLoss(num_samples=9)
 
-    assert module(*arguments, scores) == CRDLoss(num_samples=9)(*scores)
-    expected = CRDLoss(num_samples=9)(*scores, log_normalizers=normalizers)
-    loss, parts = loss_and_terms(module, *arguments, scores, normalizers)
-    assert loss == expected == parts["student"] + parts["teacher"]
+    loss, terms = loss_and_terms(method, scores, normalizers)
+
+    assert loss == terms["student"] + terms["teacher"]
+    assert loss != method(scores)
 
 
 def test_errors_say_what_was_got():
@@ -276,16 +277,18 @@ def test_errors_say_what_was_got():
     # 10^7 rows of 2 * 128 float32 and a label are 10,320,000,000 bytes.
     with pytest.raises(ValueError, match=r"10320000000 bytes \(9.6 GiB\) .* most_memory allows 8"):
         built(CRDLoss(num_samples=10**7))
-    with pytest.raises(ValueError, match=r"CRD needs the scores of its heads, .* got 0"):
-        CRDLoss(num_samples=9)([scores], [scores], torch.zeros(2), torch.zeros(2))
-    with pytest.raises(TypeError, match=r"num_negatives must be a whole number, got 2.5"):
+    with pytest.raises(ValueError, match=r"scores must be those of the student and .* got 0"):
+        CRDLoss(num_samples=9)([])
+    with pytest.raises(TypeError, match="scores is missing: it comes from the module that build_"):
+        CRDLoss(num_samples=9)()
+    with pytest.raises(TypeError, match=r"num_negatives must be a whole number, got float"):
         CRDLoss(num_negatives=2.5)
     with pytest.raises(ValueError, match=r"momentum must be .* at most 1, got 1.5"):
         CRDLoss(momentum=1.5)
     with pytest.raises(ValueError, match="temperature must be finite, above 0, got 0"):
         CRDLoss(temperature=0.0)
-    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
-        CRDLoss(num_samples=0)([scores, scores])
+    with pytest.raises(ValueError, match="num_samples must be finite, above 0, got 0"):
+        CRDLoss(num_samples=0)
     with pytest.raises(ValueError, match=r"must have one shape, got \(2, 4\) and \(2, 3\)"):
         CRDLoss(num_samples=9)([scores, scores[:, :3]])
     with pytest.raises(ValueError, match="at least one negative, got 1"):

@@ -12,6 +12,7 @@ from shared.terms import loss_and_terms
 from softlabels.losses.reviewkd import ReviewKDLoss
 
 CASES = cases_of("reviewkd")
+POOLED = [torch.zeros(2, 4)], [torch.zeros(2, 4)]  # the deepest level, without a difference
 
 # Names of a block's parameters in the golden file, by their names here.
 NAMES = {
@@ -93,7 +94,8 @@ def test_each_scale_has_half_the_weight_of_the_one_before(size, weights) -> None
         pooled = [functional.adaptive_avg_pool2d(map, side) for map in (student, teacher)]
         total += weight * functional.mse_loss(*pooled)
     expected = total / (1 + sum(weights.values()))
-    assert_close(ReviewKDLoss()([student], [teacher]), expected)
+    found = ReviewKDLoss().reduced([student], [teacher], *POOLED)
+    assert_close(found["level_0"], expected)
 
 
 def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
@@ -128,10 +130,14 @@ def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
     blend = shares[:, :1] * own + shares[:, 1:] * deep
     smaller = blend[:, :, ::2, ::2]
     output = normed(functional.conv2d(smaller, parameters["blocks.0.widen.0.weight"], padding=1))
+    def loss_of(values):
+        method = ReviewKDLoss()
+        return method(**method.arguments_of(values))
+
     expected = ReviewKDLoss()(
-        [output, deep_output], [teacher[0], teacher_pooled[0][..., None, None]]
+        [output], teacher, [deep_output.flatten(1)], teacher_pooled
     )
-    assert_close(ReviewKDLoss()(**through(heads, values)), expected)
+    assert_close(loss_of(through(heads, values)), expected)
 
 
 def test_what_is_handed_up_has_the_size_of_the_teacher() -> None:
@@ -154,11 +160,11 @@ def test_what_is_handed_up_has_the_size_of_the_teacher() -> None:
 
 
 def test_equal_maps_have_no_loss() -> None:
-    maps = drawn((2, 3, 8, 8), (2, 4, 1, 1), gradient=True)
-    loss = ReviewKDLoss()(maps, [map.detach() for map in maps])
+    maps, pooled = drawn((2, 3, 8, 8), gradient=True), drawn((2, 4), gradient=True)
+    loss = ReviewKDLoss()(maps, [maps[0].detach()], pooled, [pooled[0].detach()])
     loss.backward()
     assert loss == 0
-    assert all((map.grad == 0).all() for map in maps)
+    assert all((feature.grad == 0).all() for feature in (*maps, *pooled))
 
 
 def test_the_deepest_level_has_no_attention_and_widths_are_capped() -> None:
@@ -190,14 +196,14 @@ def test_the_student_is_read_after_the_activation_unless_asked() -> None:
 
 
 def test_wrong_settings_and_shapes_are_told() -> None:
-    with pytest.raises(ValueError, match="max_width must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="max_width must be finite, above 0, got 0"):
         ReviewKDLoss(max_width=0)
-    with pytest.raises(TypeError, match="max_width must be a whole number, got 1"):
+    with pytest.raises(TypeError, match="max_width must be a whole number, got float"):
         ReviewKDLoss(max_width=1.5)
     with pytest.raises(TypeError, match="student_before_activation must be True or False"):
         ReviewKDLoss(student_before_activation=1)
     with pytest.raises(ValueError, match="same height and width"):
-        ReviewKDLoss()(drawn((2, 3, 4, 4)), drawn((2, 3, 2, 2)))
+        ReviewKDLoss()(drawn((2, 3, 4, 4)), drawn((2, 3, 2, 2)), *POOLED)
     shapes = {"student_maps": [(2, 3)], "teacher_maps": [(2, 3, 4, 4)]}
     with pytest.raises(ValueError, match=r"student_maps must be \[B, D, H, W\], got \(2, 3\)"):
         ReviewKDLoss().build_adapters(shapes)

@@ -114,5 +114,5 @@ def test_errors_say_what_was_got():
         SPLoss()([good], [])
     with pytest.raises(ValueError, match="must be of one batch, got 4 samples"):
         SPLoss()([good], [good[:3]])
-    with pytest.raises(TypeError, match="stages must be a tuple of names, got 'last'"):
+    with pytest.raises(TypeError, match="stages must be a sequence, got str"):
         SPLoss(stages="last")

@@ -144,7 +144,7 @@ def test_autocast_changes_nothing():
             "same height and width",
             lambda x: TaTLoss(softmax_over="teacher")([x, x], [x[..., :2]]),
         ),
-        (ValueError, "queries and the values of the heads", lambda x: TaTLoss()([x], [x])),
+        (ValueError, "queries and the values of the adapters", lambda x: TaTLoss()([x], [x])),
     ],
 )
 def test_errors(error, message, call):

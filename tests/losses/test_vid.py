@@ -117,5 +117,5 @@ def test_wrong_settings_are_told() -> None:
         VIDLoss(initial_variance=0.1, min_variance=0.1)
     with pytest.raises(ValueError, match="min_variance must be finite, above 0, got 0"):
         VIDLoss(min_variance=0.0)
-    with pytest.raises(ValueError, match="needs the variances that its heads give"):
+    with pytest.raises(TypeError, match="variances is missing: it comes from the module"):
         VIDLoss()([torch.ones(1, 3, 2, 2)], [torch.ones(1, 3, 2, 2)])

@@ -18,7 +18,8 @@ class LossAndTerms(NamedTuple):
 
 
 def loss_and_terms(method: Method, *inputs: Any, **named: Any) -> LossAndTerms:
-    """Call a method both ways."""
+    """Call a method both ways; of `named` with what its terms take."""
+    named = method.arguments_of(named)
     state = torch.get_rng_state()
     loss = method(*inputs, **named)
     torch.set_rng_state(state)
