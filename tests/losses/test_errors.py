@@ -21,6 +21,7 @@ from softlabels.losses import (
     zipf_ls_loss,
     zipf_ls_targets,
 )
+from softlabels.losses._method import setting_fields
 
 BATCH_SIZE, NUM_CLASSES = 4, 6
 
@@ -174,9 +175,9 @@ WRONG_SETTINGS: dict[str, list[Wrong]] = {
     "sync_batch_stats": NOT_A_FLAG,
     "correct_only": NOT_A_FLAG,
     "ignore_index": [
-        (1.5, TypeError, ["must be a whole number or None", "got float (1.5)"]),
-        (True, TypeError, ["must be a whole number or None", "got bool (True)"]),
-        ("0", TypeError, ["must be a whole number or None", "got str ('0')"]),
+        (1.5, TypeError, ["must be a whole number", "got float (1.5)"]),
+        (True, TypeError, ["must be a whole number", "got bool (True)"]),
+        ("0", TypeError, ["must be a whole number", "got str ('0')"]),
     ],
     "distribution": not_among("zipf", "constant", "sorted_pareto", "unbiased_zipf"),
     "smallest_probability": [*NOT_A_WEIGHT, above(1)],
@@ -192,8 +193,8 @@ WRONG_SETTINGS: dict[str, list[Wrong]] = {
     ],
     "exit_weight": NOT_A_WEIGHT,
     "exit_taps": [
-        ("middle", TypeError, ["must be a tuple of strings", "got 'middle'"]),
-        ((1,), TypeError, ["must be a tuple of strings", "got (1,)"]),
+        ("middle", TypeError, ["exit_taps must be a sequence", "got str"]),
+        ((1,), TypeError, ["exit_taps[0] must be str", "got int"]),
     ],
     "vote_interpolation": not_among("bilinear", "bicubic"),
     "target_weight": NOT_A_WEIGHT,
@@ -204,9 +205,12 @@ WRONG_SETTINGS: dict[str, list[Wrong]] = {
     "mixed_target": not_among("largest", "all"),
     "rank_by": not_among("probability", "log_probability"),
     "vote_upsample": [
-        *NOT_POSITIVE,
-        *NOT_A_WEIGHT,
-        (1.5, TypeError, ["must be a whole number", "got 1.5"]),
+        (0, ValueError, ["must be finite, above 0", "got 0"]),
+        (-1, ValueError, ["must be finite, above 0", "got -1"]),
+        (1.5, TypeError, ["must be a whole number", "got float (1.5)"]),
+        (True, TypeError, ["must be a whole number", "got bool (True)"]),
+        ("1", TypeError, ["must be a whole number", "got str ('1')"]),
+        (None, TypeError, ["must be a whole number", "got NoneType (None)"]),
     ],
     "smooth_over": not_among("all", "non_target"),
     "reduction": [
@@ -224,9 +228,10 @@ CALLABLES = tuple(dict.fromkeys(c for case in CASES for c in (case.function, cas
 
 
 def settings_of(function_or_module: Callable[..., object]) -> list[str]:
+    if isinstance(function_or_module, type):
+        return [*setting_fields(function_or_module)]
     parameters = inspect.signature(function_or_module).parameters.values()
-    keyword_only = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    return [name for name in keyword_only if name != "return_parts"]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def case_of(called: Callable[..., object]) -> LossCase:

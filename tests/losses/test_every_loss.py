@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import re
 import warnings
@@ -21,13 +20,11 @@ from shared.loss_cases import (
     INDICES,
     MIXED,
     ONE_HOT,
-    PLAIN_CASES,
     LossCase,
     case_id,
     deterministic,
     gradients,
 )
-from softlabels.losses import LossOutput, uskd_loss
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -137,79 +134,27 @@ def test_the_module_computes_the_function(case, kind):
         assert_equal(value, case(inputs, reduction=reduction))
 
 
-# Settings that a module has beyond its function's: where its signals come from.
-OF_MODULES_ALONE = {
-    "USKDLoss": {"target_from"},
-    "ZipfLSLoss": {"rank_from", "vote_upsample", "vote_interpolation", "exit_taps"},
-}
-
-
-@pytest.mark.parametrize("case", PLAIN_CASES, ids=case_id)
-def test_module_and_function_have_the_same_settings_and_defaults(case):
-    of_function = inspect.signature(case.function).parameters.values()
-    of_module = inspect.signature(case.module).parameters
-    of_forward = inspect.signature(case.module.forward).parameters
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    settings = {p.name: p.default for p in of_function if p.kind is keyword_only}
-
-    assert settings.pop("return_parts") is False
-    assert [p.default for p in of_forward.values() if p.kind is keyword_only] == [False]
-    assert of_forward["return_parts"].kind is keyword_only
-    assert settings
-    assert all(p.kind is keyword_only for p in of_module.values())
-    assert all(p.default is not inspect.Parameter.empty for p in of_module.values())
-    assert settings == {name: of_module[name].default for name in settings}
-    assert set(of_module) - set(settings) == OF_MODULES_ALONE.get(case.module.__name__, set())
-
-
-@pytest.mark.parametrize("case", PLAIN_CASES, ids=case_id)
-def test_module_and_function_take_the_same_tensors(case):
-    def tensors(parameters) -> dict[str, object]:
-        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return {p.name: p.default for p in parameters.values() if p.kind is positional}
-
-    of_function = tensors(inspect.signature(case.function).parameters)
-    of_module = tensors(inspect.signature(case.module().forward).parameters)
-    if "exit_logits" in of_function:  # the module takes logits and votes of each exit
-        of_module = {"exit_logits" if n == "exits" else n: d for n, d in of_module.items()}
-    if case.function is uskd_loss:  # the module has settings that do without weak logits
-        assert of_module["weak_logits"] is of_module["target"] is None
-        of_module["weak_logits"] = of_module["target"] = inspect.Parameter.empty
-
-    assert list(of_function) == list(of_module)
-    assert of_function == of_module
-
-
 @every_case_and_kind
-def test_the_parts_sum_to_the_loss_in_every_reduction(case, kind):
+def test_the_terms_sum_to_the_loss_in_every_reduction(case, kind):
     inputs = case.make(kind)
     for reduction in ("mean", "sum", "none"):
         loss = case(inputs, reduction=reduction)
-        output = case(inputs, reduction=reduction, return_parts=True)
-        module = case.module(**case.module_settings, reduction=reduction)
-        torch.manual_seed(0)
-        of_module = module(*case.module_arguments(inputs), return_parts=True)
+        terms = case.terms(inputs, reduction=reduction)
 
-        assert isinstance(output, LossOutput)
-        torch.testing.assert_close(output.loss, loss)
-        torch.testing.assert_close(sum(output.parts.values()), output.loss)
-        assert_equal(of_module.loss, output.loss)
-        assert list(of_module.parts) == list(output.parts)
-        for name, part in output.parts.items():
-            assert part.shape == loss.shape
-            assert_equal(of_module.parts[name], part)
+        torch.testing.assert_close(sum(terms.values()), loss)
+        assert all(term.shape == loss.shape for term in terms.values())
 
 
 @every_case_and_kind
-def test_the_gradients_of_the_parts_sum_to_that_of_the_loss(case, kind):
+def test_the_gradients_of_the_terms_sum_to_that_of_the_loss(case, kind):
     inputs = case.make(kind, dtype=torch.float64)
     _, expected = gradients(case, inputs)
     leaves = [inputs[name].requires_grad_() for name in case.trained]
 
-    output = case(inputs, return_parts=True)
+    terms = case.terms(inputs)
 
     total = dict.fromkeys(case.trained, 0.0)
-    for part in output.parts.values():
+    for part in terms.values():
         if part.requires_grad:
             found = torch.autograd.grad(part, leaves, allow_unused=True, retain_graph=True)
             for name, gradient in zip(case.trained, found, strict=True):

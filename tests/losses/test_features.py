@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from shared.map_draws import drawn, heads_of, through
+from shared.terms import loss_and_terms
 from softlabels.losses._features import check_maps, check_stages, paired_from_deepest, pooled_to
 from softlabels.losses.at import ATLoss
 from softlabels.losses.fitnet import FitNetLoss
@@ -36,14 +37,14 @@ def values_for(method, seed: int = 0, batch: int = 3) -> dict:
 def built(method_type, **changes):
     method = method_type()
     values = values_for(method, **changes)
-    heads = heads_of(method, values) if hasattr(method, "build_adapters") else None
+    heads = heads_of(method, values) if method.has_adapters() else None
     return method, heads, values
 
 
 @pytest.mark.parametrize("method_type", METHODS)
 def test_every_head_and_student_map_gets_a_gradient_and_no_teacher_map_does(method_type) -> None:
     method, heads, values = built(method_type)
-    method(**through(heads, values)).backward()
+    loss_and_terms(method, **through(heads, values)).loss.backward()
     learned = {} if heads is None else dict(heads.named_parameters())
     assert not [name for name, parameter in learned.items() if parameter.grad is None]
     students = [*values["student_maps"], *values.get("student_pooled", [])]
@@ -53,14 +54,13 @@ def test_every_head_and_student_map_gets_a_gradient_and_no_teacher_map_does(meth
 
 
 @pytest.mark.parametrize("method_type", METHODS)
-def test_the_parts_sum_to_the_loss(method_type) -> None:
+def test_the_terms_sum_to_the_loss(method_type) -> None:
     method, heads, values = built(method_type)
     heard = through(heads, values)
-    output = method(**heard, return_parts=True)
+    output = loss_and_terms(method, **heard)
     count = 3 if method_type is ReviewKDLoss else 2
-    assert [*output.parts] == [f"level_{number}" for number in range(count)]
-    torch.testing.assert_close(sum(output.parts.values()), output.loss)
-    torch.testing.assert_close(method(**heard), output.loss)
+    assert [*output.terms] == [f"level_{number}" for number in range(count)]
+    torch.testing.assert_close(sum(output.terms.values()), output.loss)
 
 
 @pytest.mark.parametrize("method_type", METHODS)

@@ -1,10 +1,8 @@
-"""The table of methods and what each method declares: its signals, settings and soft labels."""
+"""The table of methods and what each method declares: its inputs, settings and soft labels."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import typing
 from collections.abc import Callable
 
 import pytest
@@ -44,70 +42,47 @@ def arguments_of(
 def test_a_method_lies_in_the_file_of_its_name(name):
     method = METHODS[name]
 
-    assert issubclass(method, nn.Module)
+    assert issubclass(method, losses.Method)
     assert method.__module__ == f"softlabels.losses.{name}"
     assert getattr(losses, method.__name__) is method
 
 
 def test_label_smoothing_is_no_method_but_a_task_loss():
     assert losses.LabelSmoothingLoss not in METHODS.values()
-    assert not hasattr(losses.LabelSmoothingLoss, "reads")
 
 
 @every_method
-def test_settings_have_annotated_types_for_the_config(name):
-    # A method without settings has no constructor of its own.
-    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
-    types = typing.get_type_hints(METHODS[name].__init__)
-    allowed = (bool, int, float, int | None, float | None, tuple[str, ...])
+def test_what_a_paper_uses_is_a_weight(name):
+    defaults = METHODS[name].defaults
 
-    settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    rest = [p for p in parameters if p not in settings and p.name != "self"]
-    assert all(p.kind in variadic for p in rest)
-    for setting in settings:
-        assert setting.default is not setting.empty
-        hint = types[setting.name]
-        assert hint in allowed or typing.get_origin(hint) is typing.Literal
+    assert defaults.weight > 0
+    assert defaults.task_weight == "rest" or defaults.task_weight >= 0
+    assert defaults.warmup == "run" or defaults.warmup >= 0
+
+
+# Inputs
 
 
 @every_method
-def test_what_a_paper_recommends_is_a_weight(name):
-    method = METHODS[name]
+def test_a_method_reads_what_its_terms_take_or_its_adapters_give(name):
+    method = METHODS[name]()
 
-    assert getattr(method, "recommended_weight", 1.0) > 0
-    of_task = getattr(method, "recommended_task_weight", 1.0)
-    assert of_task == "rest" or of_task >= 0
-    warmup = getattr(method, "recommended_warmup", 0.0)
-    assert warmup == "run" or warmup >= 0
-
-
-# Signals
-
-
-@every_method
-def test_a_method_by_itself_reads_a_signal_for_every_tensor_that_forward_needs(name):
-    module = METHODS[name]()
-    parameters = inspect.signature(module.forward).parameters
-    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
-
-    assert required <= set(module.inputs) <= set(parameters)
-    assert all(isinstance(kind, Input) for kind in module.inputs.values())
+    assert not method.unknown_inputs()
+    read = [*method.inputs.values(), *method.adapter_inputs.values()]
+    assert all(isinstance(kind, Input) for kind in read)
+    given_by_adapters = set(method.argument_names()) - set(method.inputs)
+    assert not given_by_adapters or method.has_adapters() or name in ("uskd", "zipf_ls", "ban")
 
 
 @every_method_case
-def test_a_method_reads_a_signal_for_every_tensor_that_forward_needs(case):
-    module = case.module(**case.module_settings)
-    parameters = inspect.signature(module.forward).parameters
-    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+def test_a_method_reads_every_tensor_that_its_settings_need(case):
+    method = case.module(**case.module_settings)
 
     names = {"exits" if name.startswith("exit_logits") else name for name in case.inputs}
-    assert set(module.inputs) == names
-    assert required <= set(module.inputs) <= set(parameters)
-    assert all(isinstance(kind, Input) for kind in module.inputs.values())
+    assert set(method.inputs) == names
 
 
-def test_the_signals_of_each_method():
+def test_the_inputs_of_each_method():
     student = {"logits": Logits(), "target": Target()}
 
     assert dict(NKDLoss().inputs) == {**student, "teacher_logits": TeacherLogits()}
@@ -125,9 +100,9 @@ def test_zipf_ls_reads_votes_only_if_they_rank():
 
 
 @pytest.mark.parametrize(
-    "signal", [getattr(kinds, name) for name in kinds.__all__ if name != "Input"]
+    "kind", [getattr(kinds, name) for name in kinds.__all__ if name != "Input"]
 )
-def test_a_signal_is_a_frozen_value(kind):
+def test_an_input_is_a_frozen_value(kind):
     one, other = kind(), kind()
 
     assert issubclass(kind, Input)
@@ -138,7 +113,7 @@ def test_a_signal_is_a_frozen_value(kind):
             setattr(one, field.name, "changed")
 
 
-def test_signals_have_the_papers_places_as_defaults():
+def test_inputs_have_the_papers_places_as_defaults():
     assert WeakLogits() == WeakLogits(tap="middle")
     assert Votes() == Votes(upsample=1)
     assert kinds.Features() == kinds.Features(of="student", stages=("last",))

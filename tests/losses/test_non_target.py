@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shared.by_hand import assert_six_digits, logits_of, rows
 from shared.draws import batches
-from softlabels.losses import LossOutput, SoftLabels
+from softlabels.losses import SoftLabels
 from softlabels.losses._checks import (
     check_choice,
     check_flag,
@@ -32,11 +32,12 @@ from softlabels.losses._non_target import (
     label_columns,
     label_probabilities,
     non_target_weights,
-    reduce_parts,
+    reduce_terms,
     removed,
     row_sums,
     softmax_parts,
     spread,
+    total_of,
 )
 
 LOGITS = torch.zeros(2, 3)
@@ -293,30 +294,25 @@ def test_the_limit_leaves_room_for_sums_and_products_with_weights(dtype):
 def test_reductions_over_the_batch():
     parts = {"one": torch.tensor([1.0, 2.0, 6.0]), "two": torch.tensor([0.5, 0.25, 0.0])}
 
-    mean, of_mean = reduce_parts(parts, "mean")
-    total, of_sum = reduce_parts(parts, "sum")
-    none, of_none = reduce_parts(parts, "none")
+    of_mean = reduce_terms(parts, "mean")
+    of_sum = reduce_terms(parts, "sum")
+    of_none = reduce_terms(parts, "none")
 
-    assert (float(mean), float(of_mean["one"]), float(of_mean["two"])) == (3.25, 3, 0.25)
-    assert (float(total), float(of_sum["one"]), float(of_sum["two"])) == (9.75, 9, 0.75)
-    assert none.tolist() == [1.5, 2.25, 6]
+    assert (float(of_mean["one"]), float(of_mean["two"])) == (3, 0.25)
+    assert (float(of_sum["one"]), float(of_sum["two"])) == (9, 0.75)
     assert of_none["one"].tolist() == [1, 2, 6]
-    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got 'x'"):
-        reduce_parts(parts, "x")
+    assert float(total_of(of_mean)) == 3.25
+    assert total_of(of_none).tolist() == [1.5, 2.25, 6]
 
 
 def test_reductions_over_the_samples_that_are_kept():
     parts = {"one": torch.tensor([1.0, math.inf, 6.0])}
     kept = torch.tensor([True, False, True])
 
-    assert float(reduce_parts(parts, "mean", kept).loss) == 3.5
-    assert float(reduce_parts(parts, "sum", kept).loss) == 7
-    assert reduce_parts(parts, "none", kept).loss.tolist() == [1, 0, 6]
-    assert float(reduce_parts(parts, "mean", torch.zeros(3, dtype=torch.bool)).loss) == 0
-
-
-def test_outputs_have_named_parts():
-    assert LossOutput._fields == ("loss", "parts")
+    assert float(reduce_terms(parts, "mean", kept)["one"]) == 3.5
+    assert float(reduce_terms(parts, "sum", kept)["one"]) == 7
+    assert reduce_terms(parts, "none", kept)["one"].tolist() == [1, 0, 6]
+    assert float(reduce_terms(parts, "mean", torch.zeros(3, dtype=torch.bool))["one"]) == 0
 
 
 def test_soft_labels_have_two_parts():

@@ -15,7 +15,11 @@ from torch import Tensor
 from shared.draws import STEP, Batch, batches, ranks_are_clear
 from shared.slow_reference import rank_scores
 from softlabels.losses import (
-    LossOutput,
+    LabelSmoothingLoss,
+    Method,
+    NKDLoss,
+    USKDLoss,
+    ZipfLSLoss,
     kd_loss,
     label_smoothing_loss,
     nkd_loss,
@@ -450,15 +454,8 @@ def test_kd_is_nkds_target_terms_and_the_teachers_share_of_the_non_target_term(b
     teacher_rest = binary(batch.other_logits, target)[:, 1].exp()
     kd = kd_loss(batch.logits, batch.other_logits, temperature=1.0, reduction="none")
 
-    parts = nkd_loss(
-        batch.logits,
-        batch.other_logits,
-        target,
-        target_term="both",
-        non_target_weight=1,
-        reduction="none",
-        return_parts=True,
-    ).parts
+    method = NKDLoss(target_term="both", non_target_weight=1, reduction="none")
+    parts = method.reduced(batch.logits, batch.other_logits, target)
 
     total = parts["target"] + parts["rest"] + teacher_rest * parts["non_target"]
     assert_close(total, kd + entropy(batch.other_logits.log_softmax(1)))
@@ -471,10 +468,8 @@ def test_unnormalized_is_t2_and_the_teachers_share_of_the_normalized_term(batch)
     inputs = batch.logits, batch.other_logits, target
     teacher_rest = binary(batch.other_logits, target)[:, 1].exp()
 
-    plain = nkd_loss(*inputs, **common, return_parts=True).parts
-    unnormalized = nkd_loss(
-        *inputs, **common, non_target_term="unnormalized", return_parts=True
-    ).parts
+    plain = NKDLoss(**common).reduced(*inputs)
+    unnormalized = NKDLoss(**common, non_target_term="unnormalized").reduced(*inputs)
 
     assert_close(unnormalized["non_target"], plain["rest"] + teacher_rest * plain["non_target"])
 
@@ -509,14 +504,8 @@ def test_nkds_non_target_term_is_dkds_up_to_the_teachers_non_target_entropy(batc
     student, teacher = without_target(batch.logits), without_target(batch.other_logits)
     nckd = (teacher.exp() * (teacher - student)).sum(1)
 
-    parts = nkd_loss(
-        batch.logits,
-        batch.other_logits,
-        target,
-        non_target_weight=1,
-        reduction="none",
-        return_parts=True,
-    ).parts
+    method = NKDLoss(non_target_weight=1, reduction="none")
+    parts = method.reduced(batch.logits, batch.other_logits, target)
 
     assert_close(parts["non_target"], nckd + entropy(teacher))
 
@@ -539,7 +528,7 @@ def test_tf_nkd_weighs_cross_entropy_by_the_centered_confidence(batch):
     assert_close(leaf.grad, weight.unsqueeze(1) * (batch.logits.softmax(1) - one_hot))
 
 
-# Parts
+# Terms
 
 
 @given(batch=batches())
@@ -555,26 +544,30 @@ def test_a_teachers_target_labels_make_uskds_target_term_nkds(batch):
 
 
 @given(batch=batches(min_classes=3))
-def test_a_weight_of_zero_removes_its_part_and_leaves_the_others(batch):
+def test_a_weight_of_zero_removes_its_term_and_leaves_the_others(batch):
     inputs = batch.logits, batch.other_logits, batch.target
 
-    def parts(loss: Callable[..., LossOutput], **settings: object) -> dict[str, Tensor]:
-        return loss(**settings, return_parts=True).parts
+    def terms(method: type[Method], settings: dict[str, object]) -> dict[str, Tensor]:
+        return method(**settings).reduced(*arguments[method])
 
-    nkd = partial(nkd_loss, *inputs, target_term="both")
-    uskd = partial(uskd_loss, *inputs, target_term="both")
-    zipf = partial(zipf_ls_loss, batch.logits, batch.target, None, [batch.other_logits])
-    smoothing = partial(label_smoothing_loss, batch.logits, batch.target)
-    for loss, weight, removed in (
-        (nkd, "non_target_weight", {"non_target"}),
-        (uskd, "target_weight", {"target", "rest"}),
-        (uskd, "non_target_weight", {"non_target"}),
-        (uskd, "weak_weight", {"weak"}),
-        (zipf, "exit_weight", {"exits"}),
-        (smoothing, "smoothing", {"uniform"}),
+    nothing = torch.zeros(len(batch.logits), 1, dtype=torch.long)
+    arguments = {
+        NKDLoss: inputs,
+        USKDLoss: (*inputs,),
+        ZipfLSLoss: (batch.logits, batch.target, nothing, [batch.other_logits, nothing]),
+        LabelSmoothingLoss: (batch.logits, batch.target),
+    }
+    both = {"target_term": "both"}
+    exits = {"exit_taps": ("middle",), "exit_weight": 0.7}
+    for method, weight, removed in (
+        (NKDLoss, "non_target_weight", {"non_target"}),
+        (USKDLoss, "target_weight", {"target", "rest"}),
+        (USKDLoss, "non_target_weight", {"non_target"}),
+        (USKDLoss, "weak_weight", {"weak"}),
+        (LabelSmoothingLoss, "smoothing", {"uniform"}),
     ):
-        full, zero = parts(loss, **{weight: 0.5}), parts(loss, **{weight: 0.0})
-        double = parts(loss, **{weight: 1.0})
+        common = both if method in (NKDLoss, USKDLoss) else {}
+        full, zero, double = (terms(method, {**common, weight: w}) for w in (0.5, 0.0, 1.0))
         assert removed <= set(full)
         for name, part in full.items():
             if name in removed:
@@ -582,29 +575,32 @@ def test_a_weight_of_zero_removes_its_part_and_leaves_the_others(batch):
                 assert_close(double[name], 2 * part)
             elif weight != "smoothing":
                 assert_close(zero[name], part)
-        assert_close(loss(**{weight: 0.0}), sum(zero.values()))
+        loss = method(**{**common, weight: 0.0})(*arguments[method])
+        assert_close(loss, sum(zero.values()))
+    once, twice = (terms(ZipfLSLoss, {**exits, "exit_weight": w}) for w in (0.5, 1.0))
+    assert_close(twice["exits"], 2 * once["exits"])
+    assert_close(twice["non_target"], once["non_target"])
 
 
 OF_NON_TARGETS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    "nkd": lambda x, b: part_of(nkd_loss, x, b.other_logits, b.target, temperature=2.0),
+    "nkd": lambda x, b: part_of(NKDLoss(temperature=2.0), x, b.other_logits, b.target),
     "nkd_all_labels": lambda x, b: part_of(
-        nkd_loss, x, b.other_logits, b.target, mixed_target="all"
+        NKDLoss(mixed_target="all"), x, b.other_logits, b.target
     ),
     **{
         f"zipf_ls_{distribution}": lambda x, b, distribution=distribution: part_of(
-            zipf_ls_loss, x, b.target, b.votes, distribution=distribution, mixed_target="all"
+            ZipfLSLoss(distribution=distribution, mixed_target="all"), x, b.target, b.votes
         )
         for distribution in ("zipf", "constant", "exponential_decay", "unbiased_zipf")
     },
     "uskd_weak": lambda x, b: part_of(
-        uskd_loss, x, b.other_logits, b.target, rank_from="weak", weak_weight=0
+        USKDLoss(rank_from="weak", weak_weight=0), x, b.other_logits, b.target
     ),
 }
 
 
-def part_of(loss: Callable[..., LossOutput], *arguments: object, **settings: object) -> Tensor:
-    output = loss(*arguments, **settings, reduction="none", return_parts=True)
-    return output.parts["non_target"]
+def part_of(method: Method, *arguments: object) -> Tensor:
+    return method.terms(*arguments)["non_target"]
 
 
 @pytest.mark.parametrize("name", OF_NON_TARGETS)

@@ -130,13 +130,12 @@ def test_a_plain_computation_of_the_fusion_gives_the_same() -> None:
     blend = shares[:, :1] * own + shares[:, 1:] * deep
     smaller = blend[:, :, ::2, ::2]
     output = normed(functional.conv2d(smaller, parameters["blocks.0.widen.0.weight"], padding=1))
+
     def loss_of(values):
         method = ReviewKDLoss()
         return method(**method.arguments_of(values))
 
-    expected = ReviewKDLoss()(
-        [output], teacher, [deep_output.flatten(1)], teacher_pooled
-    )
+    expected = ReviewKDLoss()([output], teacher, [deep_output.flatten(1)], teacher_pooled)
     assert_close(loss_of(through(heads, values)), expected)
 
 

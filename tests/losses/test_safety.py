@@ -42,14 +42,13 @@ def refuse_nan(tensor: Tensor) -> None:
 
 
 def outcomes(case, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The loss and its gradients, and the same by the sum of the parts."""
+    """The loss and its gradients, and the same by the sum of the terms."""
     loss, found = gradients(case, inputs)
     leaves = {
         name: tensor.detach().clone().requires_grad_() if name in case.trained else tensor
         for name, tensor in inputs.items()
     }
-    parts = case(leaves, return_parts=True).parts
-    total = sum(parts.values())
+    total = sum(case.terms(leaves).values())
     names = case.trained
     of_parts = torch.autograd.grad(total, [leaves[n] for n in names])
     return [loss, *found.values(), total.detach(), *of_parts]
@@ -201,7 +200,7 @@ def test_a_certain_teacher_teaches_cross_entropy():
     target = torch.tensor([0, 3, 1])
     teacher = torch.zeros(3, 5).double().scatter(1, target.unsqueeze(1), 1e4)
 
-    parts = nkd_loss(logits, teacher, target, target_term="both", return_parts=True).parts
+    parts = NKDLoss(target_term="both").reduced(logits, teacher, target)
 
     torch.testing.assert_close(parts["target"], torch.nn.functional.cross_entropy(logits, target))
     assert float(parts["rest"]) == 0

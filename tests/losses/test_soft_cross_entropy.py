@@ -203,7 +203,7 @@ def test_the_non_target_mass_of_no_class_is_one_without_gradient():
 
 
 @pytest.mark.parametrize(("case", "kind"), CASES_AND_MAIN_KINDS, ids=case_id)
-def test_second_gradients_of_a_loss_equal_those_of_its_parts(case, kind):
+def test_second_gradients_of_a_loss_equal_those_of_its_terms(case, kind):
     inputs = case.make(kind, dtype=torch.float64)
     leaves = [inputs[name].requires_grad_() for name in case.trained]
 
@@ -212,7 +212,7 @@ def test_second_gradients_of_a_loss_equal_those_of_its_parts(case, kind):
         squares = sum(g.square().sum() for g in first)
         return list(torch.autograd.grad(squares, leaves))
 
-    of_parts = sum(case(inputs, return_parts=True).parts.values())
+    of_parts = sum(case.terms(inputs).values())
     for found, expected in zip(second(case(inputs)), second(of_parts), strict=True):
         assert_close(found, expected)
 

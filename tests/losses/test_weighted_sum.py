@@ -16,7 +16,6 @@ from softlabels.inputs import (
     Classifier,
     Features,
     FromBatch,
-    Input,
     Logits,
     NormParameters,
     Target,
@@ -27,6 +26,7 @@ from softlabels.losses import (
     FitNetLoss,
     KDLoss,
     MemoryBank,
+    Method,
     NKDLoss,
     OLSLoss,
     PSKDLoss,
@@ -78,7 +78,7 @@ def as_alone(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         for start, alone in (
             ("trainable.student.", "trainable.student."),
-            (f"trainable.adapters.heads.{name}.", "trainable.adapters."),
+            (f"trainable.adapters.adapters.{name}.", "trainable.adapters."),
             (f"trainable.providers.{name}__", "trainable.providers."),
         ):
             if key.startswith(start):
@@ -108,12 +108,12 @@ def test_a_sum_is_the_weighted_sum_of_its_methods_and_so_are_its_gradients():
             if key.startswith("student."):
                 of_student[key] = of_student.get(key, 0) + value
             else:
-                in_sum = key.replace("heads.", f"heads.heads.{name}.").replace(
+                in_sum = key.replace("adapters.", f"adapters.adapters.{name}.").replace(
                     "providers.", f"providers.{name}__"
                 )
                 torch.testing.assert_close(of_all.pop(in_sum), value, msg=in_sum)
 
-    torch.testing.assert_close(step.parts["method"], total.detach())
+    torch.testing.assert_close(step.terms["method"], total)
     assert of_all.keys() == of_student.keys()
     for key, value in of_student.items():
         torch.testing.assert_close(of_all[key], value)
@@ -130,9 +130,10 @@ def test_weights_are_1_unless_given_and_may_change_between_steps():
     second = step_of(distiller)
 
     kd = sum(value for name, value in first.terms.items() if name.startswith("method/kd"))
-    assert float(first.parts["method"]) > 0
-    torch.testing.assert_close(second.parts["method"], (3.0 / 2.0 * kd).detach())
-    torch.testing.assert_close(second.loss, second.terms["task"] + 2 * second.parts["method"])
+    of_second = sum(value for name, value in second.terms.items() if name != "task")
+    assert float(first.loss) > float(first.terms["task"])
+    torch.testing.assert_close(of_second, 3.0 * kd)
+    torch.testing.assert_close(second.loss, second.terms["task"] + of_second)
 
 
 def test_parts_are_weighted_and_add_up():
@@ -144,13 +145,15 @@ def test_parts_are_weighted_and_add_up():
         "ols__logits": logits, "ols__target": hard_labels(), "ols__soft_target": soft.softmax(1),
     }  # fmt: skip
 
-    loss, parts = method(**values, return_parts=True)
+    loss, parts = method(**values), method.reduced(**values)
 
-    _, alone = NKDLoss()(logits, teacher, hard_labels(), return_parts=True)
-    assert parts.keys() == {*(f"nkd/{name}" for name in alone), "ols"}
+    alone = NKDLoss().reduced(logits, teacher, hard_labels())
+    assert parts.keys() == {*(f"nkd/{name}" for name in alone), "ols/soft"}
     for name, part in alone.items():
         torch.testing.assert_close(parts[f"nkd/{name}"], 0.5 * part)
-    torch.testing.assert_close(parts["ols"], 3 * OLSLoss()(logits, hard_labels(), soft.softmax(1)))
+    torch.testing.assert_close(
+        parts["ols/soft"], 3 * OLSLoss()(logits, hard_labels(), soft.softmax(1))
+    )
     torch.testing.assert_close(sum(parts.values()), loss)
     torch.testing.assert_close(method(**values), loss)
 
@@ -164,7 +167,7 @@ def test_a_detailed_step_takes_a_sum_apart_down_to_the_methods_parts():
     step = step_of(distiller)
 
     assert step.terms.keys() == {
-        "task", "method/nkd/target", "method/nkd/non_target", "method/toy",
+        "task", "method/nkd/target", "method/nkd/non_target", "method/toy/distance",
     }  # fmt: skip
     torch.testing.assert_close(sum(step.terms.values()), step.loss)
     assert torch.equal(step.loss, plain.loss)
@@ -185,7 +188,9 @@ def test_each_method_has_heads_of_its_own():
     ]
     assert len(weights) == 2
     assert not torch.equal(*weights)
-    assert {name.split(".")[3] for name in distiller.state_dict() if ".heads." in name} == {
+    assert {
+        name.split(".")[3] for name in distiller.state_dict() if ".adapters.adapters." in name
+    } == {
         "a",
         "b",
     }
@@ -222,19 +227,16 @@ class Counting(MemoryBank):
         self.epochs += 1
 
 
-class CountingLoss(nn.Module):
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "features": Features(),
-        "index": FromBatch(),
-    }
+class CountingLoss(Method):
+    inputs: ClassVar = {"logits": Logits()}
+    adapter_inputs: ClassVar = {"features": Features(), "index": FromBatch()}
 
     def build_adapters(self, shapes: Mapping[str, object]) -> nn.Module:
         self.shapes = shapes
         return Counting()
 
-    def forward(self, logits: Tensor, features: list[Tensor], index: Tensor) -> Tensor:
-        return logits.mean()
+    def terms(self, logits: Tensor) -> dict[str, Tensor]:
+        return {"mean": logits.mean(1)}
 
 
 def test_members_remember_what_they_name_and_nothing_else():
@@ -250,12 +252,12 @@ def test_members_remember_what_they_name_and_nothing_else():
     distiller.after_epoch()
 
     for name in ("one", "two"):
-        memory = heads.heads[name]
+        memory = heads.adapters[name]
         assert (float(memory.steps), float(memory.epochs)) == (1, 1)
         assert memory.given.keys() == {"logits"}
         torch.testing.assert_close(memory.given["logits"], step.logits.detach())
     assert methods["one"].shapes == {"logits": (2, 5), "features": [(2, 16, 4, 4)]}
-    assert distiller.memories() == [heads.heads["one"], heads.heads["two"]]
+    assert distiller.memories() == [heads.adapters["one"], heads.adapters["two"]]
 
 
 def test_a_step_that_is_forgotten_reaches_no_member():
@@ -265,7 +267,7 @@ def test_a_step_that_is_forgotten_reaches_no_member():
     distiller.forget_step()
     distiller.after_step()
 
-    assert float(distiller.trainable.adapters.heads["one"].steps) == 0
+    assert float(distiller.trainable.adapters.adapters["one"].steps) == 0
 
 
 def test_a_head_that_names_nothing_is_given_all():
@@ -276,7 +278,7 @@ def test_a_head_that_names_nothing_is_given_all():
     step_of(distiller)
     distiller.after_step()
 
-    toy = distiller.trainable.adapters.heads["toy"]
+    toy = distiller.trainable.adapters.adapters["toy"]
     assert toy.memory.any(1).nonzero().flatten().tolist() == INDEX.tolist()
 
 
@@ -312,7 +314,6 @@ def test_soft_labels_of_methods_without_any_are_the_labels():
         distiller = distiller_of(method, teacher=True)
         soft = distiller.soft_labels(images_of().double(), hard_labels())
 
-        assert not hasattr(method, "soft_labels")
         assert torch.equal(soft.target, nn.functional.one_hot(hard_labels(), 5).double())
         assert not soft.non_target.any()
 
@@ -337,7 +338,7 @@ def test_a_sum_of_sums_is_their_weighted_sum():
     torch.testing.assert_close(found, 1.5 * nkd.terms["method"])
     assert "both__nkd__logits" in outer.inputs
     distiller.after_step()
-    memory = distiller.trainable.adapters.heads["ps_kd"]
+    memory = distiller.trainable.adapters.adapters["ps_kd"]
     assert memory.seen.nonzero().flatten().tolist() == INDEX.tolist()
 
 
@@ -357,14 +358,12 @@ def test_samples_that_one_method_leaves_out_the_task_leaves_out_too():
     expected = nn.functional.cross_entropy(step.logits[kept], target[kept])
     assert method.ignore_index == -100
     assert WeightedSum({"sum": method}).ignore_index == -100
-    torch.testing.assert_close(step.parts["task"], expected.detach())
+    torch.testing.assert_close(step.terms["task"], expected)
 
 
 def test_methods_that_differ_in_what_they_leave_out():
-    method = WeightedSum({"a": NKDLoss(ignore_index=-100), "b": NKDLoss(ignore_index=-1)})
-
     with pytest.raises(ValueError, match=r"the methods differ in ignore_index: \[-100, -1\]"):
-        distiller_of(method, teacher=True)
+        WeightedSum({"a": NKDLoss(ignore_index=-100), "b": NKDLoss(ignore_index=-1)})
     assert WeightedSum({"kd": KDLoss()}).ignore_index is None
 
 
@@ -403,8 +402,8 @@ def test_teachers_by_name_of_the_method():
         ({"": KDLoss()}, {}, ValueError, "must be an identifier"),
         ({"a": KDLoss(), "a_": KDLoss()}, {}, ValueError, "got 'a_'"),
         ({"type": KDLoss()}, {}, ValueError, "got 'type'"),
-        ({"a": nn.ReLU()}, {}, TypeError, "a must be a module with `inputs`, got ReLU"),
-        ({"a": KDLoss}, {}, TypeError, "a must be a module with `inputs`, got type"),
+        ({"a": nn.ReLU()}, {}, TypeError, "a must be a softlabels.losses.Method, got ReLU"),
+        ({"a": KDLoss}, {}, TypeError, "a must be a softlabels.losses.Method, got type"),
         ({"a": KDLoss()}, {"weights": {"b": 1.0}}, ValueError, r"weights names \['b'\], exp"),
         ({"a": KDLoss()}, {"teachers": {"b": 1}}, ValueError, r"teachers names \['b'\], expected"),
         ({"a": KDLoss()}, {"weights": {"a": -1.0}}, ValueError, "the weight of a must be"),

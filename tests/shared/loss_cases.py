@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels import losses
+from softlabels.losses import Method
 
 NUM_VOTES = 9
 IGNORED = 255  # a class index that every integer dtype holds
@@ -40,7 +41,7 @@ class LossCase:
 
     name: str
     function: Callable[..., Tensor]
-    module: type[nn.Module]
+    module: type[Method]
     inputs: tuple[str, ...]
     settings: dict[str, object] = field(default_factory=dict)
     module_only: dict[str, object] = field(default_factory=dict)
@@ -57,6 +58,13 @@ class LossCase:
         if self.random and not torch.compiler.is_compiling():
             torch.manual_seed(0)
         return self.function(*self.arguments(inputs), **{**self.settings, **changes})
+
+    def terms(self, inputs: dict[str, Tensor], **changes: object) -> dict[str, Tensor]:
+        """The reduced terms of the module with the case's settings; `changes` win over them."""
+        if self.random and not torch.compiler.is_compiling():
+            torch.manual_seed(0)
+        module = self.module(**{**self.module_settings, **changes})
+        return module.reduced(*self.module_arguments(inputs))
 
     def arguments(self, inputs: dict[str, Tensor]) -> tuple[object, ...]:
         """The function's positional arguments."""

@@ -1,4 +1,4 @@
-"""A method in one file: it reads two stages, has a learned head and remembers samples.
+"""A method in one file: it reads two stages, has learned parts and remembers samples.
 
 No other file knows it. It draws the projected features of each sample to those that the sample
 had when it was last seen.
@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features, FromBatch, Input
+from softlabels.inputs import Features, FromBatch
+from softlabels.losses import Method
+from softlabels.losses._method import Count
 
 
-class ToyHeads(nn.Module):
+class ToyAdapters(nn.Module):
     """A linear projection of each stage, and a memory of each sample."""
 
     memory: Tensor
@@ -41,24 +43,18 @@ class ToyHeads(nn.Module):
         self.num_epochs += 1
 
 
-class ToyLoss(nn.Module):
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "features": Features(stages=("stage1", "last")),
-        "index": FromBatch("index"),
-    }
+class ToyLoss(Method):
+    width: Count = 6
+    num_samples: Count = 10
 
-    def __init__(self, *, width: int = 6, num_samples: int = 10) -> None:
-        super().__init__()
-        self.width = width
-        self.num_samples = num_samples
-        self.built_from: dict[str, object] = {}
+    inputs: ClassVar = {"features": Features(stages=("stage1", "last"))}
+    adapter_inputs: ClassVar = {"index": FromBatch("index")}
+    of_batch = True
 
-    def build_adapters(self, shapes: Mapping[str, object]) -> ToyHeads:
+    def build_adapters(self, shapes: Mapping[str, object]) -> ToyAdapters:
         self.built_from = dict(shapes)
         widths = [shape[1] for shape in shapes["features"]]
-        return ToyHeads(widths, self.width, self.num_samples)
+        return ToyAdapters(widths, self.width, self.num_samples)
 
-    def forward(
-        self, features: list[Tensor], index: Tensor, remembered: Tensor | None = None
-    ) -> Tensor:
-        return sum((feature - remembered).square().mean() for feature in features)
+    def terms(self, features: list[Tensor], remembered: Tensor) -> dict[str, Tensor]:
+        return {"distance": sum((f - remembered).square().mean() for f in features)}

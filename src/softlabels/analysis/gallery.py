@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import inspect
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from softlabels.data.randomness import permutation
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import reads_teacher
 from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.losses import Method
 
 __all__ = ["make_gallery"]
 
@@ -51,13 +51,14 @@ def make_gallery(
         device: Where the networks are.
     """
     cache = distiller.teacher
-    inputs = getattr(distiller.method, "inputs", {})
+    method = distiller.method
+    inputs = {} if method is None else method.inputs
     if isinstance(cache, TeacherCache) and any(map(reads_teacher, inputs.values())):
         split = "training"
         what = f"{_sentence(distiller)} These are training images: a cache has no other answers."
         chosen = permutation(0, 0, source.num_train)[:num_images].tolist()
         batches = _training_batches(source, cache, chosen, batch_size, device)
-    elif distiller.extras and hasattr(distiller.method, "soft_labels"):
+    elif distiller.extras and method is not None and method.has_soft_labels():
         split = "training"
         what = f"{_sentence(distiller)} These are training images, as the method needs them."
         batches = _as_trained(distiller, source, batch_size, device)
@@ -149,7 +150,6 @@ def _picture(image: Tensor, info: DataInfo) -> dict[str, Any]:
 def _sentence(distiller: Distiller) -> str:
     """What the soft labels are, in the words of whoever makes them."""
     for maker in (distiller.method, distiller.task_loss):
-        makes = getattr(maker, "soft_labels", None)
-        if makes is not None:
-            return (inspect.getdoc(makes) or "").partition("\n")[0]
+        if isinstance(maker, Method) and maker.has_soft_labels():
+            return maker.caption()
     return "The label itself: all on the true class."

@@ -26,8 +26,8 @@ from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Trainable, provided
 from softlabels.inputs import FromBatch, Input, PeerLogits, SecondPass, TeacherLogits
 from softlabels.inputs.provider import Value
+from softlabels.losses import MemoryBank, Method, SoftLabels
 from softlabels.losses._checks import check_logits, check_target
-from softlabels.losses import Method, MemoryBank, SoftLabels
 from softlabels.losses._non_target import in_float32, label_probabilities
 from softlabels.taps import Layout, undisturbed
 
@@ -386,7 +386,7 @@ class Distiller(nn.Module):
             **extras: As in `forward`.
         """
         with torch.no_grad():
-            if self.method is not None:
+            if self.method is not None and self.method.has_soft_labels():
                 given = self._given(images, target, extras)
                 outputs = self._core(images, given)
                 values = {**self._arguments(given), **_read_values(outputs)}
@@ -395,9 +395,10 @@ class Distiller(nn.Module):
                 if found is not None:
                     return found
             logits = self.student(images)
-            of_task = getattr(self.task_loss, "soft_labels", None)
-            if of_task is not None:
-                return cast("SoftLabels", of_task(logits, target))
+            if isinstance(self.task_loss, Method):
+                found = self.task_loss.soft_labels(logits, target)
+                if found is not None:
+                    return found
             return SoftLabels(label_probabilities(target, logits), torch.zeros_like(logits))
 
     def export(self) -> nn.Module:

@@ -19,9 +19,9 @@ from softlabels.inputs import (
     Target,
     TeacherLogits,
 )
-from softlabels.losses import Method
 from softlabels.inputs.provider import Value
 from softlabels.inputs.tap_points import in_form, points_of
+from softlabels.losses import Method
 from softlabels.taps import FeatureTap, Layout, TapPoint
 
 __all__ = [

@@ -77,8 +77,8 @@ class Trainable(nn.Module):
 
         Args:
             images: [B, C, H, W].
-            given: Values from outside, by argument, for the adapters (labels, teachers, extras); and
-                further images, by `images_key`.
+            given: Values from outside, by argument, for the adapters (labels, teachers, extras);
+                and further images, by `images_key`.
 
         Returns:
             `"logits"`, [B, C]; `"read/ARGUMENT"` for each value that comes from here; and

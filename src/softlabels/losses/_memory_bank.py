@@ -12,8 +12,8 @@ __all__ = ["MemoryBank"]
 class MemoryBank(nn.Module):
     """Base of the modules that hold what a method remembers, in buffers.
 
-    A method's adapters are one; adapters that hold several hand `after_step` and `after_epoch` on to
-    them. Buffers change in these two alone, never in a forward: so a forward can be repeated, a
+    A method's adapters are one; adapters that hold several hand `after_step` and `after_epoch` on
+    to them. Buffers change in these two alone, never in a forward: so a forward can be repeated, a
     skipped step leaves no trace, and every process holds the same. Their size is told before a run.
 
     Attributes:

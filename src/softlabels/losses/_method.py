@@ -109,7 +109,7 @@ def setting_fields(cls: type[Method]) -> dict[str, SettingField]:
     return {
         name: SettingField(hints[name], inspect.getattr_static(cls, name, empty))
         for name in names
-        if get_origin(hints[name]) is not ClassVar and not name.startswith("_")
+        if ClassVar not in (hints[name], get_origin(hints[name])) and not name.startswith("_")
     }
 
 
@@ -288,6 +288,15 @@ class Method(_Settings):
         """The settings by name, as the constructor takes them."""
         return {name: getattr(self, name) for name in setting_fields(type(self))}
 
+    def has_soft_labels(self) -> bool:
+        """Whether `soft_labels` may give any."""
+        return type(self).soft_labels is not Method.soft_labels
+
+    def caption(self) -> str:
+        """What the soft labels are, in a line; empty where there are none."""
+        text = inspect.getdoc(self.soft_labels) if self.has_soft_labels() else None
+        return (text or "").partition("\n")[0]
+
     def has_adapters(self) -> bool:
         """Whether `build_adapters` may give any, so that shapes are worth finding out."""
         return type(self).build_adapters is not Method.build_adapters
@@ -335,7 +344,7 @@ class Method(_Settings):
         bound, kept = self._bound(args, inputs)
         total = self.fused(**bound)
         terms = self.terms(**bound) if total is None else {"loss": total}
-        return total_of(reduce_terms(terms, self.reduction, kept))
+        return reduce_terms({"loss": total_of(terms)}, self.reduction, kept)["loss"]
 
     def _bound(
         self, args: tuple[Any, ...], inputs: dict[str, Any]

@@ -91,7 +91,7 @@ def label_smoothing_loss(
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     terms, labels = _terms(logits, target, smoothing, smooth_over, ignore_index)
-    return total_of(reduce_terms(terms, reduction, labels.kept))
+    return reduce_terms({"loss": total_of(terms)}, reduction, labels.kept)["loss"]
 
 
 def _terms(

@@ -129,7 +129,7 @@ def nkd_loss(
         terms = {"loss": _fused(soft, temperature, non_target_weight)}
     else:
         terms = _terms(soft, temperature, non_target_weight, target_term, non_target_term)
-    return total_of(reduce_terms(terms, reduction, soft.labels.kept))
+    return reduce_terms({"loss": total_of(terms)}, reduction, soft.labels.kept)["loss"]
 
 
 class _Soft(NamedTuple):

@@ -320,7 +320,7 @@ def uskd_loss(
         _check_others(target)
         terms = _terms(logits, soft, weights, target_term)
     terms.update(_weak_terms(weak_logits, soft.labels, weak_weight, inputs.logits.dtype))
-    return total_of(reduce_terms(terms, reduction, soft.labels.kept))
+    return reduce_terms({"loss": total_of(terms)}, reduction, soft.labels.kept)["loss"]
 
 
 class _Soft(NamedTuple):

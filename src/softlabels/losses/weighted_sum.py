@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import wraps
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -173,26 +172,22 @@ class WeightedSum(Method):
                 "positional ones"
             )
 
-    @property
-    def soft_labels(self) -> Callable[..., SoftLabels | None]:  # type: ignore[override]  # a method
-        """Gives the soft labels of the first of the methods that has any."""
-        members = self.members()
-        for name, method in members.items():
-            if type(method).soft_labels is not Method.soft_labels:
-                return _from_values(name, method.soft_labels)
-        return next(iter(members.values())).soft_labels
+    def _with_soft_labels(self) -> dict[str, Method]:
+        return {n: method for n, method in self.members().items() if method.has_soft_labels()}
 
+    def has_soft_labels(self) -> bool:
+        """Whether one of the methods has any."""
+        return bool(self._with_soft_labels())
 
-def _from_values(
-    name: str, of_method: Callable[..., SoftLabels | None]
-) -> Callable[..., SoftLabels | None]:
-    """A method's soft labels as a function of the values of all methods, and of the labels."""
+    def caption(self) -> str:
+        """That of the first of the methods that has soft labels."""
+        return next((method.caption() for method in self._with_soft_labels().values()), "")
 
-    @wraps(of_method)
-    def of_sum(target: Tensor, **values: Value) -> SoftLabels | None:
-        return of_method(**{**_of(name, values), "target": target})
-
-    return of_sum
+    def soft_labels(self, target: Tensor, **values: Value) -> SoftLabels | None:
+        """The soft labels of the first of the methods that has any, from all values by name."""
+        for name, method in self._with_soft_labels().items():
+            return method.soft_labels(**{**_of(name, values), "target": target})
+        return None
 
 
 class _Adapters(nn.Module):

@@ -262,7 +262,7 @@ def zipf_ls_loss(
     if exit_logits:
         of_exits = label_columns(target, in_float32(logits), "all", ignore_index)
         terms["exits"] = exit_weight * _exits(exit_logits, logits, of_exits)
-    return total_of(reduce_terms(terms, reduction, labels.kept))
+    return reduce_terms({"loss": total_of(terms)}, reduction, labels.kept)["loss"]
 
 
 def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, weights: _Law) -> Tensor:

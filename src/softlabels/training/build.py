@@ -29,8 +29,6 @@ from softlabels.training.config import (
     Config,
     build_method,
     defaults_of,
-    
-    
 )
 from softlabels.training.settings import (
     METHOD_SETTINGS,
