@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.bake import BAKELoss, bake_loss, bake_targets
+from softlabels.losses.bake import BAKELoss, bake_targets
 
 
 def settings_of(case):
@@ -18,7 +18,7 @@ def settings_of(case):
 def test_the_reference(case):
     logits, features = case["logits"].requires_grad_(), case["features"].requires_grad_()
 
-    divergence = bake_loss(logits, features, **settings_of(case))
+    divergence = BAKELoss(**settings_of(case))(logits, [features])
     loss = float(case["weight"]) * divergence
     loss.backward(retain_graph=True)
 
@@ -55,16 +55,6 @@ def test_spreading_step_by_step():
     assert_close(module(logits, [features]), divergence)
 
 
-def test_the_module_is_the_function():
-    logits, features = torch.randn(4, 5), torch.randn(4, 6)
-    module = BAKELoss(temperature=3.0, omega=0.2, reduction="sum")
-
-    expected = bake_loss(logits, features, temperature=3.0, omega=0.2, reduction="sum")
-
-    assert torch.equal(module(logits, [features]), expected)
-    assert torch.equal(BAKELoss()(logits, [features]), bake_loss(logits, features))
-
-
 @pytest.mark.parametrize(("logits", "omega"), [(torch.randn(1, 4), 0.9), (torch.randn(3, 4), 0.0)])
 def test_without_neighbors_each_keeps_its_own(logits, omega):
     features = torch.randn(len(logits), 6)
@@ -72,7 +62,7 @@ def test_without_neighbors_each_keeps_its_own(logits, omega):
     targets = bake_targets(logits, features, temperature=1.0, omega=omega)
 
     torch.testing.assert_close(targets, logits.softmax(1))
-    assert float(bake_loss(logits, features, omega=omega)) == pytest.approx(0, abs=1e-5)
+    assert float(BAKELoss(omega=omega)(logits, [features])) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 6e4])
@@ -81,7 +71,7 @@ def test_hazards_stay_finite(scale):
     logits = (torch.eye(3) * 6e4).half().requires_grad_()
     features = (torch.tensor([[0.0, 0], [1, 1], [1, 1]]) * scale).half()
 
-    loss = bake_loss(logits, features, omega=0.99)
+    loss = BAKELoss(omega=0.99)(logits, [features])
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -114,13 +104,12 @@ def test_soft_labels_are_the_ensembled_predictions():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "features and logits must be of one batch", lambda x: bake_loss(x, x[:1])),
-        (ValueError, "features must be", lambda x: bake_loss(x, x[0])),
-        (TypeError, "features must be a float", lambda x: bake_loss(x, x.long())),
-        (ValueError, "omega must be below 1, got 1.0", lambda x: bake_loss(x, x, omega=1.0)),
-        (ValueError, "omega", lambda x: BAKELoss(omega=-0.1)),
-        (ValueError, "temperature", lambda x: bake_loss(x, x, temperature=0.0)),
-        (ValueError, "reduction", lambda x: BAKELoss(reduction="max")),
+        (ValueError, "features and logits must be of one batch", lambda x: BAKELoss()(x, [x[:1]])),
+        (ValueError, "features must be", lambda x: bake_targets(x, x[0])),
+        (TypeError, "features must be a float", lambda x: BAKELoss()(x, [x.long()])),
+        (ValueError, "omega must be below 1, got 1.0", lambda x: bake_targets(x, x, omega=1.0)),
+        (ValueError, "omega must be below 1, got 1.0", lambda x: BAKELoss(omega=1.0)),
+        (ValueError, "temperature", lambda x: bake_targets(x, x, temperature=0.0)),
         (ValueError, "features must be a list of one", lambda x: BAKELoss()(x, [x, x])),
     ],
 )

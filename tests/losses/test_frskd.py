@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.frskd import FRSKDLoss, frskd_loss
+from softlabels.losses.frskd import FRSKDLoss
 
 SHAPES = [(3, 4, 8, 8), (3, 6, 4, 4), (3, 8, 2, 2)]
 
@@ -27,7 +27,7 @@ def case(seed: int = 0) -> dict[str, object]:
     }
 
 
-def heads_of(shapes: list[tuple[int, ...]], **settings: int) -> nn.Module:
+def adapters_of(shapes: list[tuple[int, ...]], **settings: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return FRSKDLoss(**settings).build_adapters({"logits": (shapes[0][0], 5), "maps": shapes})
@@ -45,23 +45,25 @@ def test_published_vectors(golden):
     names += ["branch_logits", *(f"branch_map_{i}" for i in levels)]
     inputs = {name: golden[name].requires_grad_() for name in names}
 
-    loss, parts = frskd_loss(
+    method = FRSKDLoss(
+        temperature=float(golden["temperature"]),
+        kd_weight=float(golden["kd_weight"]),
+        attention_weight=float(golden["attention_weight"]),
+    )
+    values = (
         inputs["logits"],
         golden["target"],
         [inputs[f"map_{i}"] for i in levels],
         inputs["branch_logits"],
         [inputs[f"branch_map_{i}"] for i in levels],
-        temperature=float(golden["temperature"]),
-        kd_weight=float(golden["kd_weight"]),
-        attention_weight=float(golden["attention_weight"]),
-        return_parts=True,
     )
+    loss, terms = method(*values), method.reduced(*values)
 
-    distilled = parts["kd"] + parts["attention"]
+    distilled = terms["kd"] + terms["attention"]
     total = loss + nn.functional.cross_entropy(inputs["logits"], golden["target"])
-    assert_close(parts["kd"], golden["kd_weight"] * golden["kl"])
-    assert_close(parts["attention"], golden["attention_weight"] * golden["attention_total"])
-    assert_close(parts["branch"], golden["branch_ce"])
+    assert_close(terms["kd"], golden["kd_weight"] * golden["kl"])
+    assert_close(terms["attention"], golden["attention_weight"] * golden["attention_total"])
+    assert_close(terms["branch"], golden["branch_ce"])
     assert_close(distilled, golden["loss"])
     assert_close(total, golden["total"])
     for value, prefix in ((distilled, "grad_"), (total, "grad_total_")):
@@ -83,20 +85,19 @@ def test_by_hand():
     refined = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]])
     logits = torch.zeros(1, 2)
 
-    parts = frskd_loss(
-        logits, torch.tensor([0]), [own], logits, [refined], branch_weight=0.5, return_parts=True
-    ).parts
+    method = FRSKDLoss(branch_weight=0.5)
+    terms = method.reduced(logits, torch.tensor([0]), [own], logits, [refined])
 
     half = 0.5**0.5
     gaps = ((9 / 97**0.5 - half) ** 2 + (4 / 97**0.5 - half) ** 2) / 4
     expected = {"branch": 0.5 * 0.693147, "kd": 0.0, "attention": 100 * gaps}
-    assert {name: pytest.approx(p.item(), rel=1e-5) for name, p in parts.items()} == expected
+    assert {name: pytest.approx(t.item(), rel=1e-5) for name, t in terms.items()} == expected
 
 
 def test_who_learns_what():
     values = case()
 
-    frskd_loss(**values, branch_weight=0.0).backward()
+    FRSKDLoss(branch_weight=0.0)(**values).backward()
 
     assert bool(values["logits"].grad.abs().sum() > 0)
     assert all(bool(own.grad.abs().sum() > 0) for own in values["maps"])
@@ -110,12 +111,10 @@ def test_the_branch_itself_has_nothing_to_teach():
     # Attention knows no scale, and a mean of equal channels is one of them.
     wider = [torch.cat((own, own), 1) * 3 for own in values["maps"]]
 
-    parts = frskd_loss(
-        values["logits"], values["target"], values["maps"], logits, wider, return_parts=True
-    ).parts
+    terms = FRSKDLoss().reduced(values["logits"], values["target"], values["maps"], logits, wider)
 
-    assert parts["kd"].item() == pytest.approx(0, abs=1e-12)
-    assert parts["attention"].item() == pytest.approx(0, abs=1e-12)
+    assert terms["kd"].item() == pytest.approx(0, abs=1e-12)
+    assert terms["attention"].item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -125,7 +124,7 @@ def test_half_precision_and_empty_maps_give_a_finite_float32_loss(scale):
     own = (scale * drawn).half().requires_grad_()
     logits = torch.tensor([[3e4, -3e4, 0.0]]).half().requires_grad_()
 
-    loss = frskd_loss(logits, torch.tensor([1]), [own], -logits.detach(), [drawn.half()])
+    loss = FRSKDLoss()(logits, torch.tensor([1]), [own], -logits.detach(), [drawn.half()])
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -144,10 +143,10 @@ def test_half_precision_and_empty_maps_give_a_finite_float32_loss(scale):
     ],
 )
 def test_the_branch_refines_maps_of_any_sizes_and_is_trained_in_full(shapes):
-    heads = heads_of(shapes)
+    adapters = adapters_of(shapes)
     maps = maps_of(shapes)
 
-    values = heads({"maps": maps})
+    values = adapters({"maps": maps})
 
     assert tuple(values["branch_logits"].shape) == (shapes[0][0], 5)
     assert [tuple(refined.shape) for refined in values["branch_maps"]] == [
@@ -155,25 +154,25 @@ def test_the_branch_refines_maps_of_any_sizes_and_is_trained_in_full(shapes):
     ]
     loss = FRSKDLoss()(torch.zeros(shapes[0][0], 5), torch.arange(shapes[0][0]), maps, **values)
     loss.backward()
-    for name, parameter in heads.named_parameters():
+    for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None, name
 
 
 def test_every_map_of_the_branch_sees_every_stage():
     # Changes of one stage reach all refined maps: down from the deepest, up from the shallowest.
-    heads = heads_of(SHAPES).eval()
+    adapters = adapters_of(SHAPES).eval()
     with torch.no_grad():
-        before = heads({"maps": maps_of(SHAPES)})["branch_maps"]
+        before = adapters({"maps": maps_of(SHAPES)})["branch_maps"]
         for level in range(3):
             maps = maps_of(SHAPES)
             maps[level] = maps[level] + 1
-            after = heads({"maps": maps})["branch_maps"]
+            after = adapters({"maps": maps})["branch_maps"]
             assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_settings_of_the_branch():
-    narrow = heads_of(SHAPES, branch_width=1, branch_depth=1)
-    wide = heads_of(SHAPES)
+    narrow = adapters_of(SHAPES, branch_width=1, branch_depth=1)
+    wide = adapters_of(SHAPES)
 
     refined = narrow({"maps": maps_of(SHAPES)})["branch_maps"]
 
@@ -183,24 +182,6 @@ def test_settings_of_the_branch():
     assert count == [9 + 4 * 2, 9 + 4 * 4]
 
 
-def test_the_module_gives_what_the_function_gives():
-    values = case()
-    settings = {
-        "temperature": 2.0,
-        "branch_weight": 0.9,
-        "kd_weight": 0.8,
-        "attention_weight": 7.0,
-    }
-    module = FRSKDLoss(**settings, stages=("stage:0", "stage:1", "stage:2"))
-
-    output = module(**values, return_parts=True)
-
-    expected = frskd_loss(**values, **settings, return_parts=True)
-    torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(output.parts, expected.parts)
-    assert module.inputs["maps"].stages == ("stage:0", "stage:1", "stage:2")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -208,18 +189,18 @@ def test_the_module_gives_what_the_function_gives():
         ({"maps": [torch.zeros(3, 8, 2, 2)]}, "got 1 and 3 maps of 3 samples"),
         ({"branch_maps": [torch.zeros(3, 8, 2, 2)] * 3}, "must have the same height and width"),
         ({"branch_logits": torch.zeros(3, 4)}, "branch_logits must have the shape of logits"),
-        ({"temperature": 0.0}, "temperature must be finite, above 0"),
-        ({"attention_weight": -1.0}, "attention_weight must be finite, 0 or more"),
     ],
 )
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        frskd_loss(**{**case(), **changes})
+        FRSKDLoss()(**{**case(), **changes})
 
 
-def test_errors_of_the_module():
+def test_missing_values_and_wrong_settings():
     values = case()
-    with pytest.raises(ValueError, match="the module that build_heads gives"):
+    with pytest.raises(TypeError, match="branch_logits is missing"):
         FRSKDLoss()(values["logits"], values["target"], values["maps"])
-    with pytest.raises(ValueError, match="branch_width must be a whole number above 0, got 0"):
+    with pytest.raises(ValueError, match="branch_width must be finite, above 0, got 0"):
         FRSKDLoss(branch_width=0)
+    with pytest.raises(ValueError, match="stages must name at least one stage"):
+        FRSKDLoss(stages=())

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.mixskd import MixSKDLoss, mixskd_loss
+from softlabels.losses.mixskd import MixSKDLoss
 
 NUM_CLASSES = 5
 
 
 def case(num_exits: int = 3, batch_size: int = 4, seed: int = 0) -> dict[str, object]:
-    """Arguments of the module's forward without those that heads add; leaves get a gradient."""
+    """Arguments of `terms` without those that adapters add; leaves get a gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -42,7 +42,7 @@ def case(num_exits: int = 3, batch_size: int = 4, seed: int = 0) -> dict[str, ob
     }
 
 
-def heads_of(module: MixSKDLoss, values: dict[str, object]) -> nn.Module:
+def adapters_of(module: MixSKDLoss, values: dict[str, object]) -> nn.Module:
     shapes = {
         name: [tuple(v.shape) for v in value] if isinstance(value, list) else tuple(value.shape)
         for name, value in values.items()
@@ -52,24 +52,8 @@ def heads_of(module: MixSKDLoss, values: dict[str, object]) -> nn.Module:
         return module.build_adapters(shapes).double()
 
 
-def arguments_of(values: dict[str, object]) -> dict[str, object]:
-    """What the module's forward gives to the function."""
-    half = len(values["branches"]) // 2
-    return {
-        "exit_logits": [*values["branches"][:half], values["logits"]],
-        "target": values["target"],
-        "exit_maps": [*values["branches"][half:], *values["last_map"]],
-        "mixed_exit_logits": [*values["mixed_branches"][:half], values["mixed_logits"]],
-        "mixed_exit_maps": [*values["mixed_branches"][half:], *values["mixed_last_map"]],
-        "mixup_index": values["mixup_index"],
-        "mixup_weight": values["mixup_weight"],
-        "aggregate_logits": values["aggregate_logits"],
-        "discriminator_logits": values["discriminator_logits"],
-    }
-
-
 def complete(values: dict[str, object]) -> dict[str, object]:
-    return {**values, **heads_of(MixSKDLoss(), values)(values)}
+    return {**values, **adapters_of(MixSKDLoss(), values)(values)}
 
 
 def leaves(values: dict[str, object]) -> list[Tensor]:
@@ -97,24 +81,24 @@ def test_published_vectors(golden):
         "mixup_weight": golden["mix_weight"].expand(size),
     }
     module = MixSKDLoss(temperature=float(golden["temperature"]), discriminators="joint")
-    heads = heads_of(module, values)
+    adapters = adapters_of(module, values)
     weights = [
         (f"discriminator_{i}_{kind}_{layer}", f"discriminators.{i}.{2 * layer}.{kind}")
         for i in range(count)
         for layer in (0, 1)
         for kind in ("weight", "bias")
     ]
-    heads.load_state_dict({path: golden[name] for name, path in weights}, strict=False)
-    values = {**values, **heads(values), "aggregate_logits": aggregate}
+    adapters.load_state_dict({path: golden[name] for name, path in weights}, strict=False)
+    values = {**values, **adapters(values), "aggregate_logits": aggregate}
 
-    loss, parts = module(**values, return_parts=True)
+    loss, terms = module(**values), module.reduced(**values)
 
     total = loss + nn.functional.cross_entropy(logits[-1][:size], golden["target"])
-    script = total - parts["mixed_label"]
-    assert_close(total - loss + parts["branch"], golden["ce_term"])
-    assert_close(parts["mixed_label"], golden["mixup_ce_term"])
+    script = total - terms["mixed_label"]
+    assert_close(total - loss + terms["branch"], golden["ce_term"])
+    assert_close(terms["mixed_label"], golden["mixup_ce_term"])
     for name in ("mutual", "feature", "discriminator"):
-        assert_close(parts[name], golden[f"{name}_term"])
+        assert_close(terms[name], golden[f"{name}_term"])
     assert_close(script, golden["loss"])
     assert_close(total, golden["loss_with_mixup_ce"])
     inputs = {
@@ -122,12 +106,12 @@ def test_published_vectors(golden):
         **{f"map_{i}": t for i, t in enumerate(maps)},
         "aggregate_logits_interpolated": aggregate[0],
         "aggregate_logits_mixup": aggregate[1],
-        **{name: heads.get_parameter(path) for name, path in weights},
+        **{name: adapters.get_parameter(path) for name, path in weights},
     }
     for value, prefix in (
         (script, "grad_"),
         (total, "grad_with_mixup_ce_"),
-        (parts["mutual"], "grad_mutual_"),
+        (terms["mutual"], "grad_mutual_"),
     ):
         found = torch.autograd.grad(
             value, [*inputs.values()], retain_graph=True, allow_unused=True, materialize_grads=True
@@ -145,19 +129,18 @@ def test_by_hand():
     even, skewed = torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]])
     ones, threes = torch.ones(1, 1, 1, 2), 3 * torch.ones(1, 1, 1, 2)
 
-    _, parts = mixskd_loss(
-        [even],
+    terms = MixSKDLoss(temperature=1.0, mixed_label_weight=0.5).terms(
+        even,
         torch.tensor([0]),
+        [],
         [ones],
-        [skewed],
+        skewed,
+        [],
         [threes],
         torch.tensor([0]),
         torch.tensor([0.3]),
         [even, skewed],
         [torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])],
-        temperature=1.0,
-        mixed_label_weight=0.5,
-        return_parts=True,
     )
 
     # Each to the other's aggregate: 1/4 ln(1/2) + 3/4 ln(3/2), and 1/2 ln 2 + 1/2 ln(2/3).
@@ -171,7 +154,7 @@ def test_by_hand():
         "feature": 4.0,
         "discriminator": told,
     }
-    assert {name: pytest.approx(part.item()) for name, part in parts.items()} == expected
+    assert {name: pytest.approx(term.item()) for name, term in terms.items()} == expected
 
 
 def test_a_mixed_image_gets_the_two_labels():
@@ -207,20 +190,20 @@ def test_answers_that_mix_linearly_have_nothing_to_learn_from_each_other():
     # The final exit learns from the aggregates.
     values["aggregate_logits"] = [values["mixed_logits"]] * 2
 
-    parts = MixSKDLoss()(**values, return_parts=True).parts
+    terms = MixSKDLoss().reduced(**values)
 
-    torch.testing.assert_close(parts["mutual"].item(), 0.0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(parts["feature"].item(), 0.0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(terms["mutual"].item(), 0.0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(terms["feature"].item(), 0.0, rtol=0, atol=1e-12)
 
 
 def test_every_learned_part_is_trained():
     values = case()
     module = MixSKDLoss()
-    heads = heads_of(module, values)
+    adapters = adapters_of(module, values)
 
-    module(**{**values, **heads(values)}).backward()
+    module(**{**values, **adapters(values)}).backward()
 
-    for name, parameter in heads.named_parameters():
+    for name, parameter in adapters.named_parameters():
         assert parameter.requires_grad
         assert bool(parameter.grad.abs().sum() > 0), name
     assert all(tensor.grad is not None for tensor in leaves(values))
@@ -235,9 +218,9 @@ def test_every_learned_part_is_trained():
     ],
 )
 def test_what_the_published_scripts_leave_untrained_is_fixed(settings, trained):
-    heads = heads_of(MixSKDLoss(**settings), case())
+    adapters = adapters_of(MixSKDLoss(**settings), case())
 
-    kept = {name.split(".")[0] for name, p in heads.named_parameters() if p.requires_grad}
+    kept = {name.split(".")[0] for name, p in adapters.named_parameters() if p.requires_grad}
 
     assert kept == trained
 
@@ -247,11 +230,11 @@ def test_discriminators_pull_features_apart_or_together():
     for kind in ("adversarial", "joint"):
         values = case(num_exits=2)
         module = MixSKDLoss(discriminators=kind)
-        heads = heads_of(module, values)
-        part = module(**{**values, **heads(values)}, return_parts=True).parts["discriminator"]
+        adapters = adapters_of(module, values)
+        term = module.terms(**{**values, **adapters(values)})["discriminator"]
         features = [values["last_map"][0], values["mixed_branches"][1]]
-        own = heads.get_parameter("discriminators.0.0.weight")
-        gradients[kind] = (part.detach(), *torch.autograd.grad(part, [*features, own]))
+        own = adapters.get_parameter("discriminators.0.0.weight")
+        gradients[kind] = (term.detach(), *torch.autograd.grad(term, [*features, own]))
 
     (value, *of_features, of_own), (same, *reversed_, same_own) = gradients.values()
     torch.testing.assert_close(value, same)
@@ -273,7 +256,7 @@ def test_half_precision_gives_a_finite_float32_loss():
     halves["mixup_weight"] = values["mixup_weight"].float()
     module = MixSKDLoss()
 
-    loss = module(**{**halves, **heads_of(module, halves).float()(halves)})
+    loss = module(**{**halves, **adapters_of(module, halves).float()(halves)})
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -291,52 +274,39 @@ def test_a_batch_of_one_and_labels_as_probabilities():
     torch.testing.assert_close(MixSKDLoss()(**{**values, "target": one_hot}), loss)
 
 
-def test_the_module_gives_what_the_function_gives():
-    values = complete(case())
-    settings = {
-        "temperature": 2.0,
-        "branch_weight": 0.9,
-        "mixed_label_weight": 0.8,
-        "mutual_weight": 0.7,
-        "feature_weight": 0.6,
-        "discriminator_weight": 0.5,
-    }
-    module = MixSKDLoss(**settings, stages=("stage1",))
-
-    output = module(**values, return_parts=True)
-
-    expected = mixskd_loss(**arguments_of(values), **settings, return_parts=True)
-    torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(output.parts, expected.parts)
-    assert module.inputs["branches"] == module.inputs["mixed_branches"].of
-    assert module.inputs["branches"].stages == ("stage1",)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"exit_logits": []}, "at least one"),
-        ({"exit_maps": [torch.zeros(4, 6, 2, 3)]}, r"got \[3, 1, 3, 3, 3\]"),
-        ({"mixed_exit_maps": [torch.zeros(4, 6, 2, 2)] * 3}, "maps of exit 0 must be"),
+        ({"branches": [torch.zeros(4, 5)]}, "logits and a map of each exit, got 1"),
+        ({"last_map": []}, r"got \[3, 2, 3, 3, 3\]"),
+        ({"discriminator_logits": [torch.zeros(8, 2)]}, r"got \[3, 3, 3, 3, 1\]"),
+        ({"logits": torch.zeros(4, 6)}, "logits of exit 0 for own images must have the shape"),
+        ({"mixed_last_map": [torch.zeros(4, 6, 2, 2)]}, "maps of exit 2 must be"),
         ({"discriminator_logits": [torch.zeros(4, 2)] * 3}, r"must be \[8, 2\], got \(4, 2\)"),
         ({"aggregate_logits": [torch.zeros(4, 5)]}, "must hold two tensors, got 1"),
         ({"aggregate_logits": [torch.zeros(4, 6)] * 2}, "must have the shape of logits"),
         ({"mixup_index": torch.tensor([0, 1, 2, 4])}, r"must lie in \[0, 4\), got"),
         ({"mixup_weight": torch.tensor([0.5])}, r"mixup_weight must be \[4\], got \(1,\)"),
-        ({"temperature": 0.0}, "temperature must be finite, above 0"),
-        ({"mutual_weight": -1.0}, "mutual_weight must be finite, 0 or more"),
     ],
 )
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        mixskd_loss(**{**arguments_of(complete(case())), **changes})
+        MixSKDLoss()(**{**complete(case()), **changes})
 
 
 def test_more_errors():
-    arguments = arguments_of(complete(case()))
     with pytest.raises(TypeError, match="mixup_index must hold positions"):
-        mixskd_loss(**{**arguments, "mixup_index": torch.zeros(4)})
-    with pytest.raises(ValueError, match="the module that build_heads gives"):
+        MixSKDLoss()(**{**complete(case()), "mixup_index": torch.zeros(4)})
+    with pytest.raises(TypeError, match="aggregate_logits is missing"):
         MixSKDLoss()(**case())
     with pytest.raises(ValueError, match="discriminators must be one of"):
         MixSKDLoss(discriminators="none")
+    with pytest.raises(ValueError, match="stages must name at least one stage"):
+        MixSKDLoss(stages=())
+
+
+def test_mixed_images_are_read_at_the_same_exits():
+    inputs = MixSKDLoss(stages=("stage1",)).inputs
+
+    assert inputs["branches"] == inputs["mixed_branches"].of
+    assert inputs["branches"].stages == ("stage1",)

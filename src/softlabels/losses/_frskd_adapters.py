@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from softlabels.losses._features import Values, tensors_of
 
-__all__ = ["FRSKDHeads"]
+__all__ = ["FRSKDAdapters"]
 
 _EPSILON = 1e-6  # beside the sum of a fusion's weights
 
@@ -53,7 +53,7 @@ class _Fusion(nn.Module):
         return cast("Tensor", self.block(mean))
 
 
-class FRSKDHeads(nn.Module):
+class FRSKDAdapters(nn.Module):
     """A bidirectional feature pyramid with a linear classifier on its deepest map.
 
     A pass from the deepest map to the shallowest is followed by one back; on both ways each map is
@@ -86,7 +86,7 @@ class FRSKDHeads(nn.Module):
         self.fc = nn.Linear(wide[-1], num_classes)
 
     def forward(self, values: Values) -> dict[str, Tensor | list[Tensor]]:
-        """`branch_logits` and `branch_maps`, as `frskd_loss` takes them."""
+        """`branch_logits` and `branch_maps`, as `FRSKDLoss.terms` takes them."""
         maps = tensors_of(values, "maps")
         inner = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
         for level in range(len(inner) - 2, -1, -1):

@@ -13,7 +13,7 @@ from softlabels.losses._features import Values, tensors_of
 from softlabels.losses._non_target import in_float32
 from softlabels.losses.byot import split_branches
 
-__all__ = ["Discriminators", "MixSKDHeads", "interpolated"]
+__all__ = ["Discriminators", "MixSKDAdapters", "interpolated"]
 
 Discriminators: TypeAlias = Literal["adversarial", "joint", "fixed"]
 
@@ -27,7 +27,7 @@ def interpolated(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return share * values + (1 - share) * values[index.long()]
 
 
-class MixSKDHeads(nn.Module):
+class MixSKDAdapters(nn.Module):
     """The learned parts of MixSKD: an aggregating classifier, and a discriminator for each exit.
 
     The classifier is linear on a linear mixture of all exits' pooled features; a discriminator is
@@ -62,7 +62,7 @@ class MixSKDHeads(nn.Module):
         self.discriminators.requires_grad_(discriminators != "fixed")
 
     def forward(self, values: Values) -> dict[str, Tensor | list[Tensor]]:
-        """`aggregate_logits` and `discriminator_logits`, as `mixskd_loss` takes them."""
+        """`aggregate_logits` and `discriminator_logits`, as `MixSKDLoss.terms` takes them."""
         (index,), (weight,) = (tensors_of(values, f"mixup_{name}") for name in ("index", "weight"))
         own = [
             interpolated(pooled, index, weight)

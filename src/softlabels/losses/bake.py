@@ -1,21 +1,21 @@
-"""BAKE: each image learns from the predictions of its neighbors in the batch, no teacher."""
+"""BAKE, batch knowledge ensembling: images learn the predictions of their batch's neighbors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Features, Input, Logits
-from softlabels.losses._checks import check_choice, check_logits, check_number, check_temperature
+from softlabels.inputs import Features, Logits
+from softlabels.losses._checks import check_logits, check_number, check_temperature
 from softlabels.losses._features import check_vectors, the_only
-from softlabels.losses._non_target import Reduction, SoftLabels, in_float32, reduce_parts
+from softlabels.losses._method import Method, Share, Temperature
+from softlabels.losses._non_target import SoftLabels, in_float32
 from softlabels.losses._soft_target import log_softened, taken_apart
 
-__all__ = ["BAKELoss", "bake_loss", "bake_targets"]
+__all__ = ["BAKELoss", "bake_targets"]
 
 
 def bake_targets(
@@ -54,28 +54,32 @@ def bake_targets(
         tensor([[0.6666, 0.3334],
                 [0.8331, 0.1669]])
     """
-    _check(logits, features, temperature, omega)
+    check_logits(logits)
+    check_vectors(features, logits, ("features", "logits"))
+    check_temperature(temperature)
+    _check_omega(omega)
     predicted = log_softened(logits.detach(), temperature).exp()
     features = in_float32(features.detach()).to(predicted.dtype)
     with torch.autocast(device_type=logits.device.type, enabled=False):
+        # A: a softmax over the other samples' cosines, so that its rows sum to 1.
         unit = functional.normalize(features, dim=1)
         own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         # Not -inf: the only entry of a batch of one would be NaN.
         cosines = (unit @ unit.T).masked_fill(own, torch.finfo(features.dtype).min)
+        # I - omega A, whose rows are dominated by the diagonal: it cannot be singular.
         spreading = own.to(features.dtype) - omega * cosines.softmax(1)
-        # The rows of it are dominated by the diagonal: it cannot be singular.
+        # Q as the solution of a linear system: no inverse is made, nor is the host waited for.
         ensembled: Tensor = torch.linalg.solve_ex(spreading, (1 - omega) * predicted)[0]
     return ensembled
 
 
-def bake_loss(
-    logits: Tensor,
-    features: Tensor,
-    *,
-    temperature: float = 4.0,
-    omega: float = 0.5,
-    reduction: Reduction = "mean",
-) -> Tensor:
+def _check_omega(omega: float) -> None:
+    check_number("omega", omega)
+    if omega >= 1:
+        raise ValueError(f"omega must be below 1, got {omega}")
+
+
+class BAKELoss(Method, name="bake"):
     r"""BAKE: the divergence from the predictions of the batch, ensembled by similarity.
 
     Ge et al., 2021 (arXiv 2104.13298); official code yxgeee/BAKE.
@@ -84,21 +88,6 @@ def bake_loss(
 
     with Q from `bake_targets`, constant, and P the softmax of the logits / T. It is added to the
     task's own loss with weight 1.
-
-    Args:
-        logits: [B, C], raw logits. Gets the gradient.
-        features: [B, D], pooled features. Gets none.
-        temperature: T, above 0; unitless.
-        omega: Share that comes from the neighbors, in [0, 1); the paper's is 0.5, and 0.9 on
-            TinyImageNet.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-
-    Returns:
-        A scalar, or [B] for `"none"`; in nats, at least float32.
-
-    Raises:
-        TypeError: Logits or features of a wrong dtype.
-        ValueError: A wrong shape, setting or reduction.
 
     Deviations: from yxgeee/BAKE none of the value. winycg/Self-KD-Lib softens Q a second time,
     and megvii-research/zipfls cuts off the gradient: neither is followed. The published data
@@ -109,70 +98,47 @@ def bake_loss(
     Numerics: in float32 or wider, also under autocast. Q from a linear system, without inverse.
     Distributed: neighbors are those of the process's own batch.
 
+    Args:
+        temperature: T, above 0; unitless.
+        omega: Share that comes from the neighbors, in [0, 1); the paper's is 0.5, and 0.9 on
+            TinyImageNet.
+
     Example:
         >>> import torch
         >>> logits = torch.tensor([[0.0, 0.0], [4.0, -4.0]])
-        >>> bake_loss(logits, torch.eye(2), temperature=1.0)
+        >>> BAKELoss(temperature=1.0)(logits, [torch.eye(2)])
         tensor(0.4705)
     """
-    ensembled = bake_targets(logits, features, temperature=temperature, omega=omega)
-    # Finite also where a probability is 0, whose logarithm takes no part.
-    gap = ensembled.clamp(min=torch.finfo(ensembled.dtype).tiny).log()
-    gap = gap - log_softened(logits, temperature)
-    divergence = temperature**2 * (ensembled * gap).sum(1)
-    return reduce_parts({"divergence": divergence}, reduction).loss
 
+    temperature: Temperature = 4.0
+    omega: Share = 0.5
 
-def _check(logits: Tensor, features: Tensor, temperature: float, omega: float) -> None:
-    check_logits(logits)
-    check_vectors(features, logits, ("features", "logits"))
-    _check_settings(temperature, omega)
-
-
-def _check_settings(temperature: float, omega: float) -> None:
-    check_temperature(temperature)
-    check_number("omega", omega)
-    if omega >= 1:
-        raise ValueError(f"omega must be below 1, got {omega}")
-
-
-class BAKELoss(nn.Module):
-    """BAKE as a module; see `bake_loss` for the equation and the settings.
-
-    Args:
-        temperature: Above 0.
-        omega: In [0, 1).
-        reduction: `"mean"`, `"sum"` or `"none"`.
-    """
-
-    inputs: ClassVar[Mapping[str, Input]] = {
+    inputs: ClassVar = {
         "logits": Logits(),
         "features": Features(stages=("last",), form="pooled"),
     }
-    recommended_weight: ClassVar[float] = 1.0
 
-    def __init__(
-        self, *, temperature: float = 4.0, omega: float = 0.5, reduction: Reduction = "mean"
-    ) -> None:
-        super().__init__()
-        _check_settings(temperature, omega)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.temperature = temperature
-        self.omega = omega
-        self.reduction: Reduction = reduction
+    def check_settings(self) -> None:
+        """Raise ValueError for an omega of 1."""
+        _check_omega(self.omega)
 
-    def forward(self, logits: Tensor, features: list[Tensor]) -> Tensor:
-        """Compute `bake_loss` with this module's settings; features are a list of one."""
-        return bake_loss(
-            logits,
-            the_only("features", features),
-            temperature=self.temperature,
-            omega=self.omega,
-            reduction=self.reduction,
-        )
+    def terms(self, logits: Tensor, features: list[Tensor]) -> dict[str, Tensor]:
+        """`"divergence"`.
+
+        Args:
+            logits: [B, C], raw logits. Get the gradient.
+            features: One of [B, D], pooled. Gets none.
+        """
+        ensembled = self._targets(logits, features)
+        # Finite also where a probability is 0, whose logarithm takes no part.
+        gap = ensembled.clamp(min=torch.finfo(ensembled.dtype).tiny).log()
+        gap = gap - log_softened(logits, self.temperature)
+        return {"divergence": self.temperature**2 * (ensembled * gap).sum(1)}
 
     def soft_labels(self, logits: Tensor, features: list[Tensor], target: Tensor) -> SoftLabels:
         """The ensembled predictions of the batch, split at the labels."""
+        return taken_apart(self._targets(logits, features), target)
+
+    def _targets(self, logits: Tensor, features: list[Tensor]) -> Tensor:
         feature = the_only("features", features)
-        ensembled = bake_targets(logits, feature, temperature=self.temperature, omega=self.omega)
-        return taken_apart(ensembled, target)
+        return bake_targets(logits, feature, temperature=self.temperature, omega=self.omega)

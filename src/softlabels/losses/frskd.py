@@ -1,73 +1,26 @@
-"""FRSKD: a branch that refines a network's own maps teaches it, without a teacher."""
+"""FRSKD, feature refinement by self-distillation: a branch that refines the maps teaches them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast, overload
+from typing import cast
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from softlabels.inputs import Features, Input, Logits, Target
-from softlabels.losses._checks import (
-    check_logits,
-    check_number,
-    check_temperature,
-)
-from softlabels.losses._features import Shapes, check_maps, check_stages
-from softlabels.losses._frskd_adapters import FRSKDHeads
-from softlabels.losses._non_target import LossOutput, reduce_parts
-from softlabels.losses.at import at_loss
+from softlabels.losses._checks import check_logits
+from softlabels.losses._features import check_maps, check_stages, paired_maps
+from softlabels.losses._frskd_adapters import FRSKDAdapters
+from softlabels.losses._method import Count, Method, Shapes, Temperature, Weight
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
 
-__all__ = ["FRSKDLoss", "frskd_loss"]
+__all__ = ["FRSKDLoss"]
 
 
-@overload
-def frskd_loss(
-    logits: Tensor,
-    target: Tensor,
-    maps: Sequence[Tensor],
-    branch_logits: Tensor,
-    branch_maps: Sequence[Tensor],
-    *,
-    temperature: float = 4.0,
-    branch_weight: float = 1.0,
-    kd_weight: float = 2.0,
-    attention_weight: float = 100.0,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def frskd_loss(
-    logits: Tensor,
-    target: Tensor,
-    maps: Sequence[Tensor],
-    branch_logits: Tensor,
-    branch_maps: Sequence[Tensor],
-    *,
-    temperature: float = 4.0,
-    branch_weight: float = 1.0,
-    kd_weight: float = 2.0,
-    attention_weight: float = 100.0,
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def frskd_loss(
-    logits: Tensor,
-    target: Tensor,
-    maps: Sequence[Tensor],
-    branch_logits: Tensor,
-    branch_maps: Sequence[Tensor],
-    *,
-    temperature: float = 4.0,
-    branch_weight: float = 1.0,
-    kd_weight: float = 2.0,
-    attention_weight: float = 100.0,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+class FRSKDLoss(Method, name="frskd"):
     r"""FRSKD: the network learns the predictions and the attention of a branch on its own maps.
 
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge
@@ -91,58 +44,97 @@ def frskd_loss(
 
     The final exit's own cross-entropy is the task's.
 
+    Deviations: weights 2 and 100 are those of the published commands for CIFAR-100; the code's
+    own defaults are 1 and 0. The branch, `FRSKDAdapters`, is the published one, but takes maps of
+    any sizes, and no ReLU comes before it.
+    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself; the BatchNorms of the branch are those of the process.
+
     Args:
-        logits: [B, C], the network's raw logits. Get the gradient of the divergence.
-        target: [B] class indices, or [B, C] probabilities.
-        maps: [B, D, H, W] of each stage. Get the gradient of the attention.
-        branch_logits: [B, C], raw logits of the branch. Get the gradient of the label.
-        branch_maps: One for each stage, as large as that of `maps` but for the channels. Get no
-            gradient.
         temperature: T, above 0; unitless.
         branch_weight: Of the branch's cross-entropy.
-        kd_weight: Of the divergence.
+        kd_weight: Of the divergence from the branch's prediction.
         attention_weight: Of the squared difference of attention.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"branch"`, `"kd"`
-            and `"attention"`.
-
-    Returns:
-        A scalar, the mean over B; logits in nats, at least float32.
-
-    Raises:
-        TypeError: Logits, labels or maps of a wrong dtype.
-        ValueError: Lists of unequal length, a wrong shape or setting.
-
-    Deviations: weights 2 and 100 are those of the published commands for CIFAR-100; the code's
-    own defaults are 1 and 0. The branch, `FRSKDHeads`, is the published one, but takes maps of any
-    sizes, and no ReLU comes before it.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself; the BatchNorms of the heads are those of the process.
+        branch_width: Channels of the branch's maps over those of the network's.
+        branch_depth: Depthwise separable convolutions in each of the branch's blocks.
+        stages: Whose maps the branch refines.
 
     Example:
         >>> import torch
         >>> logits, maps = torch.zeros(1, 4), [torch.ones(1, 2, 3, 3)]
-        >>> frskd_loss(logits, torch.tensor([2]), maps, logits, maps)
+        >>> FRSKDLoss()(logits, torch.tensor([2]), maps, logits, maps)
         tensor(1.3863)
     """
-    check_logits(logits)
-    check_logits(branch_logits, "branch_logits", like=logits)
-    _check_settings(temperature, branch_weight, kd_weight, attention_weight)
-    _check_maps(maps, branch_maps, len(logits))
-    output = reduce_parts(
-        {
-            "branch": branch_weight * label_smoothing_loss(branch_logits, target, smoothing=0.0),
-            "kd": kd_weight * kd_loss(logits, branch_logits, temperature=temperature),
-            "attention": attention_weight * at_loss(maps, branch_maps),
-        },
-        "sum",
-    )
-    return output if return_parts else output.loss
+
+    temperature: Temperature = 4.0
+    branch_weight: Weight = 1.0
+    kd_weight: Weight = 2.0
+    attention_weight: Weight = 100.0
+    branch_width: Count = 2
+    branch_depth: Count = 2
+    stages: tuple[str, ...] = ("stages",)
+
+    of_batch = True
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The network's own maps at these stages."""
+        return {
+            "logits": Logits(),
+            "target": Target(),
+            "maps": Features(of="student", stages=self.stages, form="map"),
+        }
+
+    def check_settings(self) -> None:
+        """Raise ValueError for no stages."""
+        check_stages(self.stages)
+
+    def build_adapters(self, shapes: Shapes) -> FRSKDAdapters:
+        """The branch, whose widths follow from those of `maps`."""
+        return FRSKDAdapters(
+            [shape[1] for shape in cast("list[tuple[int, ...]]", shapes["maps"])],
+            cast("tuple[int, ...]", shapes["logits"])[1],
+            width=self.branch_width,
+            depth=self.branch_depth,
+        )
+
+    def terms(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        maps: Sequence[Tensor],
+        branch_logits: Tensor,
+        branch_maps: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """`"branch"`, `"kd"` and `"attention"`, means over B.
+
+        Args:
+            logits: [B, C], the network's raw logits. Get the gradient of the divergence.
+            target: [B] class indices, or [B, C] probabilities.
+            maps: [B, D, H, W] of each stage. Get the gradient of the attention.
+            branch_logits: [B, C], raw logits of the branch. Get the gradient of the label.
+            branch_maps: One for each stage, as large as that of `maps` but for the channels. Get
+                no gradient.
+        """
+        check_logits(logits)
+        check_logits(branch_logits, "branch_logits", like=logits)
+        _check_maps(maps, branch_maps, len(logits))
+        gaps = [
+            (_attention(own) - _attention(refined)).square().mean()
+            for own, refined in paired_maps(maps, branch_maps)
+        ]
+        label = label_smoothing_loss(branch_logits, target, smoothing=0.0)
+        divergence = kd_loss(logits, branch_logits, temperature=self.temperature)
+        return {
+            "branch": self.branch_weight * label,
+            "kd": self.kd_weight * divergence,
+            "attention": self.attention_weight * torch.stack(gaps).sum(),
+        }
 
 
-def _check_settings(temperature: float, *weights: float) -> None:
-    check_temperature(temperature)
-    for name, weight in zip(("branch", "kd", "attention"), weights, strict=True):
-        check_number(f"{name}_weight", weight)
+def _attention(map: Tensor) -> Tensor:
+    """A of the equation, [B, H W]."""
+    return functional.normalize(map.square().mean(1).flatten(1))
 
 
 def _check_maps(maps: Sequence[Tensor], branch_maps: Sequence[Tensor], batch_size: int) -> None:
@@ -152,94 +144,3 @@ def _check_maps(maps: Sequence[Tensor], branch_maps: Sequence[Tensor], batch_siz
             f"maps and branch_maps must hold a map of {batch_size} samples for each stage, got "
             f"{len(maps)} and {len(branch_maps)} maps of {len(maps[0])} samples"
         )
-
-
-class FRSKDLoss(nn.Module):
-    """FRSKD as a module; see `frskd_loss` for the equation and the weights.
-
-    Args:
-        temperature: Above 0.
-        branch_weight: Of the branch's cross-entropy.
-        kd_weight: Of the divergence from the branch's prediction.
-        attention_weight: Of the squared difference of attention.
-        branch_width: Channels of the branch's maps over those of the network's.
-        branch_depth: Depthwise separable convolutions in each of the branch's blocks.
-        stages: Whose maps the branch refines.
-    """
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 4.0,
-        branch_weight: float = 1.0,
-        kd_weight: float = 2.0,
-        attention_weight: float = 100.0,
-        branch_width: int = 2,
-        branch_depth: int = 2,
-        stages: tuple[str, ...] = ("stages",),
-    ) -> None:
-        super().__init__()
-        _check_settings(temperature, branch_weight, kd_weight, attention_weight)
-        for name, value in (("branch_width", branch_width), ("branch_depth", branch_depth)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
-        self.temperature = temperature
-        self.branch_weight = branch_weight
-        self.kd_weight = kd_weight
-        self.attention_weight = attention_weight
-        self.branch_width = branch_width
-        self.branch_depth = branch_depth
-        self.inputs: Mapping[str, Input] = {
-            "logits": Logits(),
-            "target": Target(),
-            "maps": Features(of="student", stages=check_stages(stages), form="map"),
-        }
-
-    def build_adapters(self, shapes: Shapes) -> FRSKDHeads:
-        """Build the branch, from the shapes of the values.
-
-        Args:
-            shapes: By argument; `"maps"` gives the widths.
-        """
-        return FRSKDHeads(
-            [shape[1] for shape in cast("list[tuple[int, ...]]", shapes["maps"])],
-            cast("tuple[int, ...]", shapes["logits"])[1],
-            width=self.branch_width,
-            depth=self.branch_depth,
-        )
-
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        maps: Sequence[Tensor],
-        branch_logits: Tensor | None = None,
-        branch_maps: Sequence[Tensor] | None = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `frskd_loss` with this module's settings.
-
-        The last two come from the module that `build_adapters` gives.
-
-        Raises:
-            ValueError: They are missing.
-        """
-        if branch_logits is None or branch_maps is None:
-            raise ValueError(
-                "FRSKD needs branch_logits and branch_maps, got none: they come from the module "
-                "that build_heads gives"
-            )
-        output = frskd_loss(
-            logits,
-            target,
-            maps,
-            branch_logits,
-            branch_maps,
-            temperature=self.temperature,
-            branch_weight=self.branch_weight,
-            kd_weight=self.kd_weight,
-            attention_weight=self.attention_weight,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
