@@ -149,7 +149,7 @@ def test_modules_read_the_stages_that_are_asked_for(method_type) -> None:
         kind = method.inputs[name]
         assert (kind.of, kind.stages) == (name.split("_")[0], ("stage:2", "last"))
         assert kind.form == "map"
-    with pytest.raises(TypeError, match="stages must be a tuple of strings, got 'last'"):
+    with pytest.raises(TypeError, match="stages must be a sequence, got str"):
         method_type(stages="last")
 
 

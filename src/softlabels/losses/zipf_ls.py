@@ -254,7 +254,7 @@ def zipf_ls_loss(
     ).checked()
     check_logits(logits)
     check_target(target, logits, ignore_index)
-    labels = checked_columns(target, logits, mixed_target, ignore_index)
+    labels = checked_columns(target, in_float32(logits), mixed_target, ignore_index)
     terms = {"non_target": _divergence(logits, votes, labels, weights)}
     if correct_only:
         correct = _correct(logits, target, labels.kept, ignore_index)
@@ -293,7 +293,7 @@ def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: R
     if reduction != "mean":
         return term
     count = len(term) if kept is None else kept.sum().clamp(min=1)
-    return term * (count / correct.sum().clamp(min=1))
+    return term * count / correct.sum().clamp(min=1)
 
 
 def _exits(exit_logits: Sequence[Tensor], logits: Tensor, labels: Labels) -> Tensor:
@@ -389,7 +389,7 @@ class ZipfLSLoss(Method, name="zipf_ls"):
         check_logits(logits)
         check_target(target, logits)
         votes = self._joined(votes, exits)
-        labels = checked_columns(target, logits, self.mixed_target)
+        labels = checked_columns(target, in_float32(logits), self.mixed_target)
         terms = {"non_target": _divergence(logits, votes, labels, self._law())}
         if self.correct_only:
             correct = _correct(logits, target, kept)
