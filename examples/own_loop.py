@@ -31,7 +31,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 19:
-            parts = ", ".join(f"{name} {value:.3f}" for name, value in output.parts.items())
+            parts = ", ".join(f"{name} {value.item():.3f}" for name, value in output.terms.items())
             print(f"step {step + 1}: loss {output.loss.item():.3f} ({parts})")
 
     plain = distiller.export()  # the student alone, without hooks

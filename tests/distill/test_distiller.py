@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import softlabels.models  # noqa: F401  # registers resnet20 with timm
+from shared.recording import Recording
 from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
@@ -38,6 +40,7 @@ from softlabels import (
     ZipfLSLoss,
     kd_loss,
     label_smoothing_loss,
+    losses,
     nkd_loss,
     uskd_loss,
     uskd_targets,
@@ -161,9 +164,8 @@ def test_the_loss_is_the_tasks_and_the_methods_each_with_its_weight(name, target
     assert isinstance(step, StepOutput)
     torch.testing.assert_close(step.loss, TASK_WEIGHT * task + METHOD_WEIGHT * method)
     torch.testing.assert_close(step.logits, parts.logits)
-    torch.testing.assert_close(step.parts["task"], task.detach())
-    torch.testing.assert_close(step.parts["method"], method.detach())
-    assert not any(part.requires_grad for part in step.parts.values())
+    torch.testing.assert_close(step.terms["task"], TASK_WEIGHT * task)
+    torch.testing.assert_close(step.terms["method"], METHOD_WEIGHT * method)
     for parameter, expected in gradients_of(distiller).items():
         torch.testing.assert_close(gradients[parameter], expected)
 
@@ -177,7 +179,7 @@ def test_without_a_method_the_loss_is_the_tasks(target):
 
     expected = functional.cross_entropy(distiller.student(images64()), labels)
     torch.testing.assert_close(step.loss, 0.5 * expected)
-    assert step.parts.keys() == {"task"}
+    assert step.terms.keys() == {"task"}
 
 
 @every_method
@@ -188,9 +190,9 @@ def test_the_tasks_loss_alone_is_smoothed(name):
     step, unsmoothed = (d(images64(), mixed_labels().double()) for d in (smoothed, plain))
 
     expected = label_smoothing_loss(step.logits, mixed_labels().double(), smoothing=0.3)
-    torch.testing.assert_close(step.parts["task"], expected.detach())
-    assert step.parts["task"] != unsmoothed.parts["task"]
-    torch.testing.assert_close(step.parts["method"], unsmoothed.parts["method"], rtol=0, atol=0)
+    torch.testing.assert_close(step.terms["task"], expected)
+    assert step.terms["task"] != unsmoothed.terms["task"]
+    torch.testing.assert_close(step.terms["method"], unsmoothed.terms["method"], rtol=0, atol=0)
 
 
 def test_a_task_loss_may_be_any_function():
@@ -198,7 +200,7 @@ def test_a_task_loss_may_be_any_function():
 
     step = distiller(images64(), hard_labels())
 
-    torch.testing.assert_close(step.parts["task"], step.logits.detach().square().sum())
+    torch.testing.assert_close(step.terms["task"], step.logits.square().sum())
 
 
 @pytest.mark.parametrize("target", [torch.tensor([0, 1, 2, 5]), torch.tensor([0, -1, 2, 3])])
@@ -386,15 +388,15 @@ def test_to_moves_the_teacher_and_the_heads_too(name):
 
 
 def test_to_moves_the_buffers_of_method_and_task_loss():
-    class Weighted(nn.Module):
-        inputs = {"logits": Logits()}  # noqa: RUF012
+    class Weighted(losses.Method):
+        inputs: ClassVar = {"logits": Logits()}
 
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("weights", torch.ones(NUM_CLASSES))
 
-        def forward(self, logits: Tensor) -> Tensor:
-            return functional.linear(logits, self.weights).mean()
+        def terms(self, logits: Tensor) -> dict[str, Tensor]:
+            return {"mean": functional.linear(logits, self.weights)}
 
     distiller = Distiller(
         small_cnn(), Weighted(), task_loss=nn.CrossEntropyLoss(weight=torch.ones(NUM_CLASSES))
@@ -745,47 +747,63 @@ def test_a_teacher_of_other_class_counts_is_an_error_where_images_are_known():
 def test_a_student_or_a_method_that_is_no_module_is_an_error(name):
     with pytest.raises(TypeError, match=r"student must be an nn\.Module, got str"):
         Distiller("resnet18", METHOD_CASES[name].build(), teacher=small_cnn())
-    with pytest.raises(TypeError, match=r"method must be an nn\.Module or None, got str"):
+    with pytest.raises(
+        TypeError, match=r"method must be a softlabels\.losses\.Method or None, got str"
+    ):
         Distiller(small_cnn(), name)
-    with pytest.raises(TypeError, match=r"method must be an nn\.Module or None, got type"):
+    with pytest.raises(
+        TypeError, match=r"method must be a softlabels\.losses\.Method or None, got type"
+    ):
         Distiller(small_cnn(), type(METHOD_CASES[name].build()))
 
 
-class Reading(nn.Module):
-    def __init__(self, **inputs: object) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-    def forward(self, logits: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
-        return logits.sum()
+class Reading(Recording):
+    def terms(self, logits: Tensor, target: Tensor, index: Tensor | None = None):
+        return {"logits": logits.sum()}
 
 
 @pytest.mark.parametrize(
-    ("reads", "message"),
+    ("inputs", "message"),
     [
-        ({"logits": Logits()}, r"forward \(logits, target, index\): missing \['target'\]"),
         (
             {"logits": Logits(), "target": Target(), "labels": Target()},
-            r"missing \[\], unknown \['labels'\]",
+            "Reading.inputs names labels, which its terms do not take: they take logits, target, i",
         ),
-        ({"logits": "logits", "target": Target()}, "must declare `inputs`"),
-        ({"logits": Logits, "target": Target}, "must declare `inputs`"),
+        ({"logits": "logits", "target": Target()}, "inputs must map names to inputs"),
+        ({"logits": Logits, "target": Target}, "inputs must map names to inputs"),
     ],
 )
-def test_reads_that_do_not_fit_forward_are_an_error(inputs, message):
+def test_inputs_that_do_not_fit_terms_are_an_error(inputs, message):
     with pytest.raises(ValueError, match=message):
         Distiller(small_cnn(), Reading(**inputs))
 
 
-@pytest.mark.parametrize("reads", [None, ["logits"], "logits"])
+def test_an_argument_that_nothing_gives_is_named():
+    distiller = Distiller(small_cnn(), Reading(logits=Logits()))
+
+    with pytest.raises(
+        TypeError, match="target is missing: it comes from the module that build_ad"
+    ):
+        distiller(images_of(), hard_labels())
+
+
+@pytest.mark.parametrize("inputs", [None, ["logits"], "logits"])
 def test_a_method_that_does_not_say_what_it_reads_is_an_error(inputs):
     method = Reading()
-    method.inputs = inputs
+    method.read = inputs
 
-    with pytest.raises(ValueError, match="Reading must declare `inputs`, a mapping"):
+    with pytest.raises(ValueError, match=r"Reading.inputs must map names to inputs"):
         Distiller(small_cnn(), method)
-    with pytest.raises(ValueError, match="CrossEntropyLoss must declare `inputs`"):
+    with pytest.raises(TypeError, match="a softlabels.losses.Method or None, got CrossEntropyLoss"):
         Distiller(small_cnn(), nn.CrossEntropyLoss())
+
+
+def test_parameters_that_nothing_would_train_are_an_error():
+    method = Reading(logits=Logits())
+    method.scale = nn.Parameter(torch.ones(()))
+
+    with pytest.raises(ValueError, match="parameter 'scale', .* build learned parts in build_adap"):
+        Distiller(small_cnn(), method)
 
 
 def test_an_argument_with_a_default_need_not_be_read():

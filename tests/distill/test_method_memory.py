@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller
-from softlabels.inputs import Features, FromBatch, Input, Logits
-from softlabels.losses import CRDLoss, KDLoss, MemoryBank, OLSLoss, PSKDLoss, WeightedSum
+from softlabels.inputs import Features, FromBatch, Logits
+from softlabels.losses import CRDLoss, KDLoss, MemoryBank, Method, OLSLoss, PSKDLoss, WeightedSum
 
 NUM_PROCESSES = 2
 NUM_SAMPLES = 8
@@ -272,7 +272,7 @@ def test_a_stored_state_goes_on_as_if_nothing_had_happened(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_stored_with_the_rest_and_not_trained_and_not_exported(name):
     distiller = distiller_of(name)
-    buffers = {n for n, _ in distiller.named_buffers() if ".heads." in n}
+    buffers = {n for n, _ in distiller.named_buffers() if ".adapters." in n}
 
     assert len(buffers) == len(memory_of(distiller)) > 0
     assert buffers <= distiller.state_dict().keys()
@@ -295,16 +295,15 @@ def test_only_what_is_remembered_is_kept_until_the_step_ends():
             assert not torch.is_grad_enabled()
             self.given.append(values)
 
-    class WatchingLoss(nn.Module):
-        inputs: ClassVar[Mapping[str, Input]] = {
-            "logits": Logits(), "features": Features(), "index": FromBatch(),
-        }  # fmt: skip
+    class WatchingLoss(Method):
+        inputs: ClassVar = {"logits": Logits()}
+        adapter_inputs: ClassVar = {"features": Features(), "index": FromBatch()}
 
         def build_adapters(self, shapes: Mapping[str, object]) -> nn.Module:
             return Watching()
 
-        def forward(self, logits: Tensor, features: list[Tensor], index: Tensor) -> Tensor:
-            return logits.mean()
+        def terms(self, logits: Tensor) -> dict[str, Tensor]:
+            return {"mean": logits.mean(1)}
 
     distiller = Distiller(small_cnn(), WatchingLoss(), example_shape=IMAGE_SHAPE)
     index = torch.arange(4)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import softlabels
+from shared.recording import Recording
 from shared.small_networks import (
     IMAGE_SHAPE,
     hard_labels,
@@ -27,18 +28,6 @@ from softlabels.inputs import Classifier, Features, Input, NormParameters, Teach
 from softlabels.io.weights import save_weights
 from softlabels.losses import ATLoss, FitNetLoss, NKDLoss, WeightedSum
 from softlabels.training.config import ConfigError, parse, resolve
-
-
-class Recording(nn.Module):
-    """A method that keeps what it is given; its loss is 0."""
-
-    def __init__(self, **inputs: Input) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-    def forward(self, **values: object) -> Tensor:
-        self.values = values
-        return torch.zeros(())
 
 
 def three() -> list[nn.Module]:

@@ -31,6 +31,7 @@ from softlabels.distill.cache_format import (
 )
 from softlabels.distill.external_inputs import external_values
 from softlabels.inputs import Features, FromBatch, Logits, TeacherLogits
+from softlabels.losses import Method
 
 NUM_IMAGES, NUM_DRAWS, PER_FILE = 10, 3, 4
 HALF = 2.0**-10  # of a value in half precision, relative
@@ -468,25 +469,26 @@ def test_a_manifest_with_a_wrong_value_is_refused(changeable, name, value):
 # In a Distiller
 
 
-class ReadsFeatures(nn.Module):
+class ReadsFeatures(Method):
+    of_batch = True
     inputs: ClassVar = {
         "features": Features(of="teacher", stages=("last",)),
         "logits": TeacherLogits(),
     }
 
-    def forward(self, features: list[Tensor], logits: Tensor) -> Tensor:
-        return features[0].mean() + logits.mean()
+    def terms(self, features: list[Tensor], logits: Tensor) -> dict[str, Tensor]:
+        return {"mean": features[0].mean() + logits.mean()}
 
 
-class ReadsIndex(nn.Module):
+class ReadsIndex(Method):
     inputs: ClassVar = {
         "logits": Logits(),
         "index": FromBatch("index"),
         "teacher_logits": TeacherLogits(),
     }
 
-    def forward(self, logits: Tensor, index: Tensor, teacher_logits: Tensor) -> Tensor:
-        return logits.mean() + 0 * index.sum() + 0 * teacher_logits.mean()
+    def terms(self, logits: Tensor, index: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        return {"mean": logits.mean(1) + 0 * index + 0 * teacher_logits.mean(1)}
 
 
 class Answering(nn.Module):
@@ -522,7 +524,7 @@ def test_a_step_is_that_with_a_teacher_of_the_same_answers(written, method):
         step.loss.backward()
 
     assert torch.equal(steps[0].loss, steps[1].loss)
-    assert steps[0].parts.keys() == steps[1].parts.keys()
+    assert steps[0].terms.keys() == steps[1].terms.keys()
     for one, other in zip(with_cache.parameters(), with_network.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
 

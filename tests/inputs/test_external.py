@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shared.recording import Recording
 from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
@@ -38,20 +39,6 @@ from softlabels.losses import KDCLLoss
 
 SECOND = images_of(8)[4:]
 PARTNER = images_of(12)[8:]
-
-
-class Recording(nn.Module):
-    """A method that keeps what it is given; its loss is the sum of all that has a gradient."""
-
-    def __init__(self, **inputs: Input) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.values: Mapping[str, object] = {}
-
-    def forward(self, **values: object) -> Tensor:
-        self.values = values
-        tensors = [t for v in values.values() for t in (v if isinstance(v, list) else [v])]
-        return sum((t.square().mean() for t in tensors if t.requires_grad), torch.zeros(()))
 
 
 def distiller_of(student: nn.Module | None = None, /, **inputs: Input) -> Distiller:
@@ -240,7 +227,7 @@ def test_missing_images_are_an_error_that_names_them():
 def test_extras_are_what_the_batch_must_bring_each_once():
     distiller = distiller_of(
         a=FromBatch("index"), b=SecondPass(), c=SecondPass(of=WeakLogits()), d=SecondPass("partner"),
-       
+
         e=FromBatch("mixup_index"), f=FromBatch("index"), g=Target(),
     )  # fmt: skip
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from shared.recording import Recording
 from shared.small_networks import (
     IMAGE_SHAPE,
     NUM_CLASSES,
@@ -31,30 +33,17 @@ from softlabels.inputs import (
     WeakLogits,
 )
 from softlabels.inputs.student import provider_for
-
-
-class Recording(nn.Module):
-    """A method that keeps what it is given; its loss is 0."""
-
-    def __init__(self, kind: Input, **more: Input) -> None:
-        super().__init__()
-        self.inputs = {"value": kind, **({"more": more["more"]} if more else {})}
-        self.value: object = None
-        self.more: object = None
-
-    def forward(self, value: object, more: object = None) -> Tensor:
-        self.value, self.more = value, more
-        return torch.zeros(())
+from softlabels.losses import Method
 
 
 def provided(
     kind: Input, student: nn.Module, target: Tensor | None = None, **extras: Tensor
 ) -> object:
     """What a method that reads the signal is given for a batch."""
-    method = Recording(kind)
+    method = Recording(value=kind)
     distiller = Distiller(student, method, example_shape=IMAGE_SHAPE)
     distiller(images_of(), hard_labels() if target is None else target, **extras)
-    return method.value
+    return method.values["value"]
 
 
 # Signals of the student and of the batch
@@ -90,7 +79,7 @@ def test_weak_logits_are_a_linear_head_on_the_pooled_feature(tap, path, width):
         pooled = extra.pop()[path].mean((2, 3))
 
     assert weight.shape == (NUM_CLASSES, width)
-    torch.testing.assert_close(method.value, pooled @ weight.T + bias)
+    torch.testing.assert_close(method.values["value"], pooled @ weight.T + bias)
 
 
 def test_weak_logits_of_a_vit_read_the_class_token():
@@ -102,7 +91,7 @@ def test_weak_logits_of_a_vit_read_the_class_token():
         class_token = tap.pop()["blocks.1"][:, 0]
 
     head = distiller.trainable.get_submodule("providers.value")
-    torch.testing.assert_close(method.value, head.fc(class_token))
+    torch.testing.assert_close(method.values["value"], head.fc(class_token))
 
 
 def test_features_come_in_the_order_of_their_stages():
@@ -168,7 +157,7 @@ def test_extras_that_no_method_reads_do_no_harm():
 def test_a_wrong_path_in_a_signal_is_an_error_that_lists_near_names():
     for kind in (WeakLogits(tap="stage11"), Features(stages=("middle", "stage11"))):
         with pytest.raises(ValueError, match=r"no module 'stage11'; near names: .*stage1"):
-            Distiller(small_cnn(), Recording(kind), example_shape=IMAGE_SHAPE)
+            Distiller(small_cnn(), Recording(value=kind), example_shape=IMAGE_SHAPE)
 
 
 def test_a_signal_costs_no_dry_run_unless_it_needs_one():
@@ -202,7 +191,7 @@ def test_votes_of_a_class_token_report_how_many_agree_with_the_prediction():
         (of_votes == step.logits.argmax(1)).double().mean() for of_votes in (majority, votes[:, 0])
     )
     assert expected not in (0, 1, of_first_votes)
-    torch.testing.assert_close(step.parts["votes_agree"].double(), expected)
+    torch.testing.assert_close(step.monitored["votes_agree"].double(), expected)
 
 
 def test_votes_of_a_map_report_nothing():
@@ -210,7 +199,7 @@ def test_votes_of_a_map_report_nothing():
         images_of(), hard_labels()
     )
 
-    assert set(step.parts) == {"task", "method"}
+    assert not step.monitored
 
 
 # Signals of the teacher
@@ -233,11 +222,11 @@ def test_the_teacher_runs_once_for_all_that_is_read_from_it():
     distiller(images_of(), hard_labels())
 
     assert teacher.calls == 1
-    torch.testing.assert_close(method.value, teacher.model(images_of()))
-    stem, last = method.more
+    torch.testing.assert_close(method.values["value"], teacher.model(images_of()))
+    stem, last = method.values["more"]
     torch.testing.assert_close(stem, teacher.model.stem(images_of()))
     assert last.shape == (4, 16, 4, 4)
-    for value in (method.value, last, stem):
+    for value in (method.values["value"], last, stem):
         assert not value.requires_grad
         assert not value.is_inference()
 
@@ -259,7 +248,7 @@ def test_features_of_the_teacher_are_of_its_own_input():
     model = teacher.model
     expected = model.stage1(model.stem(teacher.prepared(images)))
     assert expected.shape == (4, 12, 16, 16)
-    torch.testing.assert_close(method.value[0], expected)
+    torch.testing.assert_close(method.values["value"][0], expected)
 
 
 def test_the_teacher_may_be_used_elsewhere_between_two_steps():
@@ -272,7 +261,7 @@ def test_the_teacher_may_be_used_elsewhere_between_two_steps():
         teacher(images_of(8))
         teacher(images_of(8))
 
-    assert method.value[0].shape[0] == 4
+    assert method.values["value"][0].shape[0] == 4
 
 
 def test_two_distillers_may_share_a_teacher_and_a_student():
@@ -301,7 +290,7 @@ def test_which_signals_need_a_teacher(kind, expected):
     assert reads_teacher(kind) is expected
     if expected:
         with pytest.raises(ValueError, match=r"Recording reads from a teacher: pass teacher=Tea"):
-            Distiller(small_cnn(), Recording(kind), example_shape=IMAGE_SHAPE)
+            Distiller(small_cnn(), Recording(value=kind), example_shape=IMAGE_SHAPE)
 
 
 def test_given_values_are_those_that_do_not_come_from_the_student():
@@ -350,7 +339,7 @@ def test_the_toy_trains_its_heads_and_the_student():
         optimizer.zero_grad()
         step.loss.backward()
         optimizer.step()
-        losses.append(float(step.parts["method"]))
+        losses.append(float(step.terms["method"]))
 
     after = distiller.state_dict()
     for name, parameter in distiller.named_parameters():
@@ -381,7 +370,7 @@ def test_the_toy_remembers_samples_after_a_step_and_counts_epochs():
     distiller.after_epoch()
     assert heads.num_epochs == 1
     again = distiller(images_of(), hard_labels(), index=index)
-    torch.testing.assert_close(again.parts["method"], step.parts["method"])
+    torch.testing.assert_close(again.terms["method"], step.terms["method"])
 
 
 def test_the_toys_memory_enters_the_loss():
@@ -392,7 +381,7 @@ def test_the_toys_memory_enters_the_loss():
     distiller.after_step()
     second = distiller(images_of(), hard_labels(), index=index)
 
-    assert second.parts["method"] < first.parts["method"]
+    assert second.terms["method"] < first.terms["method"]
 
 
 def test_a_memory_takes_in_every_part_of_an_accumulated_batch():
@@ -464,8 +453,9 @@ def test_the_toy_asks_for_its_extra():
 
 
 def test_a_head_may_read_the_teacher():
-    class Regressed(nn.Module):
-        inputs = {  # noqa: RUF012
+    class Regressed(Method):
+        of_batch = True
+        inputs: ClassVar = {
             "features": Features(stages=("middle",)),
             "wanted": Features(of="teacher", stages=("middle",)),
         }
@@ -473,8 +463,8 @@ def test_a_head_may_read_the_teacher():
         def build_adapters(self, shapes: dict[str, list[tuple[int, ...]]]) -> nn.Module:
             return Regressor(shapes["features"][0][1], shapes["wanted"][0][1])
 
-        def forward(self, features: list[Tensor], wanted: list[Tensor]) -> Tensor:
-            return nn.functional.mse_loss(features[0], wanted[0])
+        def terms(self, features: list[Tensor], wanted: list[Tensor]) -> dict[str, Tensor]:
+            return {"distance": nn.functional.mse_loss(features[0], wanted[0])}
 
     class Regressor(nn.Module):
         def __init__(self, width: int, wanted: int) -> None:

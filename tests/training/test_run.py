@@ -7,19 +7,20 @@ import math
 import resource
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
 from timm import create_model
-from torch import nn
 
 import softlabels
 from shared.signalling import Signalling
 from softlabels.data.in_memory import InMemorySource
 from softlabels.distill.external_inputs import reads_teacher
+from softlabels.inputs import Logits
 from softlabels.io.weights import load_weights
-from softlabels.losses import METHODS
+from softlabels.losses import METHODS, Method
 from softlabels.training import engine, trainer
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.errors import Interrupted, NonFiniteLossError, RunError
@@ -60,7 +61,7 @@ def gently(method: str | None) -> dict:
     """A hundredth of a method's weight: its teacher here knows nothing, and steps are few."""
     if method in (None, "nkd", "uskd", "zipf_ls"):
         return {}
-    weight = getattr(METHODS[method], "recommended_weight", 1.0)
+    weight = METHODS[method].defaults.weight
     return {"method_weight": weight / 100, "task": {"weight": 1.0}}
 
 
@@ -245,19 +246,18 @@ def test_not_finite_loss_stops_with_step_and_part(source, tmp_path):
         train(source, tmp_path / "run", optimizer={"lr": 1e30})
 
 
-class Scaled(nn.Module):
+class Scaled(Method):
     """A method whose value and gradient are what a test wants them to be."""
 
-    from softlabels.inputs import Logits
-
-    inputs = {"logits": Logits()}  # noqa: RUF012 - a constant
+    inputs: ClassVar = {"logits": Logits()}
+    of_batch = True
 
     def __init__(self, function) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, logits):
-        return self.function(logits)
+    def terms(self, logits):
+        return {"value": self.function(logits)}
 
 
 def test_not_finite_method_is_named_as_the_part(source, tmp_path):

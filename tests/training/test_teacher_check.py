@@ -7,7 +7,7 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from softlabels.data.randomness import derive_seed
 from softlabels.data.sources.folder import FolderSource
 from softlabels.inputs import Features, Logits
 from softlabels.io.weights import load_weights
+from softlabels.losses import Method
 from softlabels.models import build_model
 from softlabels.training import trainer
 from softlabels.training.cache_teacher import build_cache
@@ -159,13 +160,14 @@ def test_a_teacher_that_nobody_reads_is_an_error(shaded, tmp_path, method):
     assert not (tmp_path / "run").exists()
 
 
-class FeatureMethod(nn.Module):
+class FeatureMethod(Method):
     """Reads maps of the teacher, and no logits."""
 
-    inputs = {"logits": Logits(), "maps": Features(of="teacher", stages=("last",))}  # noqa: RUF012 - a constant
+    inputs: ClassVar = {"logits": Logits(), "maps": Features(of="teacher", stages=("last",))}
+    of_batch = True
 
-    def forward(self, logits: Tensor, maps: list[Tensor]) -> Tensor:
-        return logits.mean() * maps[0].mean()
+    def terms(self, logits: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
+        return {"product": logits.mean() * maps[0].mean()}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,14 @@ class StepOutput:
     monitored: dict[str, Tensor] = field(default_factory=dict)
     heads: tuple[Tensor, ...] = ()
 
+    def totals(self) -> dict[str, Tensor]:
+        """Detached scalars of any step, detailed or not: `"task"`, `"method"`, and `monitored`."""
+        totals: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            of, term = name.partition("/")[0], term.detach()
+            totals[of] = totals[of] + term if of in totals else term
+        return {**totals, **self.monitored}
+
     def gradient_shares(self) -> dict[str, Tensor]:
         """Each term's share of the gradient norms on the logits, detached scalars in [0, 1].
 

@@ -215,8 +215,9 @@ class Method(_Settings):
         defaults: What its paper uses for its weight, and the like.
         of_batch: Whether a term is one number of the whole batch, not one of each sample.
         terms: The method: named, weighted summands of the loss with their gradient, each [B], or
-            a scalar if `of_batch`. An argument that is no input comes from the adapters. A
-            keyword-only argument `kept` gets which samples count, [B], or None for all: for
+            a scalar if `of_batch`. An argument that is no input comes from the adapters;
+            `**values` takes all there are. A keyword-only argument `kept` gets which samples
+            count, [B], or None for all: for
             methods with means over the batch.
         fused: The sum of the terms, [B], with a gradient in closed form; None where these
             settings have none.
@@ -241,6 +242,7 @@ class Method(_Settings):
     _arguments: ClassVar[tuple[str, ...]] = ()
     _required: ClassVar[tuple[str, ...]] = ()
     _takes_kept: ClassVar[bool] = False
+    _takes_any: ClassVar[bool] = False
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -251,6 +253,8 @@ class Method(_Settings):
         super().__init_subclass__(**others)
         if "terms" in vars(cls):
             parameters = [*inspect.signature(cls.terms).parameters.values()][1:]
+            cls._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
             named = [p for p in parameters if p.name != "kept"]
             cls._arguments = tuple(p.name for p in named)
             cls._required = tuple(p.name for p in named if p.default is p.empty)
@@ -319,10 +323,14 @@ class Method(_Settings):
 
     def unknown_inputs(self) -> list[str]:
         """Those of `inputs` that `terms` does not take."""
+        if self._takes_any:
+            return []
         return [name for name in self.inputs if name not in self._arguments]
 
     def arguments_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the values that `terms` is called with."""
+        if self._takes_any:
+            return dict(values)
         return {name: values[name] for name in self._arguments if name in values}
 
     def reduced(self, *args: Any, **inputs: Any) -> dict[str, Tensor]:
@@ -357,7 +365,7 @@ class Method(_Settings):
             )
         bound = dict(zip(self._arguments, args, strict=False))
         for key, value in inputs.items():
-            if key not in self._arguments or key in bound:
+            if key in bound or not (self._takes_any or key in self._arguments):
                 problem = "got twice" if key in bound else "unknown"
                 raise TypeError(f"{name} takes {', '.join(self._arguments)}; {key!r} is {problem}")
             bound[key] = value

@@ -338,7 +338,7 @@ class Engine:
                     )
                 of_terms = _details(output) if detailed else {}
                 self.accelerator.backward(len(target) / mean_samples * output.loss)
-            parts = {"loss": output.loss.detach(), **output.parts}
+            parts = {"loss": output.loss.detach(), **output.totals()}
             shares.append((len(target) / num_samples, parts, of_terms))
             finite.append(output.logits.detach().isfinite().all(1))
         return (
