@@ -48,9 +48,10 @@ fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input
 smoke: $(STAMP) ## Run every recipe, shrunk to seconds (15 minutes, 3 GB a process)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m smoke
 
-check: $(STAMP) ## Check format, style, types and spelling
+check: $(STAMP) ## Check format, style, import directions, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 
