@@ -761,7 +761,7 @@ class Reading(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("reads", "message"),
+    ("inputs", "message"),
     [
         ({"logits": Logits()}, r"forward \(logits, target, index\): missing \['target'\]"),
         (
@@ -777,7 +777,7 @@ def test_reads_that_do_not_fit_forward_are_an_error(inputs, message):
         Distiller(small_cnn(), Reading(**inputs))
 
 
-@pytest.mark.parametrize("reads", [None, ["logits"], "logits"])
+@pytest.mark.parametrize("inputs", [None, ["logits"], "logits"])
 def test_a_method_that_does_not_say_what_it_reads_is_an_error(inputs):
     method = Reading()
     method.inputs = inputs

@@ -125,7 +125,7 @@ def test_zipf_ls_reads_votes_only_if_they_rank():
 
 
 @pytest.mark.parametrize(
-    "signal", [getattr(kinds, name) for name in kinds.__all__ if name != "Input"]
+    "kind", [getattr(kinds, name) for name in kinds.__all__ if name != "Input"]
 )
 def test_a_signal_is_a_frozen_value(kind):
     one, other = kind(), kind()

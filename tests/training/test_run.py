@@ -15,6 +15,7 @@ from timm import create_model
 from torch import nn
 
 import softlabels
+from shared.patterns import FAST
 from shared.signalling import Signalling
 from softlabels.data.in_memory import InMemorySource
 from softlabels.distill.external_inputs import reads_teacher
@@ -25,16 +26,6 @@ from softlabels.training.config import load_recipe, resolve
 from softlabels.training.errors import Interrupted, NonFiniteLossError, RunError
 from softlabels.training.loss_log import LossLog
 
-FAST = {
-    "student": "timm:resnet8_glyphs",
-    "epochs": 4,
-    "batch_size": 32,
-    "optimizer": {"lr": 0.1},
-    "log_every": 2,
-    "gallery": 3,
-    "report": False,
-    "progress": False,
-}
 # One of each kind: a teacher's logits; its maps and learned parts; a memory and indices; votes;
 # a second view of the images; images mixed.
 KINDS = ("nkd", "reviewkd", "crd", "uskd", "zipf_ls", "ddgsd", "mixskd")
