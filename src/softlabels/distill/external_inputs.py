@@ -222,7 +222,7 @@ def checked_inputs(method: nn.Module | None) -> dict[str, Input]:
     unknown = [a for a in inputs if a not in parameters and not takes_any]
     if missing or unknown:
         raise ValueError(
-            f"{name}.reads must name the arguments of its forward ({', '.join(parameters)}): "
+            f"{name}.inputs must name the arguments of its forward ({', '.join(parameters)}): "
             f"missing {missing}, unknown {unknown}"
         )
     return dict(inputs)

@@ -47,7 +47,7 @@ class WeightedSum(nn.Module):
     Example:
         >>> from softlabels.losses import KDLoss, NKDLoss
         >>> both = WeightedSum({"nkd": NKDLoss(), "kd": KDLoss()}, {"nkd": 1.0, "kd": 0.5})
-        >>> sorted(both.reads)
+        >>> sorted(both.inputs)
         ['kd__logits', 'kd__teacher_logits', 'nkd__logits', 'nkd__target', 'nkd__teacher_logits']
     """
 
@@ -67,7 +67,7 @@ class WeightedSum(nn.Module):
                     f"the name of a method must be an identifier without {_PARTS!r}, without "
                     f"'_' at its end, and none of nn.ModuleDict's own, got {name!r}"
                 )
-            if not isinstance(method, nn.Module) or not hasattr(method, "reads"):
+            if not isinstance(method, nn.Module) or not hasattr(method, "inputs"):
                 raise TypeError(
                     f"{name} must be a module with `inputs`, got {type(method).__name__}"
                 )
