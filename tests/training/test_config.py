@@ -109,7 +109,7 @@ def test_every_setting_has_a_description():
         ({"method": {"target_weight": 1}}, "method: .*kind"),
         ({"method": "nkd"}, "method 'nkd' reads from a teacher: give teacher.name"),
         ({"teacher": {"mean": [0.5]}}, "teacher.mean and teacher.std go together"),
-        ({"batch_size": 10, "accumulation": 4}, "batch_size 10 must be a multiple of acc"),
+        ({"batch_size": 10, "grad_accum_steps": 4}, "batch_size 10 must be a multiple of grad_acc"),
         ({"schedule": {"name": "multistep"}}, "schedule multistep takes one or more numbers"),
         ({"schedule": {"name": "step", "decay_epochs": [1, 2]}}, "schedule step takes one number"),
         ({"data": {"source": 3}}, "data.source: .*string, got 3"),

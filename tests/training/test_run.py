@@ -390,7 +390,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
         "method": "zipf_ls",
     }
     whole = train(source, tmp_path / "whole", **settings)
-    parts = train(source, tmp_path / "parts", accumulation=4, **settings)
+    parts = train(source, tmp_path / "parts", grad_accum_steps=4, **settings)
     for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -400,7 +400,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
     [
         {"precision": "bf16"},
         {"channels_last": True},
-        {"clip_norm": 1.0},
+        {"max_grad_norm": 1.0},
         {"mix": {"mixup": 0.8}},
         {"mix": {"cutmix": 1.0}},
         {"optimizer": {"name": "adamw", "lr": 2e-3, "decay_norm_and_bias": False}},

@@ -132,7 +132,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
                     "warmup_steps": min(schedule.warmup_steps, 1),
                 }
             ),
-            "accumulation": 1,
+            "grad_accum_steps": 1,
             "batch_size": batch_size,
             "epochs": 1,
             "eval_batch_size": batch_size,

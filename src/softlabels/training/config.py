@@ -111,8 +111,8 @@ class Config(Section):
     )
     epochs: int = Field(20, ge=1, le=MOST, description="Passes over the training set.")
     batch_size: int = Field(128, ge=1, le=MOST, description="Images per step, over all processes.")
-    accumulation: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
-    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
+    grad_accum_steps: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
+    max_grad_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of averaged weights.")
     precise_bn: int | None = Field(
         None,
@@ -323,10 +323,10 @@ def checked(config: Config) -> Config:
             "teacher.class_names is read for teacher.class_map names, got "
             f"{config.teacher.class_map!r:.80}"
         )
-    if config.batch_size % config.accumulation:
+    if config.batch_size % config.grad_accum_steps:
         raise ConfigError(
-            f"batch_size {config.batch_size} must be a multiple of accumulation "
-            f"{config.accumulation}"
+            f"batch_size {config.batch_size} must be a multiple of grad_accum_steps "
+            f"{config.grad_accum_steps}"
         )
     schedule = config.schedule
     if schedule.warmup_epochs and schedule.warmup_steps:
