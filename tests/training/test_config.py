@@ -95,7 +95,8 @@ def test_every_setting_has_a_description():
             elif name not in ("kind", "method"):
                 assert field.description, path + name
 
-    walk(Config)
+    for model in (Config, *DATA_SETTINGS.values()):
+        walk(model)
 
 
 @pytest.mark.parametrize(

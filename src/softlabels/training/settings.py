@@ -135,7 +135,9 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
 class DataSettings(Section):
     """Base of the data sources' settings; `source` tells them apart."""
 
-    source: str
+    source: str = Field(
+        description=f"Kind of data: {', '.join(SOURCES)}. Left out: by what `path` holds."
+    )
     validation: float | None = Field(
         None,
         gt=0,
@@ -167,8 +169,8 @@ class DataSettings(Section):
 def _data_settings(source: str) -> type[DataSettings]:
     """The settings of a source: the keyword-only arguments of what opens it."""
     open_it = SOURCES[source]
-    kinds = f"Kind of data: {', '.join(SOURCES)}. Left out: by what `path` holds."
-    fields: dict[str, Any] = {"source": (Literal[source], Field(description=kinds))}
+    described = DataSettings.model_fields["source"].description
+    fields: dict[str, Any] = {"source": (Literal[source], Field(description=described))}
     if "path" in inspect.signature(open_it).parameters:
         fields["path"] = (str | None, Field(None, description="Folder of the data."))
     for name, (annotation, default, text) in _keyword_settings(open_it).items():
