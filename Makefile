@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 JOBS := 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods test-browser test-gpu fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods bench-gpu results results-sweeps results-quick docs teacher picture clean
+.PHONY: help demo test test-slow test-survival test-methods test-browser test-gpu fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods bench-gpu results results-sweeps results-quick docs site teacher picture clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,9 +48,10 @@ fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input
 smoke: $(STAMP) ## Run every recipe, shrunk to seconds (15 minutes, 3 GB a process)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m smoke
 
-check: $(STAMP) ## Check format, style, types and spelling
+check: $(STAMP) ## Check format, style, import directions, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 
@@ -90,6 +91,9 @@ results-quick: $(STAMP) ## Repeat a small part of results/, and check it against
 docs: $(STAMP) ## Write the figures in README and docs from results/
 	$(BIN)/python -m benchmarks.render
 
+site: $(STAMP) ## Build the documentation site into build/site (no network is needed)
+	$(BIN)/mkdocs build --quiet
+
 teacher: $(STAMP) ## Train the teacher that the package ships again (10 minutes on one thread)
 	$(BIN)/softlabels train glyphs100/teacher --threads 1 --output runs/teacher
 	cp runs/teacher/student.safetensors src/softlabels/recipes/glyphs100/teacher.safetensors
@@ -98,7 +102,7 @@ teacher: $(STAMP) ## Train the teacher that the package ships again (10 minutes 
 		runs/teacher/config.yaml results/teacher/
 
 picture: ## Take the picture of the demo's report for the docs (needs chromium)
-	sh docs/picture.sh runs/demo/report.html docs/demo_report.png
+	sh docs/picture.sh runs/demo/report.html docs/demo_report.png 1100 940
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

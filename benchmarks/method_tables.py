@@ -36,7 +36,7 @@ def _where(results: Mapping[str, Any]) -> str:
 
 
 def _link(kind: str) -> str:
-    return _SHOWN.get(kind, f"[{kind}](methods/{kind}.md)")
+    return _SHOWN.get(kind, f"[{kind}](../methods/{kind}.md)")
 
 
 def _spread(value: Mapping[str, float], digits: int) -> str:

@@ -1,4 +1,4 @@
-"""The arithmetic of a run on ImageNet-1k, for docs/imagenet_plan.md: formulas, no measurements.
+"""The arithmetic of a run on ImageNet-1k: formulas, no measurements; see docs/contributing.
 
 What is assumed stands in one place below; what was measured is passed in.
 """

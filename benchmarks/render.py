@@ -15,13 +15,8 @@ from benchmarks import ablation_tables, comparison_tables, method_tables
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    "docs/results.md",
-    "docs/speed.md",
-    "docs/teacher_cache.md",
-    "docs/imagenet_plan.md",
-    "docs/reproduce.md",
-    "docs/methods.md",
-    "docs/evidence.md",
+    "docs/contributing/imagenet_plan.md",
+    *(f"docs/tables/{page.name}" for page in sorted((ROOT / "docs" / "tables").glob("*.md"))),
 )
 COMPARISONS = ("full_fonts", "few_fonts", "fashion_mnist", "small_vit", "vit_patch4", "tuned")
 NAMES = {

@@ -29,17 +29,10 @@ OVERVIEW = ROOT / "docs" / "methods.md"
 sys.path.insert(0, str(ROOT))
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/results.md",
-        "docs/speed.md",
-        "docs/teacher_cache.md",
-        "docs/reproduce.md",
-        "docs/methods.md",
-    ],
-)
+GENERATED = ["README.md", *(f"docs/tables/{page.name}" for page in ROOT.glob("docs/tables/*.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(GENERATED))
 def test_generated_figures_equal_the_results_files(page):
     from benchmarks.render import rendered
 
@@ -63,9 +56,9 @@ def _larger_answers(content):
 @pytest.mark.parametrize(
     ("page", "file", "change"),
     [
-        ("README.md", "demo.json", _better_uskd),
-        ("docs/speed.md", "losses.json", _broken_bound),
-        ("docs/teacher_cache.md", "teacher_cache.json", _larger_answers),
+        ("docs/tables/demo.md", "demo.json", _better_uskd),
+        ("docs/tables/losses.md", "losses.json", _broken_bound),
+        ("docs/tables/teacher_cache.md", "teacher_cache.json", _larger_answers),
     ],
 )
 def test_a_changed_result_changes_the_page(page, file, change, monkeypatch):
@@ -134,10 +127,14 @@ def test_example_runs(script, capsys):
     assert "loss" in capsys.readouterr().out
 
 
-def test_commands_in_the_readme_exist(capsys):
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = set(re.findall(r"^softlabels ([\w-]+)", "\n".join(blocks), re.MULTILINE))
-    assert {"demo", "train", "cache-teacher", "eval", "predict", "methods"} <= commands
+def test_commands_in_the_docs_exist(capsys):
+    commands = {
+        command
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for command in re.findall(r"^softlabels ([\w-]+)", block, re.MULTILINE)
+    }
+    assert {"train", "compare", "cache-teacher", "predict"} <= commands
     for command in commands:
         assert main([command, "--help"]) == 0
         capsys.readouterr()
@@ -228,7 +225,7 @@ def test_a_methods_page_has_the_settings_of_the_code(kind):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_a_methods_page_has_the_weights_and_signals_of_the_code(kind):
+def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     method, summary = METHODS[kind], summary_of(kind)
     weight, task_weight = re.findall(r"`(?:method_|task.)weight` ([\w.-]+)", summary["weights"])
     assert float(weight) == weight_of(method)
@@ -310,8 +307,8 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
         p.numel() for p in distiller.student.parameters()
     )
-    assert ("memory_inputs" in beside) == bool(distiller.memories())
-    assert (beside == "-" or beside.startswith("memory_inputs")) == (not learned)
+    assert ("memory" in beside) == bool(distiller.memories())
+    assert (beside == "-" or beside.startswith("memory")) == (not learned)
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -338,7 +335,7 @@ def test_the_overview_says_which_networks_a_method_takes(kind):
                 build(network, network)
 
 
-@pytest.mark.parametrize("name", ["methods", "signals"])
+@pytest.mark.parametrize("name", ["own_loop", "combining", "inputs"])
 def test_the_code_of_how_to_pages_runs(name):
     page = ROOT / "docs" / f"{name}.md"
     codes = blocks(page, "python")
@@ -349,16 +346,16 @@ def test_the_code_of_how_to_pages_runs(name):
         assert isinstance(space.get("distiller", space.get("second")), Distiller)
 
 
-def test_the_recipes_on_the_overview_fit_the_settings():
-    recipes = blocks(OVERVIEW, "yaml")
+def test_the_recipes_of_how_to_pages_fit_the_settings():
+    recipes = blocks(ROOT / "docs" / "combining.md", "yaml")
     assert recipes
     for recipe in recipes:
         assert resolve(yaml.safe_load(recipe)).method.kind in METHODS
 
 
-def test_the_signals_page_lists_every_signal():
+def test_the_page_of_inputs_lists_every_input():
     from softlabels.inputs import declared as inputs
 
-    text = (ROOT / "docs" / "signals.md").read_text()
+    text = (ROOT / "docs" / "inputs.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}
     assert listed == {*inputs.__all__} - {"Input"}

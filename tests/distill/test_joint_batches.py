@@ -85,7 +85,7 @@ class Quiet:
     def store(self) -> None: ...
 
 
-def trained(accumulation: int = 1, parts: tuple[slice, slice] = UNEVEN) -> dict[str, Tensor]:
+def trained(grad_accum_steps: int = 1, parts: tuple[slice, slice] = UNEVEN) -> dict[str, Tensor]:
     """The weights after an epoch of the engine, from the same start on every process."""
     torch.manual_seed(3)
     distiller = Distiller(
@@ -93,7 +93,9 @@ def trained(accumulation: int = 1, parts: tuple[slice, slice] = UNEVEN) -> dict[
         USKDLoss(weak_weight=0.5, sync_batch_stats=True),
         example_shape=IMAGE_SHAPE,
     )
-    config = resolve({"epochs": 1, "accumulation": accumulation, "batch_size": 12, "log_every": 2})
+    config = resolve(
+        {"epochs": 1, "grad_accum_steps": grad_accum_steps, "batch_size": 12, "log_every": 2}
+    )
     optimizer = torch.optim.SGD(distiller.parameters(), 0.5, momentum=0.9)
     schedule: Any = SimpleNamespace(step_update=lambda number: None)
     engine = Engine(
@@ -129,7 +131,7 @@ def work(rank: int, folder: str) -> None:
               sync_batch_stats=True).backward()  # fmt: skip
     result["compiled"] = {"compiled": logits.grad, "eager": eager.grad}
     result["trained"] = trained()
-    result["accumulated"] = trained(accumulation=4, parts=HALVES)
+    result["accumulated"] = trained(grad_accum_steps=4, parts=HALVES)
     torch.save(result, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

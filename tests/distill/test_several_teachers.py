@@ -263,7 +263,7 @@ def test_teachers_that_make_no_sense():
 
 
 @pytest.mark.parametrize(
-    "signal", [TeacherLogits(2), Features("teacher", teacher=2), Classifier(2), NormParameters()]
+    "kind", [TeacherLogits(2), Features("teacher", teacher=2), Classifier(2), NormParameters()]
 )
 def test_a_teacher_that_is_not_there(kind):
     if isinstance(kind, NormParameters):

@@ -210,8 +210,8 @@ def test_settings_without_use_for_a_head_or_a_teacher_have_none():
 # The trainer's log
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, accumulation):
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
+def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, grad_accum_steps):
     generator = np.random.default_rng(0)
     train, test = (
         Split.from_arrays(
@@ -227,7 +227,7 @@ def test_the_trainer_logs_terms_and_gradient_shares(tmp_path, accumulation):
         output=str(tmp_path / "run"),
         epochs=1,
         batch_size=12,
-        accumulation=accumulation,
+        grad_accum_steps=grad_accum_steps,
         log_every=3,
         gallery=0,
         report=False,

@@ -168,7 +168,7 @@ def test_whole_numbers_stay_whole(tmp_path, trained):
         ("optimizer.name=1..2", "optimizer.name is no number"),
         ("optimizer.name=sgd,[a]", "expected numbers, texts, true or false"),
         ("optimizer.lrr=1..2", "unknown setting 'optimizer.lrr': expected lr"),
-        ("optimizer.lr=1..2", "unknown setting 'optimizer.lr'"),
+        ("optimzer.lr=1..2", "unknown setting 'optimzer.lr'"),
         ("method.temperature_x=1..2", "unknown setting 'method.temperature_x'"),
         ("seed=0..5", "seed decides what is measured"),
         ("data.validation=0.1..0.3", "data.validation decides what is measured"),

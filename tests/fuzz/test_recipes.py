@@ -104,7 +104,7 @@ OPTIONS = (
     "--data.source", "--data.image-size", "--data.workers", "--method.kind", "--method.temperature",
     "--student.name", "--student.settings", "--student.weights", "--teacher.name", "--taps",
     "--teacher.weights", "--teacher.class-map", "--optimizer.lr", "--schedule.decay-epochs",
-    "--schedule.name", "--batch-size", "--accumulation", "--compile", "--no-compile", "--top",
+    "--schedule.name", "--batch-size", "--grad-accum-steps", "--compile", "--no-compile", "--top",
     "--format", "--kind", "--path", "--source", "--jobs", "--fonts", "--assumed", "--draws",
     "--method.kind=uskd", "--epochs=3", "--epochs=", "--seed=-1", "show", "glyphs100/uskd",
     "glyphs100/nkd", "uskd", "nkd", "json", "csv",

@@ -118,9 +118,9 @@ def pictures_and_labels(draw) -> Drawn:
     more=st.fixed_dictionaries(
         {},
         optional={
-            "clip_norm": st.sampled_from([1e-30, 1.0, 1e30]),
+            "max_grad_norm": st.sampled_from([1e-30, 1.0, 1e30]),
             "ema_decay": st.sampled_from([1e-9, 0.5, 0.999999]),
-            "accumulation": st.sampled_from([1, 2, 4]),
+            "grad_accum_steps": st.sampled_from([1, 2, 4]),
             "precision": st.sampled_from(["no", "bf16"]),
             "task": st.sampled_from(
                 [{"label_smoothing": 1.0}, {"weight": 0.0}, {"weight": 1e30},
@@ -207,7 +207,8 @@ usual = st.sampled_from(["timm:resnet8", "timm:resnet8", "timm:test_efficientnet
     more=st.lists(
         st.sampled_from(
             ["--channels-last", "--data.image-size=1", "--batch-size=1",
-             "--data.image-size=33", "--accumulation=3", "--teacher.mode=train", "--batch-size=9",
+             "--data.image-size=33", "--grad-accum-steps=3", "--teacher.mode=train",
+             "--batch-size=9",
              "--teacher.num-classes=5", "--teacher.input-size=1", "--teacher.class-map=1",
              "--teacher.mean=0.5", "--optimizer.name=lbfgs", "--optimizer.name=nothing"]
         ),

@@ -6,7 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from methods.method_runs import (
+from timm.layers import DropPath
+from torch import nn
+
+from shared.method_runs import (
     TINY_CNN,
     TINY_NHWC,
     TINY_VIT,
@@ -18,9 +21,6 @@ from methods.method_runs import (
     pair_name,
     pairs,
 )
-from timm.layers import DropPath
-from torch import nn
-
 from softlabels import Distiller
 from softlabels.data import Batch
 

@@ -155,7 +155,7 @@ def test_nothing_is_recorded_for_a_forward_of_the_student_alone():
 
 
 @pytest.mark.parametrize("turned_round", [False, True])
-@pytest.mark.parametrize("signal", [WeakLogits(), AuxLogits(("middle", "last")), AuxBranches()])
+@pytest.mark.parametrize("kind", [WeakLogits(), AuxLogits(("middle", "last")), AuxBranches()])
 def test_learned_parts_are_the_same_for_further_images(kind, turned_round):
     inputs = {"plain": kind, "second": SecondPass(of=kind)}
     alone = distiller_of(plain=kind)
@@ -226,10 +226,14 @@ def test_missing_images_are_an_error_that_names_them():
 
 def test_extras_are_what_the_batch_must_bring_each_once():
     distiller = distiller_of(
-        a=FromBatch("index"), b=SecondPass(), c=SecondPass(of=WeakLogits()), d=SecondPass("partner"),
-
-        e=FromBatch("mixup_index"), f=FromBatch("index"), g=Target(),
-    )  # fmt: skip
+        a=FromBatch("index"),
+        b=SecondPass(),
+        c=SecondPass(of=WeakLogits()),
+        d=SecondPass("partner"),
+        e=FromBatch("mixup_index"),
+        f=FromBatch("index"),
+        g=Target(),
+    )
 
     assert distiller.extras == ("index", "mixup_index", "second_view", "partner")
     assert Distiller(small_cnn()).extras == ()

@@ -276,7 +276,7 @@ def test_two_distillers_may_share_a_teacher_and_a_student():
 
 
 @pytest.mark.parametrize(
-    ("signal", "expected"),
+    ("kind", "expected"),
     [
         (TeacherLogits(), True),
         (Features(of="teacher"), True),

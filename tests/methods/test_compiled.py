@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from methods.method_runs import TINY_CNN, TINY_VIT, able, built, gradient_problems, noise, output_of
 from torch import Tensor
 
+from shared.method_runs import TINY_CNN, TINY_VIT, able, built, gradient_problems, noise, output_of
 from softlabels import Distiller
 from softlabels.losses import METHODS
 

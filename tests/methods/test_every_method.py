@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from methods.method_runs import (
+from torch import nn
+
+from shared.method_runs import (
     STUDENT,
     TINY_CNN,
     TINY_NHWC,
@@ -21,8 +23,6 @@ from methods.method_runs import (
     pairs,
     without_gradient,
 )
-from torch import nn
-
 from softlabels.losses import METHODS
 
 IN_HALF_PRECISION = (False, False, True)  # each step: under autocast to bfloat16 or not

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from methods.method_runs import CNN, VITS, Family, able, batches, built, output_of, source
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from shared.method_runs import CNN, VITS, Family, able, batches, built, output_of, source
 from softlabels import Distiller
 from softlabels.data import Batch
 from softlabels.losses import METHODS

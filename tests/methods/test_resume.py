@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from methods.method_runs import (
+
+import softlabels
+from shared.method_runs import (
     BATCH_SIZE,
     CNN,
     STEPS_PER_EPOCH,
@@ -19,8 +21,6 @@ from methods.method_runs import (
     teacher_signals,
     trained_vit,
 )
-
-import softlabels
 from softlabels.data.in_memory import InMemorySource
 from softlabels.losses import METHODS
 from softlabels.training.checkpoint import CheckpointFolder

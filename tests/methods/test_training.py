@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from methods.method_runs import (
+from torch import nn
+
+from shared.method_runs import (
     CNN,
     VITS,
     Family,
@@ -21,8 +23,6 @@ from methods.method_runs import (
     pairs,
     source,
 )
-from torch import nn
-
 from softlabels import Distiller
 from softlabels.data import Batch
 

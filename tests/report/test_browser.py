@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from test_comparison import log
 
+from shared.run_folders import log
 from softlabels.report import Variant, write_comparison, write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from shared.parsed_page import Page
+from shared.run_folders import log
 from softlabels.report import Variant, write_comparison, write_report
 from softlabels.report.canvas import RUN_COLOURS
 
@@ -25,33 +26,6 @@ SECTIONS = [
     "Soft labels",
     "What was run",
 ]
-
-
-def log(top1=50.0, shares=(0.75, 0.25), epochs=2):
-    """Lines of a metrics file with all that the page draws."""
-    lines = [
-        {
-            "step": step,
-            "train/task": 2.0,
-            "train/method": 1.0,
-            "train/gradient_share/task": shares[0],
-            "train/gradient_share/method/weak": shares[1],
-        }
-        for step in range(4)
-    ]
-    lines += [
-        {
-            "epoch": epoch,
-            "step": 2 * epoch,
-            "eval/top1": top1 - epochs + epoch,
-            "eval/nll": 2.0,
-            "eval/ece": 5.0,
-            "eval/zipf_r2": 0.5 + epoch / 8,
-            "eval/zipf_exponent": 1.5,
-        }
-        for epoch in range(1, epochs + 1)
-    ]
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 @pytest.fixture

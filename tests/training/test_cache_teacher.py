@@ -197,7 +197,7 @@ def test_training_equals_that_with_the_teacher_on_the_same_draws(weights, tmp_pa
     build(weights, tmp_path / "cache", top=6)
     options = {
         **FAST, "optimizer": {"lr": 0.01}, "method": method, "epochs": 4, "gallery": 0,
-        "report": False, "accumulation": 2,
+        "report": False, "grad_accum_steps": 2,
     }  # fmt: skip
 
     softlabels.train(

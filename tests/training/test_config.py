@@ -18,7 +18,8 @@ from softlabels.training.config import (
     recipe_names,
     resolve,
 )
-from softlabels.training.settings import METHOD_SETTINGS, DataSettings
+from softlabels.training.recipes import merged
+from softlabels.training.settings import DATA_SETTINGS, METHOD_SETTINGS, DataSettings
 
 TEACHER = {"name": "timm:resnet20"}
 
@@ -59,14 +60,30 @@ def test_settings_reach_the_method():
     assert method.target_weight == 0.1
 
 
-def test_every_setting_of_every_source_is_a_data_setting():
-    names = {
-        name
-        for source in SOURCES.values()
-        for name, parameter in inspect.signature(source).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    assert names <= {*DataSettings.model_fields}
+@pytest.mark.parametrize("source", SOURCES)
+def test_settings_of_a_data_source_are_its_own(source):
+    parameters = inspect.signature(SOURCES[source]).parameters
+    declared = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    shared = {*DataSettings.model_fields, "path"}
+    fields = DATA_SETTINGS[source].model_fields
+    assert {n: f.default for n, f in fields.items() if n not in shared} == declared
+    assert ("path" in fields) is ("path" in parameters)
+
+
+def test_source_of_the_data_is_found_by_their_path(tmp_path):
+    assert resolve({}).data.source == "glyphs100"
+    (tmp_path / "train").mkdir()
+    assert resolve({"data": {"path": str(tmp_path)}}).data.source == "folder"
+    (tmp_path / "train-images-idx3-ubyte").touch()
+    config = resolve({"data": {"path": str(tmp_path), "padding": 1}})
+    assert (config.data.source, config.data.padding) == ("idx", 1)
+
+
+def test_data_of_another_source_replace_those_of_a_base():
+    base = {"data": {"source": "cifar100", "mean": [0.5, 0.5, 0.5]}, "epochs": 3}
+    over = {"data": {"source": "noise", "num_train": 9, "mean": None}}
+    assert merged(base, over) == {"data": {"source": "noise", "num_train": 9}, "epochs": 3}
+    assert merged(base, {"data": {"path": "x"}})["data"].keys() == {"source", "mean", "path"}
 
 
 def test_every_setting_has_a_description():
@@ -78,7 +95,8 @@ def test_every_setting_has_a_description():
             elif name not in ("kind", "method"):
                 assert field.description, path + name
 
-    walk(Config)
+    for model in (Config, *DATA_SETTINGS.values()):
+        walk(model)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +127,18 @@ def test_every_setting_has_a_description():
         ({"method": {"target_weight": 1}}, "method: .*kind"),
         ({"method": "nkd"}, "method 'nkd' reads from a teacher: give teacher.name"),
         ({"teacher": {"mean": [0.5]}}, "teacher.mean and teacher.std go together"),
-        ({"batch_size": 10, "accumulation": 4}, "batch_size 10 must be a multiple of acc"),
+        ({"batch_size": 10, "grad_accum_steps": 4}, "batch_size 10 must be a multiple of grad_acc"),
         ({"schedule": {"name": "multistep"}}, "schedule multistep takes one or more numbers"),
         ({"schedule": {"name": "step", "decay_epochs": [1, 2]}}, "schedule step takes one number"),
+        (
+            {"data": {"source": "noise", "num_trian": 3}},
+            "unknown setting 'data.num_trian': expected num_train",
+        ),
+        (
+            {"data": {"source": "noise", "rotation": 3.0}},
+            "unknown setting 'data.rotation': expected source, .*, num_train, num_test",
+        ),
+        ({"data": {"source": "noice"}}, "data: unknown data source 'noice', expected .*'noise'"),
         ({"data": {"source": 3}}, "data.source: .*string, got 3"),
         ({"data": 5}, "data: .*got 5"),
     ],

@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
-from test_run import FAST, Signalling
 from torch import nn
 
 import softlabels
+from shared.patterns import FAST
+from shared.signalling import Signalling
 from shared.small_networks import small_cnn
 from softlabels.data.randomness import derive_seed
 from softlabels.training.build import build_distiller, with_defaults

@@ -15,6 +15,7 @@ import yaml
 from timm import create_model
 
 import softlabels
+from shared.patterns import FAST
 from shared.signalling import Signalling
 from softlabels.data.in_memory import InMemorySource
 from softlabels.distill.external_inputs import reads_teacher
@@ -26,16 +27,6 @@ from softlabels.training.config import load_recipe, resolve
 from softlabels.training.errors import Interrupted, NonFiniteLossError, RunError
 from softlabels.training.loss_log import LossLog
 
-FAST = {
-    "student": "timm:resnet8_glyphs",
-    "epochs": 4,
-    "batch_size": 32,
-    "optimizer": {"lr": 0.1},
-    "log_every": 2,
-    "gallery": 3,
-    "report": False,
-    "progress": False,
-}
 # One of each kind: a teacher's logits; its maps and learned parts; a memory and indices; votes;
 # a second view of the images; images mixed.
 KINDS = ("nkd", "reviewkd", "crd", "uskd", "zipf_ls", "ddgsd", "mixskd")
@@ -399,7 +390,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
         "method": "zipf_ls",
     }
     whole = train(source, tmp_path / "whole", **settings)
-    parts = train(source, tmp_path / "parts", accumulation=4, **settings)
+    parts = train(source, tmp_path / "parts", grad_accum_steps=4, **settings)
     for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -409,7 +400,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
     [
         {"precision": "bf16"},
         {"channels_last": True},
-        {"clip_norm": 1.0},
+        {"max_grad_norm": 1.0},
         {"mix": {"mixup": 0.8}},
         {"mix": {"cutmix": 1.0}},
         {"optimizer": {"name": "adamw", "lr": 2e-3, "decay_norm_and_bias": False}},

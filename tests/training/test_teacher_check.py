@@ -14,11 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_run import FAST, Signalling
 from torch import Tensor, nn
 
 import softlabels
 from shared.living_runs import LivingRun
+from shared.patterns import FAST
+from shared.signalling import Signalling
 from softlabels import Teacher
 from softlabels.data import DataInfo
 from softlabels.data.in_memory import InMemorySource, Split

@@ -74,7 +74,8 @@ def test_a_further_method_has_needs_too(tmp_path):
     [
         (MIXED, "mixskd mixes images itself: mix.mixup and mix.cutmix must be 0"),
         (CUT, "mixskd mixes images itself: mix.mixup and mix.cutmix must be 0"),
-        ({"accumulation": 2}, "mixskd mixes the images of a batch: accumulation must be 1, got 2"),
+        ({"grad_accum_steps": 2}, "mixskd mixes the images of a batch: grad_accum_steps must be "
+                                  "1, got 2"),
         ({"batch_size": 15}, "mixskd mixes pairs of images: batch_size must be a multiple of 2, "
                              "got 15"),
     ],
@@ -109,7 +110,7 @@ def test_each_process_needs_pairs_of_its_own():
 
 def test_what_there_is_enough_for_passes():
     needs_of(1, method="cs_kd")
-    needs_of(1, method="cs_kd", accumulation=2)
+    needs_of(1, method="cs_kd", grad_accum_steps=2)
     needs_of(1, method="ddgsd", **MIXED)  # both views are mixed alike
     needs_of(1, method="mixskd")
     needs_of(2, method="ps_kd", **MIXED)
@@ -417,7 +418,7 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
     ("more", "message"),
     [
         (("--method.kind", "cs_kd", "--mix.mixup", "0.4"), "mix.mixup and mix.cutmix must be 0"),
-        (("--method.kind", "mixskd", "--accumulation", "2"), "accumulation must be 1, got 2"),
+        (("--method.kind", "mixskd", "--grad-accum-steps", "2"), "grad_accum_steps must be 1"),
         (("--method.kind", "mixskd", "--batch-size", "15"), "must be a multiple of 2, got 15"),
         (("--method.kind", "cs_kd", "--data.num-train", "7"), "two training images of each class"),
         (("--method.kind", "ps_kd", "--method.most-memory", "1e-9"), "raise most_memory if the"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -50,12 +51,9 @@ def zipf_fit(mean_sorted_softmax: Tensor) -> ZipfFit:
     p = mean_sorted_softmax[:FITTED_RANKS].cpu().double()
     y = p.clamp(min=torch.finfo(torch.float32).tiny).log()
     x = torch.arange(1, len(y) + 1, dtype=torch.float64).log()
-    x, y = x - x.mean(), y - y.mean()
-    slope = (x @ y) / (x @ x)
-    variance = float(y.square().mean())
-    left = float((y - slope * x).square().mean())
-    r2 = 1.0 if variance <= _EQUAL**2 else 1 - left / variance
-    return ZipfFit(exponent=-float(slope), r2=r2)
+    line = stats.linregress(x.numpy(), y.numpy())
+    equal = float(y.var(correction=0)) <= _EQUAL**2
+    return ZipfFit(exponent=-float(line.slope), r2=1.0 if equal else float(line.rvalue) ** 2)
 
 
 class MeanSortedSoftmax(Metric):

@@ -5,7 +5,7 @@ import functools
 import inspect
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 __all__ = [
@@ -82,20 +82,18 @@ def configured(
     """
     import tyro
 
-    from softlabels.training.config import checked, load_recipe, parse, with_method
+    from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
     from softlabels.training.settings import METHOD_SETTINGS
 
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = (load or load_recipe)(arguments[0])
         arguments = arguments[1:]
-    # The kind decides which options there are, so it is looked for before tyro parses.
-    for position, argument in enumerate(arguments):
-        flag, equals, kind = argument.partition("=")
-        if flag == "--method.kind":
-            if not equals:
-                kind = arguments[position + 1] if position + 1 < len(arguments) else ""
-            values = with_method(values, kind)
+    # Method and data decide which options there are, so they are looked for before tyro parses.
+    given = _values_of(arguments, ("--method.kind", "--data.source", "--data.path"))
+    if "--method.kind" in given:
+        values = with_method(values, given["--method.kind"])
+    values = with_data(values, given.get("--data.source"), given.get("--data.path"))
     default = extended(parse(values))
     config = _tyro(
         type(default),
@@ -105,11 +103,22 @@ def configured(
         description=(
             f"{inspect.getdoc(type(default))} RECIPE is a YAML file or the name of a recipe in "
             "the package (`softlabels config` lists them); options override it. --method.kind is "
-            f"one of {', '.join(METHOD_SETTINGS)}; the help then shows that method's options."
+            f"one of {', '.join(METHOD_SETTINGS)}; the help then shows that method's options, and for --data.source those of "
+            "that source."
         ),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return checked(config)
+
+
+def _values_of(arguments: list[str], flags: Sequence[str]) -> dict[str, str]:
+    """The values of some flags, as they stand among arguments."""
+    found: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            found[flag] = value if equals else following
+    return found
 
 
 def console() -> Any:

@@ -128,7 +128,7 @@ def _try(variant: PlannedVariant, source: DataSource) -> None:
 def _title(variants: Sequence[PlannedVariant]) -> str:
     first = variants[0].config
     student = (first.student.name or "").rpartition(":")[2]
-    return f"{len(variants)} ways to train {student} on {first.data.source or 'its data'}"
+    return f"{len(variants)} ways to train {student} on {first.data.source}"
 
 
 def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], output: Path) -> None:

@@ -147,7 +147,7 @@ def read_comparison(path: str) -> Comparison | None:
     try:
         return Comparison.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, Comparison)}") from error
+        raise ConfigError(f"{path}: {explain(error)}") from error
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, str | dict[str, Any]]:
@@ -255,8 +255,8 @@ def _with_teacher(config: Config, own_teacher: bool) -> Config:
         student = config.student
         teacher = TeacherSettings(name=student.name, settings=student.settings)
     elif teacher.name is None and teacher.cache is None:
-        recipe = _SHIPPED_TEACHERS.get(config.data.source or "glyphs100")
-        if recipe is None or config.data.path is not None:
+        recipe = _SHIPPED_TEACHERS.get(config.data.source)
+        if recipe is None or config.data.location is not None:
             raise ConfigError(
                 f"method {config.method.kind!r} reads from a teacher: give teacher.name, with "
                 "teacher.weights or to be trained here first"

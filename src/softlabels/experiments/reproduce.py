@@ -99,7 +99,7 @@ def describe_recipes(
     """
     names = recipes_of(table) if table is not None else [n for t in tables() for n in recipes_of(t)]
     found = [(name, resolve(load_recipe(name))) for name in names]
-    kinds: dict[str, set[str | None]] = {
+    kinds: dict[str, set[str]] = {
         "data": {config.data.source for _, config in found},
         "method": {config.label for _, config in found},
     }

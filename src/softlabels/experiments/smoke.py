@@ -9,12 +9,12 @@ from pydantic import Field
 from rich.console import Console
 
 from softlabels.data import DataInfo
-from softlabels.data.sources.by_name import FIXED_FACTS, kind_of
+from softlabels.data.sources.by_name import FIXED_FACTS
 from softlabels.export.export import Exported, export_run
 from softlabels.training.build import with_defaults
 from softlabels.training.config import Config
 from softlabels.training.distributed import start
-from softlabels.training.settings import DataSettings
+from softlabels.training.settings import DATA_SETTINGS
 from softlabels.training.trainer import TrainResult, run
 
 __all__ = ["TrainConfig", "shrunk", "smoke"]
@@ -86,7 +86,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
         The small run, in the same folder.
     """
     batch_size = _IMAGES_A_PROCESS * processes
-    kind = kind_of(config.data.source, config.data.path)
+    kind = config.data.source
     facts = FIXED_FACTS[kind]
     given = config.data.model_dump()
     side = given.get("image_size") or facts.image_size or _SIDE
@@ -105,7 +105,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
     warmup = schedule.warmup_epochs / config.epochs
     return config.model_copy(
         update={
-            "data": DataSettings.model_validate(
+            "data": DATA_SETTINGS["noise"].model_validate(
                 {
                     "source": "noise",
                     "num_classes": classes,
@@ -132,7 +132,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
                     "warmup_steps": min(schedule.warmup_steps, 1),
                 }
             ),
-            "accumulation": 1,
+            "grad_accum_steps": 1,
             "batch_size": batch_size,
             "epochs": 1,
             "eval_batch_size": batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -98,7 +99,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
         return Paired(
             tuple(differences.tolist()), of_all.mean, None, None, None, None, "no difference shown"
         )
-    bootstrap, t = _bootstrap(differences), _student(of_all, len(differences))
+    bootstrap, t = _bootstrap(differences), _student(differences)
     p_value = _sign_flips(differences) if len(differences) >= LEAST_SEEDS else None
     return Paired(
         tuple(differences.tolist()),
@@ -113,34 +114,35 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
 
 def _bootstrap(differences: np.ndarray) -> tuple[float, float]:
     """Percentiles of the means of seeds drawn with replacement; the draws are always the same."""
-    drawn = np.random.default_rng(0).choice(differences, (_RESAMPLES, len(differences)))
-    tail = 50 * (1 - _LEVEL)
-    low, high = np.percentile(drawn.mean(1), (tail, 100 - tail))
-    return float(low), float(high)
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        confidence_level=_LEVEL,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
-def _student(of_all: Spread, count: int) -> tuple[float, float]:
-    quantile = float(stats.t.ppf((1 + _LEVEL) / 2, count - 1))
-    half = quantile * (of_all.deviation or 0.0) / math.sqrt(count)
-    return of_all.mean - half, of_all.mean + half
+def _student(differences: np.ndarray) -> tuple[float, float]:
+    with warnings.catch_warnings():  # equal differences are an interval of one point
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ttest_1samp(differences, 0.0).confidence_interval(_LEVEL)
+    return float(found.low), float(found.high)
 
 
 def _sign_flips(differences: np.ndarray) -> float:
     """Share of all sign patterns whose mean is at least as far from zero."""
     result = stats.permutation_test(
         (differences,),
-        _mean,
+        np.mean,
         permutation_type="samples",
         n_resamples=_MOST_FLIPS,
         vectorized=True,
         random_state=np.random.default_rng(0),
     )
     return float(result.pvalue)
-
-
-def _mean(differences: np.ndarray, axis: int = -1) -> np.ndarray:
-    mean: np.ndarray = np.mean(differences, axis=axis)
-    return mean
 
 
 def _verdict(

@@ -238,9 +238,7 @@ class _Sweep:
         try:
             return SweepRecord.model_validate_json(self._file.read_bytes())
         except ValidationError as error:
-            raise ValueError(
-                f"{self._file} is no record of a sweep: {explain(error, SweepRecord)}"
-            ) from error
+            raise ValueError(f"{self._file} is no record of a sweep: {explain(error)}") from error
 
     def save(self, record: SweepRecord) -> None:
         """Write the record, whole or not at all."""

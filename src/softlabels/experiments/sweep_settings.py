@@ -8,7 +8,6 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from softlabels.data.sources.by_name import kind_of
 from softlabels.experiments.sweep_record import Metric
 from softlabels.training.config import Config
 
@@ -53,5 +52,4 @@ class SweepConfig(Config):
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        data = kind_of(self.data.source, self.data.path)
-        return Path(self.output or f"runs/sweep-{data}-{self.label}")
+        return Path(self.output or f"runs/sweep-{self.data.source}-{self.label}")

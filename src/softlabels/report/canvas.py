@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 RUN_COLOURS = (
     ("#0072b2", "#56b4e9"),
@@ -226,15 +227,8 @@ def spread(wanted: Sequence[float], height: float) -> list[float]:
     """The nearest places to the wanted ones, inside [0, height] and a line of text apart."""
     order = np.argsort(wanted, kind="stable")
     steps = np.arange(len(wanted)) * LINE_GAP
-    # Without the gaps the places need only be in order: least squares by pooling neighbors.
-    blocks: list[tuple[float, int]] = []
-    for value in np.asarray(wanted)[order] - steps:
-        mean, count = float(value), 1
-        while blocks and blocks[-1][0] > mean:
-            earlier, number = blocks.pop()
-            mean, count = (earlier * number + mean * count) / (number + count), number + count
-        blocks.append((mean, count))
-    ordered = np.concatenate([np.full(count, mean) for mean, count in blocks])
+    # Without the gaps the places need only be in order.
+    ordered = isotonic_regression(np.asarray(wanted, float)[order] - steps).x
     places = np.empty(len(wanted))
     places[order] = np.clip(ordered, 0, max(0.0, height - steps[-1])) + steps
     return [float(place) for place in places]

@@ -32,6 +32,7 @@ from softlabels.training.config import (
 )
 from softlabels.training.settings import (
     METHOD_SETTINGS,
+    OBJECT,
     FurtherMethod,
     PeerSettings,
     StudentSettings,
@@ -59,9 +60,13 @@ def build_source(config: Config) -> DataSource:
             set that is too small to be divided.
     """
     data = config.data
+    if data.source.startswith(OBJECT):
+        raise ValueError(
+            f"the run's data were an object, {data.source.removeprefix(OBJECT)}, which no setting "
+            "opens: give it again, softlabels.train(data=...)"
+        )
     shares = {"validation": data.validation, "train_share": data.train_share}
-    settings = data.model_dump(exclude={"source", "path", *shares}, exclude_none=True)
-    source = open_source(data.source, data.path, **settings)
+    source = open_source(data.source, data.location, **data.of_source)
     return source if shares == dict.fromkeys(shares) else source.split(**shares)
 
 

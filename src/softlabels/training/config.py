@@ -5,20 +5,22 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.losses import METHODS, Defaults, Method, WeightedSum
-from softlabels.training.recipes import ConfigError, load_recipe, recipe_names
+from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
+    DATA_SETTINGS,
     LARGEST_FACTOR,
     METHOD_SETTINGS,
     MOST,
+    UNKNOWN_SETTING,
+    AnyData,
     CheckpointSettings,
-    DataSettings,
     FurtherMethod,
     MethodSettings,
     MixSettings,
@@ -49,6 +51,7 @@ __all__ = [
     "recipe_names",
     "resolve",
     "taught_by_itself",
+    "with_data",
     "with_method",
 ]
 
@@ -59,7 +62,9 @@ _TAGS = ("tuple[", "literal[", "constrained-")  # pydantic's, of the parts of a 
 class Config(Section):
     """Settings of a run."""
 
-    data: DataSettings = Field(DataSettings(), description="What is learned from.")
+    data: AnyData = Field(
+        DATA_SETTINGS["glyphs100"](source="glyphs100"), description="What is learned from."
+    )
     student: StudentSettings = Field(StudentSettings(), description="What is trained.")
     teacher: TeacherSettings = Field(TeacherSettings(), description="What may teach.")
     method: Annotated[
@@ -107,8 +112,8 @@ class Config(Section):
     )
     epochs: int = Field(20, ge=1, le=MOST, description="Passes over the training set.")
     batch_size: int = Field(128, ge=1, le=MOST, description="Images per step, over all processes.")
-    accumulation: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
-    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
+    grad_accum_steps: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
+    max_grad_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of averaged weights.")
     precise_bn: int | None = Field(
         None,
@@ -198,7 +203,7 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
     try:
         return METHOD_SETTINGS[further.kind](**further.settings)
     except ValidationError as error:
-        message = explain(error, METHOD_SETTINGS[further.kind])
+        message = explain(error)
         raise ValueError(f"{further.kind}: {message}") from error
 
 
@@ -259,6 +264,14 @@ def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {**values, "method": {"kind": kind}}
 
 
+def with_data(
+    values: Mapping[str, Any], source: str | None = None, path: str | None = None
+) -> dict[str, Any]:
+    """Choose the data's source, their path or both; settings of another source are dropped."""
+    given = {"source": source, "path": path}
+    return merged(values, {"data": {key: v for key, v in given.items() if v is not None}})
+
+
 def parse(values: Mapping[str, Any]) -> Config:
     """Check a mapping of settings against the schema, each by itself.
 
@@ -307,10 +320,10 @@ def checked(config: Config) -> Config:
             "teacher.class_names is read for teacher.class_map names, got "
             f"{config.teacher.class_map!r:.80}"
         )
-    if config.batch_size % config.accumulation:
+    if config.batch_size % config.grad_accum_steps:
         raise ConfigError(
-            f"batch_size {config.batch_size} must be a multiple of accumulation "
-            f"{config.accumulation}"
+            f"batch_size {config.batch_size} must be a multiple of grad_accum_steps "
+            f"{config.grad_accum_steps}"
         )
     schedule = config.schedule
     if schedule.warmup_epochs and schedule.warmup_steps:
@@ -356,21 +369,22 @@ def resolve(values: Mapping[str, Any]) -> Config:
     return checked(parse(values))
 
 
-def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
+def explain(error: ValidationError) -> str:
     """One line about the first thing that does not fit the schema."""
-    return _explain(error, schema)[:_LONGEST_MESSAGE]
+    return _explain(error)[:_LONGEST_MESSAGE]
 
 
-def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
         del path[1]  # pydantic's tag of the union
     path = [part for part in path if not part.startswith(_TAGS)]  # likewise
     where = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1], schema)
-        near = difflib.get_close_matches(path[-1][:_LONGEST_MESSAGE], known, n=3)
+    if first["type"] == UNKNOWN_SETTING:
+        name, known = str(first["ctx"]["name"]), first["ctx"]["known"]
+        near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], known, n=3)
+        where = ".".join([*path, name])
         return f"unknown setting {where!r:.200}: expected {', '.join(near or known)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("value_error", "assertion_error"):
@@ -378,24 +392,8 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
     return f"{where:.200}: {message}, got {first.get('input')!r:.80}"
 
 
-def _keys_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
-    """Names of the settings of the section at this place."""
-    model: Any = schema
-    for part in location:
-        if isinstance(part, int):  # of a tuple, whose annotation names the section
-            continue
-        if part in METHOD_SETTINGS:
-            model = METHOD_SETTINGS[str(part)]
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if inspect.isclass(a)]
-        model = next((a for a in inner if issubclass(a, BaseModel)), model)
-    return list(model.model_fields)
-
-
 def dump(config: Config) -> str:
     """The YAML record of a run: every setting, resolved; training it repeats the run."""
     values = config.model_dump(mode="json")
-    values["data"] = {key: value for key, value in values["data"].items() if value is not None}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text

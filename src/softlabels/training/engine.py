@@ -277,8 +277,8 @@ class Engine:
         # A forward changes buffers too; a step that is skipped puts them back.
         before = [b.clone() for b in self._buffers] if self._may_skip else []
         parts, details, finite, share = self._backward(batch, detailed=detailed)
-        if self.config.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.clip_norm)
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.config.max_grad_norm)
         else:
             self.accelerator.unscale_gradients()
         parts[_STOP] = torch.full((), float(asked), device=self.accelerator.device)
@@ -313,7 +313,7 @@ class Engine:
         """
         self.distiller.detailed = detailed
         num_samples = len(batch.target)
-        num_parts = min(self.config.accumulation, num_samples)
+        num_parts = min(self.config.grad_accum_steps, num_samples)
         mean_samples = self._samples_a_process(num_samples)
         extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
         extras.update(batch.extras)

@@ -164,7 +164,7 @@ class LossLog:
         return NonFiniteLossError(
             f"the {what} is not finite at step {row.step}{skipped}{source} ({shown}); training "
             f"images by index{' (the whole batch)' if whole else ''}: {listed}; try a smaller "
-            "learning rate or a clip_norm. The last checkpoint is from before this step",
+            "learning rate or a max_grad_norm. The last checkpoint is from before this step",
             row.step,
             named,
             images,

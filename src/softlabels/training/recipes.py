@@ -144,13 +144,16 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Lay settings over others.
 
     Mappings are merged, all else is replaced; `null` takes a setting back to its default. A method
-    of another kind replaces the whole method, because its settings are others.
+    of another kind, or data of another source, replace the whole section, because their settings
+    are others.
     """
     result = dict(base)
     for key, value in over.items():
         before = result.get(key)
         if key == "method" and _kind(value) not in (None, _kind(before)):
             result[key] = value
+        elif key == "data" and _differ(before, value, "source"):
+            result[key] = merged({}, value)
         elif isinstance(before, Mapping) and isinstance(value, Mapping):
             result[key] = merged(before, value)
         elif value is None:
@@ -180,6 +183,12 @@ def settings_of(texts: Sequence[str]) -> dict[str, Any]:
         # A null stays: it takes a recipe's setting back to its default.
         place[keys[-1]] = parsed_text(f"value: {value}", f"the value of {path:.200}")["value"]
     return result
+
+
+def _differ(before: object, after: object, key: str) -> bool:
+    """Whether two sections name different things."""
+    names = [part.get(key) if isinstance(part, Mapping) else None for part in (before, after)]
+    return None not in names and names[0] != names[1]
 
 
 def _kind(method: object) -> object:

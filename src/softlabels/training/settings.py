@@ -7,24 +7,35 @@ their own constructors; their sections are made from those.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import reduce
-from operator import or_
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from softlabels.data.sources.by_name import SOURCES
+from softlabels.data.sources.by_name import SOURCES, kind_of
 from softlabels.data.split import LARGEST_VALIDATION
 from softlabels.losses import METHODS, Method
 from softlabels.losses._method import setting_fields
 from softlabels.losses.label_smoothing import SmoothOver
 
 __all__ = [
+    "DATA_SETTINGS",
     "LARGEST_FACTOR",
     "METHOD_SETTINGS",
     "MOST",
+    "OBJECT",
+    "UNKNOWN_SETTING",
+    "AnyData",
     "CheckpointSettings",
     "DataSettings",
     "FurtherMethod",
@@ -45,6 +56,10 @@ __all__ = [
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
 MOST = 1_000_000
 _MOST_PIXELS = 16_384
+OBJECT = "object:"
+"""What the name of a part begins with that was given as an object."""
+UNKNOWN_SETTING = "unknown_setting"
+"""The kind of error that tells of a key that is no setting."""
 LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
@@ -59,6 +74,18 @@ class Section(BaseModel):
     """Base of all parts of the schema: unknown keys are errors, nothing changes afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all_keys(cls, values: Any) -> Any:
+        """Refuse a key that is no setting, with the names of those that are."""
+        if isinstance(values, Mapping) and cls.model_config.get("extra") == "forbid":
+            for name in values:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError(
+                        UNKNOWN_SETTING, "unknown", {"name": name, "known": [*cls.model_fields]}
+                    )
+        return values
 
 
 def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
@@ -114,54 +141,75 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
 }
 
 
-def _data_fields() -> dict[str, Any]:
-    """All settings of all sources; None stands for the source's own default."""
-    found: dict[str, list[tuple[str, Any, Any, str]]] = {}
-    for source, constructor in SOURCES.items():
-        for name, (annotation, default, text) in _keyword_settings(constructor).items():
-            found.setdefault(name, []).append((source, annotation, default, text))
-    fields: dict[str, Any] = {}
-    for name, uses in found.items():
-        if name == "path":
-            continue
-        types = [*dict.fromkeys(use[1] for use in uses), type(None)]
-        annotation = reduce(or_, types)
-        by_default: dict[str, list[str]] = {}
-        for source, _, default, _ in uses:
-            by_default.setdefault(str(default), []).append(source)
-        defaults = "; ".join(f"{', '.join(names)}: {value}" for value, names in by_default.items())
-        text = uses[0][3].rstrip(".")
-        fields[name] = (annotation, Field(None, description=f"{text}. [{defaults}]"))
-    return fields
+class DataSettings(Section):
+    """Base of the data sources' settings; `source` tells them apart."""
 
-
-class _DataChoice(Section):
-    source: str | None = Field(
-        None,
-        description=f"Kind of data: {', '.join(SOURCES)}. None: by what `path` holds; without a "
-        "path, glyphs100.",
+    source: str = Field(
+        description=f"Kind of data: {', '.join(SOURCES)}. Left out: by what `path` holds."
     )
-    path: str | None = Field(None, description="Folder of the data.")
     validation: float | None = Field(
         None,
         gt=0,
         lt=LARGEST_VALIDATION,
         description="Share of the training set, of each class (glyphs100: of the fonts), that is "
         "held out of it and takes the place of the test set: for choosing settings. The test set "
-        "is not read then. [None: none]",
+        "is not read then. None: none.",
     )
     train_share: float | None = Field(
         None,
         gt=0,
         le=1,
         description="Share of the training set that is trained on, after the validation split. "
-        "[None: all]",
+        "None: all.",
     )
 
+    @property
+    def location(self) -> str | None:
+        """The path; None where it is not given, or the source has none."""
+        path: str | None = getattr(self, "path", None)
+        return path
 
-DataSettings: type[_DataChoice] = create_model(
-    "DataSettings", __base__=_DataChoice, **_data_fields()
-)
+    @property
+    def of_source(self) -> dict[str, Any]:
+        """What the source itself is opened with, besides its path."""
+        return self.model_dump(exclude={"path", *DataSettings.model_fields})
+
+
+def _data_settings(source: str) -> type[DataSettings]:
+    """The settings of a source: the keyword-only arguments of what opens it."""
+    open_it = SOURCES[source]
+    described = DataSettings.model_fields["source"].description
+    fields: dict[str, Any] = {"source": (Literal[source], Field(description=described))}
+    if "path" in inspect.signature(open_it).parameters:
+        fields["path"] = (str | None, Field(None, description="Folder of the data."))
+    for name, (annotation, default, text) in _keyword_settings(open_it).items():
+        fields[name] = (annotation, Field(default, description=text))
+    return create_model(f"{source}_settings", __base__=DataSettings, **fields)
+
+
+DATA_SETTINGS: dict[str, type[DataSettings]] = {
+    source: _data_settings(source) for source in SOURCES
+}
+
+
+class ObjectData(DataSettings):
+    """A data source that was given as an object: what is recorded of it is its class."""
+
+
+def _chosen_data(values: Any, of_base: Callable[[Any], Any]) -> Any:
+    """Settings of the source that they name, or that their path holds."""
+    if not isinstance(values, Mapping):
+        return of_base(values)
+    source, path = values.get("source"), values.get("path")
+    if not isinstance(source, str | None) or not isinstance(path, str | None):
+        return of_base({key: values[key] for key in ("source", "path") if key in values})
+    if source is not None and source.startswith(OBJECT):
+        return ObjectData.model_validate(values)
+    source = kind_of(source, path)
+    return DATA_SETTINGS[source].model_validate({**values, "source": source})
+
+
+AnyData: TypeAlias = Annotated[SerializeAsAny[DataSettings], WrapValidator(_chosen_data)]
 
 
 class StudentSettings(Section):

@@ -210,11 +210,11 @@ def _run_one(
 
 
 def _check_batch_size(config: Config, num_processes: int) -> None:
-    parts = num_processes * config.accumulation
+    parts = num_processes * config.grad_accum_steps
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of processes * accumulation = "
-            f"{num_processes} * {config.accumulation}"
+            f"batch_size {config.batch_size} must be a multiple of processes * grad_accum_steps = "
+            f"{num_processes} * {config.grad_accum_steps}"
         )
 
 

@@ -34,10 +34,10 @@ def check_needs(
     if MIXUP_EXTRAS & {*further}:
         if mixed:
             raise ValueError(f"{label} mixes images itself: mix.mixup and mix.cutmix must be 0")
-        if config.accumulation > 1:
+        if config.grad_accum_steps > 1:
             raise ValueError(
-                f"{label} mixes the images of a batch: accumulation must be 1, got "
-                f"{config.accumulation}"
+                f"{label} mixes the images of a batch: grad_accum_steps must be 1, got "
+                f"{config.grad_accum_steps}"
             )
         if config.batch_size % (2 * num_processes):
             raise ValueError(
