@@ -94,7 +94,7 @@ def _batch(pair: Pair) -> Batch:
     return batch
 
 
-def _method(kind: str) -> nn.Module | None:
+def _method(kind: str) -> Method | None:
     if kind == BASELINE:
         return None
     settings = resolve({"method": {"kind": kind}, "teacher": {"name": "timm:resnet8"}})
@@ -105,7 +105,7 @@ def _method(kind: str) -> nn.Module | None:
 def _distiller(kind: str, pair: Pair, teacher: nn.Module) -> Distiller:
     torch.manual_seed(0)
     method = _method(kind)
-    inputs = getattr(method, "inputs", {}).values()
+    inputs = [] if method is None else method.inputs.values()
     needs_peer = any(isinstance(kind, PeerLogits) for kind in inputs)
     return Distiller(
         _network(pair.student, pair),

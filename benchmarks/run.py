@@ -63,7 +63,7 @@ def overhead(student: str, channels: int, rounds: int, batch_size: int) -> dict[
     model = build_model(student, num_classes=100, in_channels=channels)
     teacher = Teacher(build_model(teacher_name, num_classes=100, in_channels=channels))
 
-    def step(method: nn.Module | None) -> Callable[[], None]:
+    def step(method: Method | None) -> Callable[[], None]:
         taught = isinstance(method, KDLoss | NKDLoss)
         return training_step(
             Distiller(model, method, teacher=teacher if taught else None, example_shape=shape),

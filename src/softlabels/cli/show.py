@@ -17,11 +17,14 @@ def methods(arguments: list[str]) -> int:
             kind: Show this one alone.
         """
         from softlabels.training.config import describe_method
-        from softlabels.training.settings import METHOD_SETTINGS
+        from softlabels.training.settings import METHOD_KINDS, method_settings
 
-        if kind is not None and kind not in METHOD_SETTINGS:
-            raise UsageError(f"no method {kind!r}: expected one of {', '.join(METHOD_SETTINGS)}")
-        print("\n\n".join(describe_method(k) for k in METHOD_SETTINGS if kind in (None, k)))
+        if kind is not None:
+            try:
+                method_settings(kind)
+            except (ValueError, ImportError) as error:
+                raise UsageError(str(error)) from error
+        print("\n\n".join(describe_method(k) for k in ((kind,) if kind else METHOD_KINDS)))
         return 0
 
     return call(methods, arguments, "methods")

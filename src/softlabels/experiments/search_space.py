@@ -11,16 +11,14 @@ from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
     ConfigError,
+    defaults_of,
     resolve,
-    task_weight_of,
-    warmup_of,
-    weight_of,
 )
 from softlabels.training.recipes import settings_of
+from softlabels.training.settings import method_class
 
 __all__ = [
     "Choices",
@@ -316,13 +314,14 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _filled(config: Config) -> Config:
     """With the method's published weights where the settings leave them to it."""
-    method = METHODS.get(config.method.kind)
+    kind = config.method.kind
+    defaults = defaults_of(None if kind == "none" else method_class(kind))
     published: dict[str, Any] = {
-        "method_weight": weight_of(method),
-        "method_warmup_epochs": warmup_of(method),
+        "method_weight": defaults.weight,
+        "method_warmup_epochs": defaults.warmup,
     }
     filled = {key: value for key, value in published.items() if getattr(config, key) is None}
     if config.task.weight is None:
-        weight = task_weight_of(method)
+        weight = defaults.task_weight
         filled["task"] = config.task.model_copy(update={"weight": weight})
     return config.model_copy(update=filled)

@@ -1,4 +1,4 @@
-"""Networks of the user's own, named as `package.module:function`.
+"""Networks and methods of the user's own, named as `package.module:name`.
 
 The name may stand in a recipe from a stranger. So not every function that can be imported is
 called: `os:system` would be one, too.
@@ -15,10 +15,13 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
-__all__ = ["MODEL_NAMES", "import_builder"]
+from softlabels.losses import Method
+
+__all__ = ["MODEL_NAMES", "import_builder", "import_method"]
 
 MODEL_NAMES = "timm:NAME, torchvision:NAME, file:PATH or package.module:function"
 """The forms of a model's name."""
@@ -42,21 +45,7 @@ def import_builder(module_name: str, function_name: str) -> Callable[..., nn.Mod
         ValueError: There is no such module, or nothing in it of this name that builds a network.
     """
     name = f"{module_name}:{function_name}"
-    parts = module_name.split(".")
-    if not all(part.isidentifier() for part in (*parts, function_name)):
-        raise ValueError(f"expected a model name like package.module:function, got {name!r:.200}")
-    if parts[0] in {*sys.stdlib_module_names, *sys.builtin_module_names} or "__main__" in parts:
-        raise ValueError(
-            f"{name!r:.200} is of Python's own library, which builds no networks; expected a "
-            "function of a module of yours"
-        )
-    module = _imported(module_name)
-    value = getattr(module, function_name, None)
-    if not callable(value):
-        callables = [key for key, other in vars(module).items() if callable(other)]
-        near = difflib.get_close_matches(function_name, callables, n=_NEAR)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown function of module {module_name!r}: {function_name!r}{hint}")
+    module, value = _named(module_name, function_name, "model")
     if inspect.isclass(value) and issubclass(value, nn.Module):
         return value
     if not inspect.isfunction(value):
@@ -78,6 +67,51 @@ def import_builder(module_name: str, function_name: str) -> Callable[..., nn.Mod
     return builder
 
 
+def import_method(name: str) -> type[Method]:
+    """Import a class of losses of the user's own.
+
+    Args:
+        name: `package.module:Class`; the class derives from `softlabels.losses.Method`.
+
+    Raises:
+        ModuleNotFoundError: The module exists, and imports another one that does not.
+        ValueError: There is no such module, or no such method in it.
+    """
+    module_name, _, class_name = name.partition(":")
+    _, value = _named(module_name, class_name, "method")
+    if not (inspect.isclass(value) and issubclass(value, Method)):
+        raise ValueError(
+            f"{name!r:.200} is no method, but {value!r:.80}: a method is a class that derives from "
+            "softlabels.losses.Method"
+        )
+    if inspect.isabstract(value) or not hasattr(value, "terms"):
+        raise ValueError(
+            f"{name!r:.200} has no terms: a method computes them in a function `terms`"
+        )
+    return value
+
+
+def _named(module_name: str, name: str, what: str) -> tuple[ModuleType, Any]:
+    """A module of the user's, and what stands in it under a name."""
+    full = f"{module_name}:{name}"
+    parts = module_name.split(".")
+    if not all(part.isidentifier() for part in (*parts, name)):
+        raise ValueError(f"expected a {what} name like package.module:name, got {full!r:.200}")
+    if parts[0] in {*sys.stdlib_module_names, *sys.builtin_module_names} or "__main__" in parts:
+        raise ValueError(
+            f"{full!r:.200} is of Python's own library, which has no {what}s; expected a module "
+            "of yours"
+        )
+    module = _imported(module_name)
+    value = getattr(module, name, None)
+    if not callable(value):
+        callables = [key for key, other in vars(module).items() if callable(other)]
+        near = difflib.get_close_matches(name, callables, n=_NEAR)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"unknown {what} of module {module_name!r}: {name!r}{hint}")
+    return module, value
+
+
 def _imported(name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
@@ -89,8 +123,8 @@ def _imported(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"expected a model name like {MODEL_NAMES}; there is no kind and no importable module "
-            f"{name!r:.200}"
+            f"there is no importable module {name!r:.200}: names of models are {MODEL_NAMES}, a "
+            "method of your own is package.module:Class"
         ) from error
 
 

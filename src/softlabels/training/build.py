@@ -19,8 +19,7 @@ from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import PeerLogits, TeacherLogits
 from softlabels.io.weights import UNREADABLE, load_weights
-from softlabels.losses import LabelSmoothingLoss
-from softlabels.losses._table import METHODS
+from softlabels.losses import LabelSmoothingLoss, Method
 from softlabels.models import InputSpec, build_model, model_input
 from softlabels.models.class_names import map_by_names, read_class_names
 from softlabels.models.record import FileRecord, find_record, weights_file
@@ -31,12 +30,13 @@ from softlabels.training.config import (
     defaults_of,
 )
 from softlabels.training.settings import (
-    METHOD_SETTINGS,
     OBJECT,
     FurtherMethod,
     PeerSettings,
     StudentSettings,
     TeacherSettings,
+    method_class,
+    method_settings,
 )
 
 __all__ = [
@@ -71,7 +71,7 @@ def build_source(config: Config) -> DataSource:
 
 
 def with_defaults(
-    config: Config, info: DataInfo, num_train: int | None = None, method: nn.Module | None = None
+    config: Config, info: DataInfo, num_train: int | None = None, method: Method | None = None
 ) -> Config:
     """Fill in what a configuration leaves to the data and the methods.
 
@@ -84,7 +84,9 @@ def with_defaults(
     name = config.student.name
     if name is None:
         name = "timm:resnet20" if max(info.image_size) <= _SMALL_IMAGE else "timm:resnet18"
-    of_method = METHODS.get(config.method.kind) if method is None else method
+    of_method: type[Method] | Method | None = method
+    if method is None and config.method.kind != "none":
+        of_method = method_class(config.method.kind)
     chosen: dict[str, Any] = {
         "method_weight": defaults_of(of_method).weight,
         "method_warmup_epochs": defaults_of(of_method).warmup,
@@ -103,13 +105,13 @@ def with_defaults(
 
 
 def _further_with_defaults(further: FurtherMethod, num_train: int | None) -> FurtherMethod:
-    method = METHODS[further.kind]
+    method = method_class(further.kind)
     filled: dict[str, Any] = {}
     if further.weight is None:
         filled["weight"] = defaults_of(method).weight
     if further.warmup_epochs is None:
         filled["warmup_epochs"] = defaults_of(method).warmup
-    keeps = _NUM_SAMPLES in METHOD_SETTINGS[further.kind].model_fields
+    keeps = _NUM_SAMPLES in method_settings(further.kind).model_fields
     if num_train is not None and keeps and further.settings.get(_NUM_SAMPLES) is None:
         filled["settings"] = {**further.settings, _NUM_SAMPLES: num_train}
     return further.model_copy(update=filled)
@@ -121,7 +123,7 @@ def build_distiller(
     *,
     student: nn.Module | None = None,
     teacher: TeacherCache | nn.Module | None = None,
-    method: nn.Module | None = None,
+    method: Method | None = None,
 ) -> Distiller:
     """Build student, teacher and method, each from random numbers of its own.
 
@@ -147,7 +149,7 @@ def build_distiller(
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
         try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
-    inputs = getattr(method, "inputs", {}).values()
+    inputs = [] if method is None else method.inputs.values()
     peer = None
     if any(isinstance(kind, PeerLogits) for kind in inputs):
         if config.peer.name is None and own_student:

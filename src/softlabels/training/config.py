@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from softlabels.distill.external_inputs import checked_inputs, reads_teacher
-from softlabels.losses import METHODS, Defaults, Method, WeightedSum
+from softlabels.losses import Defaults, Method, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
     DATA_SETTINGS,
     LARGEST_FACTOR,
-    METHOD_SETTINGS,
+    METHOD_KINDS,
     MOST,
     UNKNOWN_SETTING,
     AnyData,
+    AnyMethod,
     CheckpointSettings,
     FurtherMethod,
     MethodSettings,
@@ -34,6 +35,8 @@ from softlabels.training.settings import (
     TaskSettings,
     TeacherSettings,
     WarmupEpochs,
+    method_class,
+    method_settings,
 )
 
 __all__ = [
@@ -67,10 +70,7 @@ class Config(Section):
     )
     student: StudentSettings = Field(StudentSettings(), description="What is trained.")
     teacher: TeacherSettings = Field(TeacherSettings(), description="What may teach.")
-    method: Annotated[
-        Union[tuple(METHOD_SETTINGS.values())],  # type: ignore[valid-type]  # made above  # noqa: UP007
-        Field(discriminator="kind"),
-    ] = Field(NoMethod(), description="What is added to the task's loss.")
+    method: AnyMethod = Field(NoMethod(), description="What is added to the task's loss.")
     method_weight: float | None = Field(
         None,
         ge=0,
@@ -194,14 +194,14 @@ def build_method(config: Config) -> Method | None:
 
 
 def _built(settings: MethodSettings) -> Method:
-    return METHODS[settings.kind](**settings.model_dump(exclude={"kind"}))
+    return method_class(settings.kind)(**settings.model_dump(exclude={"kind"}))
 
 
 def _settings_of(further: FurtherMethod) -> MethodSettings:
-    if further.kind == "none" or further.kind not in METHODS:
-        raise ValueError(f"no method {further.kind!r:.80}: expected one of {', '.join(METHODS)}")
+    if further.kind == "none":
+        raise ValueError("further_methods must name methods, got none")
     try:
-        return METHOD_SETTINGS[further.kind](**further.settings)
+        return method_settings(further.kind)(**further.settings)
     except ValidationError as error:
         message = explain(error)
         raise ValueError(f"{further.kind}: {message}") from error
@@ -227,7 +227,7 @@ def describe_method(kind: str) -> str:
     """What a method reads and its settings, as lines of text."""
     if kind == "none":
         return f"none\n  {inspect.getdoc(NoMethod)}"
-    method = METHODS[kind]
+    method = method_class(kind)
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
     built, defaults = method(), method.defaults
     read = [*built.inputs.values(), *built.adapter_inputs.values()]
@@ -240,7 +240,7 @@ def describe_method(kind: str) -> str:
         rest = defaults.task_weight == "rest"
         what = "1 - method_weight" if rest else f"{defaults.task_weight:g}"
         lines.append(f"  task.weight: {what} unless set")
-    for name, field in METHOD_SETTINGS[kind].model_fields.items():
+    for name, field in method_settings(kind).model_fields.items():
         if name != "kind":
             lines.append(f"  {name} = {field.default!r}: {field.description}")
     return "\n".join(lines)
@@ -252,12 +252,10 @@ def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such method.
     """
-    if kind not in METHOD_SETTINGS:
-        near = difflib.get_close_matches(kind[:_LONGEST_MESSAGE], METHOD_SETTINGS, n=3)
-        raise ConfigError(
-            f"no method {kind!r:.80}: expected one of {', '.join(METHOD_SETTINGS)}"
-            + (f"; near: {', '.join(near)}" if near else "")
-        )
+    try:
+        method_settings(kind)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"method.kind: {error}") from error
     method = values.get("method")
     if isinstance(method, Mapping) and method.get("kind") == kind:
         return dict(values)
@@ -377,7 +375,7 @@ def explain(error: ValidationError) -> str:
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
+    if len(path) > 1 and path[0] == "method" and path[1] in METHOD_KINDS:
         del path[1]  # pydantic's tag of the union
     path = [part for part in path if not part.startswith(_TAGS)]  # likewise
     where = ".".join(path)

@@ -6,8 +6,10 @@ their own constructors; their sections are made from those.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
@@ -20,6 +22,7 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import PydanticCustomError
 
 from softlabels.data.sources.by_name import SOURCES, kind_of
@@ -27,15 +30,17 @@ from softlabels.data.split import LARGEST_VALIDATION
 from softlabels.losses import METHODS, Method
 from softlabels.losses._method import setting_fields
 from softlabels.losses.label_smoothing import SmoothOver
+from softlabels.models.user_code import import_method
 
 __all__ = [
     "DATA_SETTINGS",
     "LARGEST_FACTOR",
-    "METHOD_SETTINGS",
+    "METHOD_KINDS",
     "MOST",
     "OBJECT",
     "UNKNOWN_SETTING",
     "AnyData",
+    "AnyMethod",
     "CheckpointSettings",
     "DataSettings",
     "FurtherMethod",
@@ -51,6 +56,8 @@ __all__ = [
     "TaskSettings",
     "TeacherSettings",
     "WarmupEpochs",
+    "method_class",
+    "method_settings",
 ]
 
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
@@ -60,6 +67,7 @@ OBJECT = "object:"
 """What the name of a part begins with that was given as an object."""
 UNKNOWN_SETTING = "unknown_setting"
 """The kind of error that tells of a key that is no setting."""
+_LONGEST_NAME = 600
 LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
@@ -135,10 +143,57 @@ class NoMethod(MethodSettings):
     kind: Literal["none"] = "none"
 
 
-METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
-    "none": NoMethod,
-    **{kind: _method_settings(kind, method) for kind, method in METHODS.items()},
-}
+METHOD_KINDS = ("none", *METHODS)
+"""The methods of the package by name; any other is named `package.module:Class`."""
+
+
+def method_class(kind: str) -> type[Method]:
+    """The class of a method of the package, or of one of the user's own.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if ":" in kind:
+        return import_method(kind)
+    if kind not in METHODS:
+        near = difflib.get_close_matches(kind[:_LONGEST_NAME], METHOD_KINDS, n=3)
+        raise ValueError(
+            f"no method {kind!r:.80}: expected package.module:Class, or one of "
+            f"{', '.join(METHOD_KINDS)}" + (f"; near: {', '.join(near)}" if near else "")
+        )
+    return METHODS[kind]
+
+
+@cache
+def method_settings(kind: str) -> type[MethodSettings]:
+    """The schema of a method's settings.
+
+    Raises:
+        ValueError: There is no such method, or it has a setting that YAML cannot hold.
+    """
+    if kind == "none":
+        return NoMethod
+    method = method_class(kind)
+    try:
+        return _method_settings(kind, method)
+    except (NameError, PydanticSchemaGenerationError) as error:
+        raise ValueError(
+            f"{kind}: a setting cannot be put on a command line: settings are annotated as bool, "
+            f"int, float, str, Literal[...] or tuple[str, ...], {error!s:.200}"
+        ) from error
+
+
+def _chosen_method(values: Any, of_base: Callable[[Any], Any]) -> Any:
+    """Settings of the method that they name."""
+    if not isinstance(values, Mapping):
+        return of_base(values)
+    kind = values.get("kind", "none")
+    if not isinstance(kind, str):
+        return of_base({"kind": kind})
+    return method_settings(kind).model_validate(values)
+
+
+AnyMethod: TypeAlias = Annotated[SerializeAsAny[MethodSettings], WrapValidator(_chosen_method)]
 
 
 class DataSettings(Section):

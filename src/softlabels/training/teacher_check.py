@@ -106,7 +106,8 @@ def checked_teacher(
             not say that this is a warning.
     """
     teacher = distiller.teacher
-    inputs = getattr(distiller.method, "inputs", {}).values()
+    method = distiller.method
+    inputs = [] if method is None else method.inputs.values()
     if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
     if not any(map(reads_teacher, inputs)):

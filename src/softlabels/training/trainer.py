@@ -76,7 +76,7 @@ def run(
     *,
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
-    method: nn.Module | None = None,
+    method: Method | None = None,
     source: DataSource | None = None,
     console: Console | None = None,
 ) -> TrainResult:
@@ -110,7 +110,7 @@ def run(
 
 def _run_generations(
     config: Config,
-    method: nn.Module | None,
+    method: Method | None,
     source: DataSource | None,
     console: Console | None,
 ) -> TrainResult:
@@ -161,7 +161,7 @@ def _run_one(
     config: Config,
     student: nn.Module | None,
     teacher: nn.Module | None,
-    method: nn.Module | None,
+    method: Method | None,
     source: DataSource | None,
     console: Console | None,
 ) -> TrainResult:
@@ -382,7 +382,7 @@ def _say(console: Console | None, text: str) -> None:
 def train(
     data: str | Path | Mapping[str, Any] | DataSource | None = None,
     student: str | Mapping[str, Any] | nn.Module | None = None,
-    method: str | Mapping[str, Any] | nn.Module | None = None,
+    method: str | Mapping[str, Any] | Method | None = None,
     teacher: str | Mapping[str, Any] | nn.Module | None = None,
     *,
     progress: bool = True,
@@ -421,7 +421,7 @@ def train(
             modules[part] = name
             part_settings["name"] = f"object:{type(name).__name__}"
         values[part] = part_settings
-    if isinstance(method, nn.Module):
+    if isinstance(method, nn.Module):  # `Method`s, and what the Distiller refuses by name
         modules["method"] = method
     elif isinstance(method, str):
         values = with_method(values, method)
