@@ -33,7 +33,7 @@ from softlabels.distill.external_inputs import reads_teacher
 from softlabels.distill.trainable import Trainable
 from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.inputs import PeerLogits
-from softlabels.losses import METHODS
+from softlabels.losses import METHODS, Method
 from softlabels.models import build_model
 from softlabels.training.config import resolve
 from softlabels.training.run_folder import environment

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, USKDLoss, ZipfLSLoss
 from softlabels.data import Batch, open_source
 from softlabels.experiments.timing import Ratio, interleaved, ratio
+from softlabels.losses import Method
 from softlabels.models import build_model
 from softlabels.training.config import resolve
 from softlabels.training.run_folder import environment

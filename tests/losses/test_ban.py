@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shared.by_hand import assert_six_digits, logits_of, rows
-from softlabels.losses.ban import BANLoss, ban_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.ban import BANLoss
 from softlabels.losses.kd import kd_loss
 
 FORMS = ("plain", "confidence_weighted", "permuted")
@@ -21,14 +22,14 @@ def test_plain_by_hand_is_kd_at_temperature_one():
     # p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): 1/2 ln 2 + 0 + 1/4 ln(1/2) = 1/4 ln 2 = 0.173287.
     student, teacher = logits_of([0.25, 0.25, 0.5]), logits_of([0.5, 0.25, 0.25])
 
-    assert_six_digits(ban_loss(student, teacher), 0.173287)
-    assert ban_loss(student, teacher) == kd_loss(student, teacher, temperature=1.0)
+    assert_six_digits(BANLoss()(student, teacher), 0.173287)
+    assert BANLoss()(student, teacher) == kd_loss(student, teacher, temperature=1.0)
 
 
 def test_plain_has_the_gradient_of_the_papers_cross_entropy():
     student, teacher = logits(4, 5).requires_grad_(), logits(4, 5, seed=1)
 
-    ban_loss(student, teacher).backward()
+    BANLoss()(student, teacher).backward()
 
     torch.testing.assert_close(student.grad, (student.softmax(1) - teacher.softmax(1)).detach() / 4)
 
@@ -41,17 +42,17 @@ def test_confidence_weighted_by_hand():
     teacher = logits_of([0.5, 0.25, 0.25], [0.125, 0.75, 0.125])
     form = "confidence_weighted"
 
-    each = ban_loss(student, teacher, TARGET, form=form, reduction="none")
+    each = BANLoss(form=form, reduction="none")(student, teacher, TARGET)
 
     assert_six_digits(each, 1.109035, 2.495330)
-    assert_six_digits(ban_loss(student, teacher, TARGET, form=form), 1.802183)
+    assert_six_digits(BANLoss(form=form)(student, teacher, TARGET), 1.802183)
 
 
 def test_confidence_weighted_with_mixed_labels():
     # One sample has the weight 1: 3/4 ln 4 + 1/4 ln 2 = 1.213008.
     student, teacher = logits_of([0.25, 0.25, 0.5]), logits_of([0.5, 0.25, 0.25])
 
-    loss = ban_loss(student, teacher, rows([0, 0.75, 0.25]), form="confidence_weighted")
+    loss = BANLoss(form="confidence_weighted")(student, teacher, rows([0, 0.75, 0.25]))
 
     assert_six_digits(loss, 1.213008)
 
@@ -66,7 +67,7 @@ def test_permuted_by_hand():
     teacher = logits_of([0.5, 0.125, 0.375, 1e-12]).expand(600, 4)
     torch.manual_seed(0)
 
-    each = ban_loss(student, teacher, form="permuted", reduction="none")
+    each = BANLoss(form="permuted", reduction="none")(student, teacher)
 
     for value in (0.152049, 0.325336, 0.411980):
         assert abs(int(((each - value).abs() < 2e-6).sum()) - 200) < 50
@@ -91,7 +92,7 @@ def test_the_teacher_gets_no_gradient_and_extremes_stay_finite(form):
     student = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]).half().requires_grad_()
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]]).half().requires_grad_()
 
-    loss = ban_loss(student, teacher, TARGET, form=form)
+    loss = BANLoss(form=form)(student, teacher, TARGET)
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -108,9 +109,9 @@ def test_the_module_has_the_settings_of_the_function(form, reduction):
     values = {"logits": student, "teacher_logits": teacher, "target": TARGET}
 
     torch.manual_seed(0)
-    loss, parts = module(**{name: values[name] for name in module.inputs}, return_parts=True)
+    loss, parts = loss_and_terms(module, **{name: values[name] for name in module.inputs})
     torch.manual_seed(0)
-    expected = ban_loss(student, teacher, TARGET, form=form, reduction=reduction)
+    expected = BANLoss(form=form, reduction=reduction)(student, teacher, TARGET)
 
     assert torch.equal(loss, expected)
     assert torch.equal(sum(parts.values()), expected)
@@ -129,16 +130,16 @@ def test_weighted_labels_are_the_soft_labels():
 def test_errors_say_what_was_got():
     good = logits(2, 4)
     with pytest.raises(ValueError, match=r"form must be one of 'plain', .* got 'other'"):
-        ban_loss(good, good, form="other")
+        BANLoss(form="other")(good, good)
     with pytest.raises(ValueError, match="form must be one of"):
         BANLoss(form="other")
     with pytest.raises(ValueError, match="'confidence_weighted' needs a target, got none"):
-        ban_loss(good, good, form="confidence_weighted")
+        BANLoss(form="confidence_weighted")(good, good)
     with pytest.raises(ValueError, match=r"teacher_logits must have the shape of logits \(2, 4\)"):
-        ban_loss(good, good[:, :3], form="permuted")
+        BANLoss(form="permuted")(good, good[:, :3])
     with pytest.raises(TypeError, match="teacher_logits must be a floating-point tensor"):
-        ban_loss(good, good.long(), form="permuted")
+        BANLoss(form="permuted")(good, good.long())
     with pytest.raises(ValueError, match=r"target must lie in \[0, 4\)"):
-        ban_loss(good, good, torch.tensor([4, 0]), form="confidence_weighted")
+        BANLoss(form="confidence_weighted")(good, good, torch.tensor([4, 0]))
     with pytest.raises(ValueError, match="reduction must be one of"):
         BANLoss(reduction="sums")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.cs_kd import CSKDLoss, cs_kd_loss
+from softlabels.losses.cs_kd import CSKDLoss
 
 
 @pytest.mark.parametrize("case", cases_of("cs_kd"))
@@ -17,7 +17,7 @@ def test_the_reference(case):
     logits = case["logits"].requires_grad_()
     partner_logits = case["partner_logits"].requires_grad_()
 
-    divergence = cs_kd_loss(logits, partner_logits, temperature=float(case["temperature"]))
+    divergence = CSKDLoss(temperature=float(case["temperature"]))(logits, partner_logits)
     loss = float(case["weight"]) * divergence
     loss.backward(retain_graph=True)
 
@@ -48,16 +48,16 @@ def test_the_module_is_the_function():
     logits, partner_logits = torch.randn(2, 4, 5)
     module = CSKDLoss(temperature=3.0, reduction="sum")
 
-    expected = cs_kd_loss(logits, partner_logits, temperature=3.0, reduction="sum")
+    expected = CSKDLoss(temperature=3.0, reduction="sum")(logits, partner_logits)
 
     assert torch.equal(module(logits, partner_logits), expected)
-    assert torch.equal(CSKDLoss()(logits, partner_logits), cs_kd_loss(logits, partner_logits))
+    assert torch.equal(CSKDLoss()(logits, partner_logits), CSKDLoss()(logits, partner_logits))
 
 
 def test_equal_predictions_cost_nothing():
     logits = torch.randn(3, 5, requires_grad=True)
 
-    loss = cs_kd_loss(logits, logits.detach() + 7.0)
+    loss = CSKDLoss()(logits, logits.detach() + 7.0)
     loss.backward()
 
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
@@ -67,7 +67,7 @@ def test_equal_predictions_cost_nothing():
 def test_half_precision_is_widened_and_large_logits_stay_finite():
     logits = (torch.randn(2, 5) * 1e4).half().requires_grad_()
 
-    loss = cs_kd_loss(logits, logits.detach().flip(1))
+    loss = CSKDLoss()(logits, logits.detach().flip(1))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -90,10 +90,10 @@ def test_soft_labels_are_the_partner_softened():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "partner_logits must have", lambda x: cs_kd_loss(x, x[:, :3])),
-        (ValueError, "logits must be", lambda x: cs_kd_loss(x[0], x[0])),
-        (TypeError, "partner_logits must be a float", lambda x: cs_kd_loss(x, x.long())),
-        (ValueError, "temperature", lambda x: cs_kd_loss(x, x, temperature=0.0)),
+        (ValueError, "partner_logits must have", lambda x: CSKDLoss()(x, x[:, :3])),
+        (ValueError, "logits must be", lambda x: CSKDLoss()(x[0], x[0])),
+        (TypeError, "partner_logits must be a float", lambda x: CSKDLoss()(x, x.long())),
+        (ValueError, "temperature", lambda x: CSKDLoss(temperature=0.0)(x, x)),
         (ValueError, "temperature", lambda x: CSKDLoss(temperature=-1.0)),
         (ValueError, "reduction", lambda x: CSKDLoss(reduction="max")),
     ],

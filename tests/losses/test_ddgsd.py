@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.ddgsd import DDGSDLoss, ddgsd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.ddgsd import DDGSDLoss
 
 NAMES = ("logits_0", "features_0", "logits_1", "features_1")
 
@@ -19,8 +20,8 @@ def test_the_reference(case):
     inputs = [case[name].requires_grad_() for name in NAMES]
     settings = {name: float(case[name]) for name in ("temperature", "feature_weight")}
 
-    loss, parts = ddgsd_loss(
-        *inputs, case["target"], **settings, second_view_weight=0.0, return_parts=True
+    loss, parts = loss_and_terms(
+        DDGSDLoss(second_view_weight=0.0, **settings), *inputs, case["target"]
     )
 
     assert_close(loss.detach(), case["loss"])
@@ -38,7 +39,7 @@ def test_the_published_objective(case):
     inputs = [case[name].requires_grad_() for name in NAMES]
     settings = {name: float(case[name]) for name in ("temperature", "feature_weight")}
 
-    method = ddgsd_loss(*inputs, case["target"], **settings, second_view_weight=0.25)
+    method = DDGSDLoss(second_view_weight=0.25, **settings)(*inputs, case["target"])
     total = 0.25 * functional.cross_entropy(inputs[0], case["target"]) + method
 
     assert_close(total.detach(), case["total"])
@@ -56,15 +57,8 @@ def drawn():
 def test_plain_sums():
     logits, features, second_logits, second_features, target = drawn()
 
-    loss = ddgsd_loss(
-        logits,
-        features,
-        second_logits,
-        second_features,
-        target,
-        temperature=3.0,
-        feature_weight=0.7,
-        second_view_weight=0.3,
+    loss = DDGSDLoss(temperature=3.0, feature_weight=0.7, second_view_weight=0.3)(
+        logits, [features], second_logits, [second_features], target
     )
 
     def softmax(row, temperature):
@@ -86,20 +80,20 @@ def test_the_module_is_the_function_and_parts_add_up():
     logits, features, second_logits, second_features, target = drawn()
     module = DDGSDLoss(temperature=2.0, feature_weight=0.1, second_view_weight=0.4)
 
-    output = module(logits, [features], second_logits, [second_features], target, return_parts=True)
+    output = loss_and_terms(module, logits, [features], second_logits, [second_features], target)
 
-    expected = ddgsd_loss(*drawn(), temperature=2.0, feature_weight=0.1, second_view_weight=0.4)
+    expected = DDGSDLoss(temperature=2.0, feature_weight=0.1, second_view_weight=0.4)(*drawn())
     assert torch.equal(output.loss, expected)
     assert torch.equal(
         module(logits, [features], second_logits, [second_features], target), expected
     )
-    assert_close(sum(output.parts.values()), expected)
+    assert_close(sum(output.terms.values()), expected)
 
 
 def test_equal_views_leave_the_cross_entropy_alone():
     logits, features, *_, target = drawn()
 
-    loss = ddgsd_loss(logits, features, logits, features, target)
+    loss = DDGSDLoss()(logits, [features], logits, [features], target)
 
     assert_close(loss, 0.5 * functional.cross_entropy(logits, target))
 
@@ -108,16 +102,16 @@ def test_labels_may_be_probabilities():
     logits, features, second_logits, second_features, target = drawn()
     one_hot = functional.one_hot(target, 4).float()
 
-    loss = ddgsd_loss(logits, features, second_logits, second_features, one_hot)
+    loss = DDGSDLoss()(logits, [features], second_logits, [second_features], one_hot)
 
-    assert_close(loss, ddgsd_loss(*drawn()))
+    assert_close(loss, DDGSDLoss()(*drawn()))
 
 
 def test_half_precision_is_widened_and_one_large_sample_stays_finite():
     logits = torch.tensor([[6e4, -6e4, 0.0]]).half().requires_grad_()
     features = torch.full((1, 8), 6e4).half().requires_grad_()
 
-    loss = ddgsd_loss(logits, features, logits.flip(1), -features, torch.tensor([1]))
+    loss = DDGSDLoss()(logits, [features], logits.flip(1), [-features], torch.tensor([1]))
     loss.backward()
 
     assert loss.dtype == torch.float32

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from shared.by_hand import assert_six_digits, logits_of, rows
+from shared.terms import loss_and_terms
 from softlabels.losses.kd import kd_loss
-from softlabels.losses.kdcl import KDCLLoss, kdcl_loss
+from softlabels.losses.kdcl import KDCLLoss
 
 ENSEMBLES = ("min_logit", "naive", "linear", "average")
 TARGET = torch.tensor([0])
@@ -32,20 +33,20 @@ def test_all_parts_by_hand():
     # The peer's own cross-entropy is ln 4 = 1.386294.
     student, peer = logits_of([2, 1, 1]), logits_of([1, 2, 1])
 
-    loss, parts = kdcl_loss(student, peer, TARGET, temperature=1.0, return_parts=True)
+    loss, parts = loss_and_terms(KDCLLoss(temperature=1.0), student, peer, TARGET)
 
     assert_six_digits(parts["student"], 0.0)
     assert_six_digits(parts["peer"], 0.173287)
     assert_six_digits(parts["peer_cross_entropy"], 1.386294)
     assert_six_digits(loss, 1.559582)
-    weighted = kdcl_loss(student, peer, TARGET, temperature=1.0, distillation_weight=3.0)
+    weighted = KDCLLoss(temperature=1.0, distillation_weight=3.0)(student, peer, TARGET)
     assert_six_digits(weighted, 1.386294 + 3 * 0.173287)
 
 
 def test_temperature_two_with_its_square():
     # Square roots: the ensemble (4, 1, 1) / 6 (the student), the peer (1, 4, 1) / 6.
     # (4 ln 4 + 1 ln(1/4)) / 6 = ln 2; times 2^2 = 2.772589.
-    _, parts = kdcl_loss(logits_of([16, 1, 1]), logits_of([1, 16, 1]), TARGET, return_parts=True)
+    _, parts = loss_and_terms(KDCLLoss(), logits_of([16, 1, 1]), logits_of([1, 16, 1]), TARGET)
 
     assert_six_digits(parts["student"], 0.0)
     assert_six_digits(parts["peer"], 2.772589)
@@ -88,7 +89,7 @@ def test_both_networks_learn_and_the_ensemble_does_not(ensemble):
     student, peer = logits(3, 4).requires_grad_(), logits(3, 4, seed=1).requires_grad_()
     target = torch.tensor([0, 3, 2])
 
-    kdcl_loss(student, peer, target, ensemble=ensemble).backward()
+    KDCLLoss(ensemble=ensemble)(student, peer, target).backward()
 
     # T^2 KL has the gradient T (q - e) / B.
     label = soft(student.detach(), peer.detach(), target, ensemble, 2.0)
@@ -104,7 +105,7 @@ def test_extremes_stay_finite(ensemble):
     student = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]).half().requires_grad_()
     peer = torch.tensor([[-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]]).half().requires_grad_()
 
-    loss = kdcl_loss(student, peer, torch.tensor([0, 1]), ensemble=ensemble)
+    loss = KDCLLoss(ensemble=ensemble)(student, peer, torch.tensor([0, 1]))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -117,7 +118,7 @@ def test_equal_networks_learn_from_the_labels_alone():
     same, target = logits(3, 4), torch.tensor([0, 3, 2])
 
     for ensemble in ENSEMBLES:
-        loss = kdcl_loss(same, same, target, ensemble=ensemble)
+        loss = KDCLLoss(ensemble=ensemble)(same, same, target)
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(same, target))
 
 
@@ -125,8 +126,8 @@ def test_mixed_labels_count_by_their_largest_in_min_logit():
     student, peer = logits(1, 4), logits(1, 4, seed=1)
     mixed = rows([0.3, 0.0, 0.7, 0.0])
 
-    _, of_mixed = kdcl_loss(student, peer, mixed, return_parts=True)
-    _, of_largest = kdcl_loss(student, peer, torch.tensor([2]), return_parts=True)
+    _, of_mixed = loss_and_terms(KDCLLoss(), student, peer, mixed)
+    _, of_largest = loss_and_terms(KDCLLoss(), student, peer, torch.tensor([2]))
 
     assert of_mixed["student"] == of_largest["student"]
     expected = -(mixed * peer.log_softmax(1)).sum(1).mean()
@@ -143,26 +144,26 @@ def test_the_module_has_the_settings_of_the_function(reduction):
         "reduction": reduction,
     }
 
-    loss, parts = KDCLLoss(**settings)(student, peer, target, return_parts=True)
+    loss, parts = loss_and_terms(KDCLLoss(**settings), student, peer, target)
 
-    assert torch.equal(loss, kdcl_loss(student, peer, target, **settings))
+    assert torch.equal(loss, KDCLLoss(**settings)(student, peer, target))
     torch.testing.assert_close(sum(parts.values()), loss)
     mean = (student + peer) / 2
     divergence = kd_loss(student, mean, temperature=3.0, reduction=reduction)
     torch.testing.assert_close(parts["student"], 0.5 * divergence)
-    assert KDCLLoss()(student, peer, target) == kdcl_loss(student, peer, target)
+    assert KDCLLoss()(student, peer, target) == KDCLLoss()(student, peer, target)
 
 
 def test_errors_say_what_was_got():
     good, target = logits(2, 4), torch.tensor([0, 3])
     with pytest.raises(ValueError, match=r"peer_logits must have the shape of logits \(2, 4\)"):
-        kdcl_loss(good, good[:, :3], target)
+        KDCLLoss()(good, good[:, :3], target)
     with pytest.raises(TypeError, match="peer_logits must be a floating-point tensor"):
-        kdcl_loss(good, good.long(), target)
+        KDCLLoss()(good, good.long(), target)
     with pytest.raises(ValueError, match=r"target must lie in \[0, 4\)"):
-        kdcl_loss(good, good, torch.tensor([0, 4]))
+        KDCLLoss()(good, good, torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"ensemble must be one of 'min_logit', .* got 'general'"):
-        kdcl_loss(good, good, target, ensemble="general")
+        KDCLLoss(ensemble="general")(good, good, target)
     with pytest.raises(ValueError, match="temperature must be finite, above 0"):
         KDCLLoss(temperature=0.0)
     with pytest.raises(ValueError, match="distillation_weight must be finite, 0 or more, got -1"):

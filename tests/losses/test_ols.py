@@ -9,7 +9,7 @@ from torch.nn import functional
 from shared.by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses.ols import OLSLoss, ols_loss
+from softlabels.losses.ols import OLSLoss
 
 
 def memory_of(num_classes, **settings):
@@ -26,8 +26,8 @@ def test_values_gradients_and_matrix_of_the_published_code(fine_grained):
         before = case["soft_labels_before"]
         heads = memory_of(len(before), keep_confident=0.88 if fine_grained else None)
         heads.soft_labels.copy_(before)
-        weight = 1.0 if fine_grained else OLSLoss.recommended_weight
-        task_weight = 1.0 if fine_grained else OLSLoss.recommended_task_weight
+        weight = 1.0 if fine_grained else OLSLoss.defaults.weight
+        task_weight = 1.0 if fine_grained else OLSLoss.defaults.task_weight
         kind = "fine_grained_" if fine_grained else ""
         for number in (0, 1):
             logits = case[f"logits_{number}"].clone().requires_grad_()
@@ -53,8 +53,8 @@ def test_values_gradients_and_matrix_of_the_published_code(fine_grained):
 
 def test_one_sample_by_hand():
     # 1/2 ln 4 + 1/4 ln 4 + 1/4 ln 2 = 7/4 ln 2 = 1.213008; a row of zeros counts nothing.
-    value = ols_loss(
-        logits_of([1, 1, 2], [1, 1, 2]), rows([0.5, 0.25, 0.25], [0, 0, 0]), reduction="none"
+    value = OLSLoss(reduction="none")(
+        logits_of([1, 1, 2], [1, 1, 2]), rows([0.5, 0.25, 0.25], [0, 0, 0])
     )
 
     assert_six_digits(value, 1.213008, 0)
@@ -127,7 +127,7 @@ def test_extreme_logits_are_finite(dtype):
     logits = (largest * torch.tensor([[1.0, 0.0, -1.0]])).to(dtype).requires_grad_()
     heads = OLSLoss().build_adapters({"logits": (1, 3)})
 
-    loss = ols_loss(logits, torch.tensor([[0.0, 0.5, 0.5]]))
+    loss = OLSLoss()(logits, torch.tensor([[0.0, 0.5, 0.5]]))
     loss.backward()
     heads.after_step({"logits": logits.detach(), "target": torch.tensor([0])})
 
@@ -144,7 +144,7 @@ def test_no_gradient_to_the_soft_labels_and_the_module_computes_the_function():
     value.sum().backward()
 
     assert soft_target.grad is None
-    assert torch.equal(value, ols_loss(logits, soft_target, reduction="none"))
+    assert torch.equal(value, OLSLoss(reduction="none")(logits, soft_target))
     assert_close(logits.grad, (logits.softmax(1) - soft_target).detach())
 
 
@@ -174,8 +174,8 @@ def test_wrong_settings_are_refused(change, error, message):
 
 def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match="soft_target must have the shape of logits"):
-        ols_loss(STUDENT_LOGITS, STUDENT_LOGITS[:1])
+        OLSLoss()(STUDENT_LOGITS, STUDENT_LOGITS[:1])
     with pytest.raises(ValueError, match="soft_target is missing"):
         OLSLoss()(STUDENT_LOGITS, TARGET)
     with pytest.raises(ValueError, match="reduction must be one of"):
-        ols_loss(STUDENT_LOGITS, STUDENT_LOGITS, reduction="max")
+        OLSLoss(reduction="max")(STUDENT_LOGITS, STUDENT_LOGITS)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from shared.by_hand import STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses.ps_kd import PSKDLoss, ps_kd_loss
+from softlabels.losses.ps_kd import PSKDLoss
 
 
 def memory_of(num_samples, num_classes):
@@ -51,7 +51,7 @@ def test_values_gradients_and_memory_of_the_published_code():
 
 def test_one_sample_by_hand():
     # 1/2 ln 4 + 1/4 ln 4 + 1/4 ln 2 = 7/4 ln 2 = 1.213008.
-    value = ps_kd_loss(logits_of([1, 1, 2]), rows([0.5, 0.25, 0.25]))
+    value = PSKDLoss()(logits_of([1, 1, 2]), rows([0.5, 0.25, 0.25]))
 
     assert_six_digits(value, 1.213008)
 
@@ -121,7 +121,7 @@ def test_extreme_logits_are_finite(dtype):
     largest = 1e4 if dtype == torch.float16 else 1e30
     logits = (largest * torch.tensor([[1.0, 0.0, -1.0]])).to(dtype).requires_grad_()
 
-    loss = ps_kd_loss(logits, torch.tensor([[0.0, 0.5, 0.5]]))
+    loss = PSKDLoss()(logits, torch.tensor([[0.0, 0.5, 0.5]]))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -136,7 +136,7 @@ def test_no_gradient_to_the_past_and_the_module_computes_the_function():
     value.sum().backward()
 
     assert past.grad is None
-    assert torch.equal(value, ps_kd_loss(logits, past, reduction="none"))
+    assert torch.equal(value, PSKDLoss(reduction="none")(logits, past))
     assert_close(logits.grad, (logits.softmax(1) - past).detach())
 
 
@@ -165,8 +165,8 @@ def test_wrong_settings_are_refused(change, error, message):
 
 def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match="past_prediction must have the shape of logits"):
-        ps_kd_loss(STUDENT_LOGITS, STUDENT_LOGITS[:1])
+        PSKDLoss()(STUDENT_LOGITS, STUDENT_LOGITS[:1])
     with pytest.raises(ValueError, match="past_prediction is missing"):
         PSKDLoss()(STUDENT_LOGITS, TARGET, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="reduction must be one of"):
-        ps_kd_loss(STUDENT_LOGITS, STUDENT_LOGITS, reduction="max")
+        PSKDLoss(reduction="max")(STUDENT_LOGITS, STUDENT_LOGITS)

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.sad import SADLoss, sad_loss
+from softlabels.losses.sad import SADLoss
 
 
 @pytest.mark.parametrize("case", cases_of("sad"))
 def test_the_reference(case):
     maps = [case[f"map_{level}"].requires_grad_() for level in range(int(case["num_levels"]))]
 
-    loss = sad_loss(maps)
+    loss = SADLoss()(maps)
     (float(case["weight"]) * loss).backward()
 
-    assert float(case["weight"]) == SADLoss.recommended_weight
+    assert float(case["weight"]) == SADLoss.defaults.weight
     assert_close(float(case["weight"]) * loss.detach(), case["loss"])
     assert maps[-1].grad is None
     assert not case[f"grad_map_{len(maps) - 1}"].any()
     for level, map in enumerate(maps[:-1]):
         assert_close(map.grad, case[f"grad_map_{level}"])
-        assert_close(sad_loss(maps[level : level + 2]).detach(), case[f"level_loss_{level}"])
+        assert_close(SADLoss()(maps[level : level + 2]).detach(), case[f"level_loss_{level}"])
 
 
 def attention_by_hand(map):
@@ -51,27 +51,27 @@ def test_plain_sums_with_a_row_doubled_by_hand():
         gaps = zip(attention_by_hand(ours), attention_by_hand(doubled), strict=True)
         total += sum((x - y) ** 2 for x, y in gaps)
 
-    assert float(sad_loss([shallow, deep])) == pytest.approx(total / 8, rel=1e-12)
+    assert float(SADLoss()([shallow, deep])) == pytest.approx(total / 8, rel=1e-12)
 
 
 def test_the_module_is_the_function():
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)]
 
-    assert torch.equal(SADLoss()(maps), sad_loss(maps))
+    assert torch.equal(SADLoss()(maps), SADLoss()(maps))
     assert SADLoss(stages=("stage:0", "last")).inputs["student_maps"].stages == ("stage:0", "last")
 
 
 def test_equal_maps_cost_nothing():
     map = torch.randn(2, 3, 4, 4)
 
-    assert float(sad_loss([map, -map, map])) == 0
+    assert float(SADLoss()([map, -map, map])) == 0
 
 
 @pytest.mark.parametrize("sizes", [((7, 5), (4, 3)), ((4, 4), (4, 4)), ((2, 2), (5, 5))])
 def test_any_sizes_fit(sizes):
     maps = [torch.randn(1, 2, *size, requires_grad=True) for size in sizes]
 
-    loss = sad_loss(maps)
+    loss = SADLoss()(maps)
     loss.backward()
 
     assert float(loss.detach()) > 0
@@ -82,7 +82,7 @@ def test_any_sizes_fit(sizes):
 def test_zeros_and_large_halves_stay_finite():
     large = (torch.eye(4).expand(1, 2, 4, 4) * 6e4).half().requires_grad_()
 
-    loss = sad_loss([large, torch.zeros(1, 2, 2, 2).half()])
+    loss = SADLoss()([large, torch.zeros(1, 2, 2, 2).half()])
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -103,4 +103,4 @@ def test_zeros_and_large_halves_stay_finite():
 )
 def test_errors(error, message, maps):
     with pytest.raises(error, match=message):
-        sad_loss(maps)
+        SADLoss()(maps)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.tf_fd import TfFDLoss, tf_fd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.tf_fd import TfFDLoss
 
 
 @pytest.mark.parametrize("case", cases_of("tf_fd"))
@@ -15,16 +16,16 @@ def test_the_reference(case):
     maps = [case[f"map_{level}"].requires_grad_() for level in range(3)]
     weights = {name: float(case[name]) for name in ("intra_weight", "inter_weight")}
 
-    loss, parts = tf_fd_loss(maps, **weights, return_parts=True)
+    loss, parts = loss_and_terms(TfFDLoss(**weights), maps)
     loss.backward()
 
     assert_close(loss.detach(), case["loss"])
     for level, map in enumerate(maps):
         assert_close(map.grad, case[f"grad_map_{level}"])
-        alone = tf_fd_loss([map], intra_weight=1.0)
+        alone = TfFDLoss(intra_weight=1.0)([map])
         assert_close(alone.detach(), case[f"intra_{level}"])
     for first, second in ((0, 1), (1, 2), (0, 2)):
-        pair = tf_fd_loss([maps[first], maps[second]], intra_weight=0.0, inter_weight=1.0)
+        pair = TfFDLoss(intra_weight=0.0, inter_weight=1.0)([maps[first], maps[second]])
         assert_close(pair.detach(), case[f"inter_{first}_{second}"])
     assert_close(sum(parts.values()).detach(), case["loss"])
 
@@ -34,7 +35,7 @@ def test_the_training_script_divides_by_three(case):
     maps = [case[f"map_{level}"] for level in range(3)]
     weights = {name: float(case[name]) / 3 for name in ("intra_weight", "inter_weight")}
 
-    assert_close(tf_fd_loss(maps, **weights), case["loss_train_script"])
+    assert_close(TfFDLoss(**weights)(maps), case["loss_train_script"])
 
 
 def test_plain_sums():
@@ -53,11 +54,11 @@ def test_plain_sums():
     inter = ((pooled - deep.numpy()[:, :4]) ** 2).mean()
     module = TfFDLoss(intra_weight=0.3, inter_weight=0.7)
 
-    output = module([shallow, deep], return_parts=True)
+    output = loss_and_terms(module, [shallow, deep])
 
-    assert float(output.parts["intra"]) == pytest.approx(0.3 * intra, rel=1e-12)
-    assert float(output.parts["inter"]) == pytest.approx(0.7 * inter, rel=1e-12)
-    expected = tf_fd_loss([shallow, deep], intra_weight=0.3, inter_weight=0.7)
+    assert float(output.terms["intra"]) == pytest.approx(0.3 * intra, rel=1e-12)
+    assert float(output.terms["inter"]) == pytest.approx(0.7 * inter, rel=1e-12)
+    expected = TfFDLoss(intra_weight=0.3, inter_weight=0.7)([shallow, deep])
     assert torch.equal(output.loss, expected)
     assert torch.equal(module([shallow, deep]), expected)
 
@@ -66,14 +67,14 @@ def test_an_odd_channel_is_left_out_of_the_first_term():
     map = torch.tensor([[[[1.0, 0]], [[5, 5]], [[3, -1]]]])
 
     # Lengths 1, 7.07, 3.16, so saliences 0.5, 0.707, 0.316: channel 1 against 2, gaps 2 and 6.
-    assert float(tf_fd_loss([map], intra_weight=1.0)) == pytest.approx((4 + 36) / 2)
+    assert float(TfFDLoss(intra_weight=1.0)([map])) == pytest.approx((4 + 36) / 2)
 
 
 def test_the_deeper_map_is_constant_in_the_second_term():
     maps = [torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, 4, 2, 2)]
     deep = maps[1].requires_grad_()
 
-    tf_fd_loss(maps, intra_weight=0.0, inter_weight=1.0).backward()
+    TfFDLoss(intra_weight=0.0, inter_weight=1.0)(maps).backward()
 
     assert maps[0].grad.any()
     assert not deep.grad.any()
@@ -82,14 +83,14 @@ def test_the_deeper_map_is_constant_in_the_second_term():
 def test_equal_channels_and_stages_cost_nothing():
     maps = [torch.ones(2, 4, 4, 4), torch.ones(2, 6, 2, 2), torch.ones(2, 8, 3, 3)]
 
-    assert float(tf_fd_loss(maps)) == 0
+    assert float(TfFDLoss()(maps)) == 0
 
 
 def test_zeros_and_large_halves_stay_finite():
     maps = [torch.zeros(1, 2, 2, 2).half(), torch.full((1, 3, 1, 1), 6e4).half()]
     maps = [map.requires_grad_() for map in maps]
 
-    loss = tf_fd_loss(maps)
+    loss = TfFDLoss()(maps)
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -100,11 +101,11 @@ def test_zeros_and_large_halves_stay_finite():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "two channels or more", lambda x: tf_fd_loss([x[:, :1]])),
-        (ValueError, "at least one feature map", lambda x: tf_fd_loss([])),
-        (ValueError, "of one batch", lambda x: tf_fd_loss([x, x[:1]])),
-        (TypeError, "floating-point", lambda x: tf_fd_loss([x.int()])),
-        (ValueError, "intra_weight", lambda x: tf_fd_loss([x], intra_weight=-1.0)),
+        (ValueError, "two channels or more", lambda x: TfFDLoss()([x[:, :1]])),
+        (ValueError, "at least one feature map", lambda x: TfFDLoss()([])),
+        (ValueError, "of one batch", lambda x: TfFDLoss()([x, x[:1]])),
+        (TypeError, "floating-point", lambda x: TfFDLoss()([x.int()])),
+        (ValueError, "intra_weight", lambda x: TfFDLoss(intra_weight=-1.0)([x])),
         (ValueError, "inter_weight", lambda x: TfFDLoss(inter_weight=-1.0)),
     ],
 )

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from shared.by_hand import rows
 from shared.golden_vectors import assert_close, cases_of
-from softlabels.losses.tf_kd import TfKDLoss, tf_kd_loss
+from softlabels.losses.tf_kd import TfKDLoss
 
 
 def test_values_and_gradients_of_the_published_code():
@@ -45,8 +45,8 @@ def test_values_and_gradients_of_the_published_code():
 
 def test_the_recommended_weights_are_the_published_ones():
     alphas = {float(case["alpha"]) for case in cases_of("tf_kd")}
-    assert TfKDLoss.recommended_weight in alphas
-    assert TfKDLoss.recommended_task_weight == 1 - TfKDLoss.recommended_weight
+    assert TfKDLoss.defaults.weight in alphas
+    assert TfKDLoss.defaults.task_weight == 1 - TfKDLoss.defaults.weight
 
 
 def test_one_sample_by_hand():
@@ -56,12 +56,8 @@ def test_one_sample_by_hand():
     shares = [power / sum(powers) for power in powers]
     expected = 2 * (math.log(3) + sum(share * math.log(share) for share in shares))
 
-    value = tf_kd_loss(
-        torch.zeros(1, 3).double(),
-        torch.tensor([0]),
-        temperature=0.5,
-        multiplier=6.0,
-        correct_probability=0.75,
+    value = TfKDLoss(temperature=0.5, multiplier=6.0, correct_probability=0.75)(
+        torch.zeros(1, 3).double(), torch.tensor([0])
     )
 
     assert float(value) == pytest.approx(expected, rel=1e-12)
@@ -76,7 +72,7 @@ def test_mixed_labels_mix_the_virtual_teachers():
     believed = (virtual / 2).softmax(1)
     expected = (believed * (believed.log() - logits.log_softmax(1))).sum() / 4
 
-    value = tf_kd_loss(logits, label, temperature=2.0, multiplier=1.0, correct_probability=0.9)
+    value = TfKDLoss(temperature=2.0, multiplier=1.0, correct_probability=0.9)(logits, label)
 
     assert_close(value, expected)
 
@@ -87,7 +83,7 @@ def test_a_student_that_is_the_virtual_teacher_has_no_loss():
     virtual[[0, 1], target] = 0.99
     student = (virtual / 20).requires_grad_()
 
-    loss = tf_kd_loss(student, target)
+    loss = TfKDLoss()(student, target)
     loss.backward()
 
     assert abs(float(loss.detach())) < 1e-12
@@ -99,13 +95,13 @@ def test_reductions_and_ignored_samples():
     target = torch.tensor([1, -1, 3])
     kept = target >= 0
 
-    none = tf_kd_loss(logits, target, ignore_index=-1, reduction="none")
-    alone = tf_kd_loss(logits[kept], target[kept], reduction="none")
+    none = TfKDLoss(ignore_index=-1, reduction="none")(logits, target)
+    alone = TfKDLoss(reduction="none")(logits[kept], target[kept])
 
     assert_close(none[kept], alone)
     assert float(none[1]) == 0
-    assert_close(tf_kd_loss(logits, target, ignore_index=-1), alone.mean())
-    assert_close(tf_kd_loss(logits, target, ignore_index=-1, reduction="sum"), alone.sum())
+    assert_close(TfKDLoss(ignore_index=-1)(logits, target), alone.mean())
+    assert_close(TfKDLoss(ignore_index=-1, reduction="sum")(logits, target), alone.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -113,7 +109,7 @@ def test_extreme_logits_are_finite(dtype):
     largest = 1e4 if dtype == torch.float16 else 1e30
     logits = (largest * torch.tensor([[1.0, 0.0, -1.0]])).to(dtype).requires_grad_()
 
-    loss = tf_kd_loss(logits, torch.tensor([2]))
+    loss = TfKDLoss()(logits, torch.tensor([2]))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -143,7 +139,7 @@ def test_the_module_computes_the_function():
         "reduction": "sum",
     }
 
-    assert torch.equal(TfKDLoss(**settings)(logits, target), tf_kd_loss(logits, target, **settings))
+    assert torch.equal(TfKDLoss(**settings)(logits, target), TfKDLoss(**settings)(logits, target))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +154,13 @@ def test_the_module_computes_the_function():
 )
 def test_wrong_settings_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        tf_kd_loss(torch.zeros(1, 3), torch.tensor([0]), **change)
+        TfKDLoss(**change)(torch.zeros(1, 3), torch.tensor([0]))
     with pytest.raises(error, match=message):
         TfKDLoss(**change)
 
 
 def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match="target must lie in"):
-        tf_kd_loss(torch.zeros(1, 3), torch.tensor([3]))
+        TfKDLoss()(torch.zeros(1, 3), torch.tensor([3]))
     with pytest.raises(ValueError, match=r"logits must be \[B, C\]"):
-        tf_kd_loss(torch.zeros(3), torch.tensor([0]))
+        TfKDLoss()(torch.zeros(3), torch.tensor([0]))

@@ -9,7 +9,7 @@ from torch.nn import functional
 from shared.by_hand import STUDENT_LOGITS, TARGET, TEACHER_LOGITS, logits_of
 from shared.golden_vectors import assert_close, cases_of
 from softlabels.losses.kd import KDLoss, kd_loss
-from softlabels.losses.tf_kd_self import TfKDSelfLoss, tf_kd_self_loss
+from softlabels.losses.tf_kd_self import TfKDSelfLoss
 
 
 def test_values_and_gradients_of_the_published_code():
@@ -19,12 +19,9 @@ def test_values_and_gradients_of_the_published_code():
         student = case["student_logits"].requires_grad_()
         teacher = case["teacher_logits"].requires_grad_()
         alpha = case["alpha"]
-        term = tf_kd_self_loss(
-            student,
-            teacher,
-            temperature=float(case["temperature"]),
-            multiplier=float(case["multiplier"]),
-        )
+        term = TfKDSelfLoss(
+            temperature=float(case["temperature"]), multiplier=float(case["multiplier"])
+        )(student, teacher)
         task = functional.cross_entropy(student, case["target"])
         whole = (1 - alpha) * task + alpha * term
         whole.backward()
@@ -37,24 +34,22 @@ def test_values_and_gradients_of_the_published_code():
 
 def test_the_recommended_weights_are_the_published_ones():
     alphas = {float(case["alpha"]) for case in cases_of("tf_kd_self")}
-    assert TfKDSelfLoss.recommended_weight in alphas
-    assert TfKDSelfLoss.recommended_task_weight == pytest.approx(
-        1 - TfKDSelfLoss.recommended_weight
-    )
+    assert TfKDSelfLoss.defaults.weight in alphas
+    assert TfKDSelfLoss.defaults.task_weight == pytest.approx(1 - TfKDSelfLoss.defaults.weight)
 
 
 def test_one_sample_by_hand():
     # Square roots of T (16 : 1 : 1) are 4 : 1 : 1, of S (1 : 1 : 16) are 1 : 1 : 4.
     # (4 ln 4 + 1 ln 1 - 1 ln 4) / 6 = ln 2 = 0.693147; times 2^2 * 6 / 3 classes = 5.545177.
-    value = tf_kd_self_loss(
-        logits_of([1, 1, 16]), logits_of([16, 1, 1]), temperature=2.0, multiplier=6.0
+    value = TfKDSelfLoss(temperature=2.0, multiplier=6.0)(
+        logits_of([1, 1, 16]), logits_of([16, 1, 1])
     )
 
     assert float(value) == pytest.approx(5.545177, abs=1e-6)
 
 
 def test_a_multiplier_of_the_classes_gives_kd():
-    value = tf_kd_self_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature=3.0, multiplier=5.0)
+    value = TfKDSelfLoss(temperature=3.0, multiplier=5.0)(STUDENT_LOGITS, TEACHER_LOGITS)
 
     assert_close(value, kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature=3.0))
 
@@ -62,11 +57,11 @@ def test_a_multiplier_of_the_classes_gives_kd():
 def test_half_precision_is_computed_in_float32():
     student = STUDENT_LOGITS.half().requires_grad_()
 
-    loss = tf_kd_self_loss(student, TEACHER_LOGITS.half())
+    loss = TfKDSelfLoss()(student, TEACHER_LOGITS.half())
     loss.backward()
 
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, tf_kd_self_loss(student.float(), TEACHER_LOGITS.half()))
+    assert torch.equal(loss, TfKDSelfLoss()(student.float(), TEACHER_LOGITS.half()))
     assert bool(torch.isfinite(student.grad).all())
 
 
@@ -78,7 +73,7 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
     soft = module.soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
 
     assert value.shape == (2,)
-    assert torch.equal(value, tf_kd_self_loss(STUDENT_LOGITS, TEACHER_LOGITS, **settings))
+    assert torch.equal(value, TfKDSelfLoss(**settings)(STUDENT_LOGITS, TEACHER_LOGITS))
     expected = KDLoss(temperature=2.0).soft_labels(STUDENT_LOGITS, TEACHER_LOGITS, TARGET)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(soft, expected, strict=True))
 
@@ -94,11 +89,11 @@ def test_the_module_computes_the_function_and_shows_the_teacher():
 )
 def test_wrong_settings_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        tf_kd_self_loss(STUDENT_LOGITS, TEACHER_LOGITS, **change)
+        TfKDSelfLoss(**change)(STUDENT_LOGITS, TEACHER_LOGITS)
     with pytest.raises(error, match=message):
         TfKDSelfLoss(**change)
 
 
 def test_logits_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="teacher_logits must have the shape of logits"):
-        tf_kd_self_loss(STUDENT_LOGITS, TEACHER_LOGITS[:, :4])
+        TfKDSelfLoss()(STUDENT_LOGITS, TEACHER_LOGITS[:, :4])

@@ -7,8 +7,9 @@ import torch
 
 from shared.by_hand import MIXED_TARGET, STUDENT_LOGITS, TARGET, assert_six_digits, logits_of, rows
 from shared.golden_vectors import assert_close
-from softlabels.losses.tf_nkd import TfNKDLoss, tf_nkd_loss
-from softlabels.losses.uskd import uskd_loss
+from shared.terms import loss_and_terms
+from softlabels.losses.tf_nkd import TfNKDLoss
+from softlabels.losses.uskd import USKDLoss
 
 
 def plain(logits, labels):
@@ -30,7 +31,7 @@ def test_two_samples_by_hand():
     # (9/8 ln 2 + 7/8 ln 4) / 2 = 23/16 ln 2 = 0.996399.
     logits = logits_of([2, 1, 1], [1, 1, 2])
 
-    assert_six_digits(tf_nkd_loss(logits, torch.tensor([0, 1])), 0.996399)
+    assert_six_digits(TfNKDLoss()(logits, torch.tensor([0, 1])), 0.996399)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -43,7 +44,7 @@ def test_values_and_gradients_of_a_plain_computation(mixed):
         share = torch.tensor([0.6, 1.0, 0.9, 0.7, 0.55]).double().unsqueeze(1)
         labels = target = share * labels + (1 - share) * labels.roll(1, 1)
 
-    value = tf_nkd_loss(ours, target, reduction="none")
+    value = TfNKDLoss(reduction="none")(ours, target)
     expected = plain(theirs, labels)
     value.mean().backward()
     expected.mean().backward()
@@ -54,15 +55,15 @@ def test_values_and_gradients_of_a_plain_computation(mixed):
 
 def test_it_is_the_target_term_of_uskd_without_the_square():
     weak = torch.zeros_like(STUDENT_LOGITS)
-    output = uskd_loss(STUDENT_LOGITS, weak, MIXED_TARGET, squared=False, return_parts=True)
+    output = loss_and_terms(USKDLoss(squared=False), STUDENT_LOGITS, weak, MIXED_TARGET)
 
-    assert_close(tf_nkd_loss(STUDENT_LOGITS, MIXED_TARGET), output.parts["target"])
-    squared = uskd_loss(STUDENT_LOGITS, weak, MIXED_TARGET, return_parts=True)
-    assert float(squared.parts["target"]) != pytest.approx(float(output.parts["target"]))
+    assert_close(TfNKDLoss()(STUDENT_LOGITS, MIXED_TARGET), output.terms["target"])
+    squared = loss_and_terms(USKDLoss(), STUDENT_LOGITS, weak, MIXED_TARGET)
+    assert float(squared.terms["target"]) != pytest.approx(float(output.terms["target"]))
 
 
 def test_alone_in_its_batch_a_sample_has_the_cross_entropy():
-    value = tf_nkd_loss(STUDENT_LOGITS[:1], TARGET[:1])
+    value = TfNKDLoss()(STUDENT_LOGITS[:1], TARGET[:1])
 
     assert_close(value, torch.nn.functional.cross_entropy(STUDENT_LOGITS[:1], TARGET[:1]))
 
@@ -71,9 +72,9 @@ def test_ignored_samples_count_in_no_mean():
     logits = STUDENT_LOGITS.repeat(2, 1)
     target = torch.tensor([0, 3, 9, 9])
 
-    value = tf_nkd_loss(logits, target, ignore_index=9)
+    value = TfNKDLoss(ignore_index=9)(logits, target)
 
-    assert_close(value, tf_nkd_loss(STUDENT_LOGITS, TARGET))
+    assert_close(value, TfNKDLoss()(STUDENT_LOGITS, TARGET))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -81,7 +82,7 @@ def test_extreme_logits_are_finite(dtype):
     largest = 1e4 if dtype == torch.float16 else 1e30
     logits = (largest * torch.tensor([[1.0, 0.0, -1.0]] * 2)).to(dtype).requires_grad_()
 
-    loss = tf_nkd_loss(logits, torch.tensor([2, 0]))
+    loss = TfNKDLoss()(logits, torch.tensor([2, 0]))
     loss.backward()
 
     assert loss.dtype == torch.float32
@@ -95,7 +96,7 @@ def test_the_module_computes_the_function():
 
     value = TfNKDLoss(**settings)(STUDENT_LOGITS, target)
 
-    assert torch.equal(value, tf_nkd_loss(STUDENT_LOGITS, target, **settings))
+    assert torch.equal(value, TfNKDLoss(**settings)(STUDENT_LOGITS, target))
 
 
 def test_soft_labels_are_the_weights_of_the_labels():
@@ -117,11 +118,11 @@ def test_soft_labels_are_the_weights_of_the_labels():
 )
 def test_wrong_settings_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        tf_nkd_loss(STUDENT_LOGITS, TARGET, **change)
+        TfNKDLoss(**change)(STUDENT_LOGITS, TARGET)
     with pytest.raises(error, match=message):
         TfNKDLoss(**change)
 
 
 def test_smoothed_labels_are_refused():
     with pytest.raises(ValueError, match="5 labeled classes, at most two can be used"):
-        tf_nkd_loss(STUDENT_LOGITS, torch.full((2, 5), 0.2))
+        TfNKDLoss()(STUDENT_LOGITS, torch.full((2, 5), 0.2))

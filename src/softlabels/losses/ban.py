@@ -1,138 +1,28 @@
-"""BAN: each generation is taught by the predictions of the one before."""
+"""BAN, born-again networks: KD from the generation before, in three forms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeAlias, overload
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels.inputs import Input, Logits, Target, TeacherLogits
-from softlabels.losses._checks import check_choice, check_logits, check_target
+from softlabels.losses._checks import check_logits, check_target
+from softlabels.losses._method import Defaults, Method
 from softlabels.losses._non_target import (
-    LossOutput,
-    Reduction,
     SoftLabels,
     in_float32,
     label_probabilities,
-    reduce_parts,
 )
 from softlabels.losses._soft_target import soft_target_cross_entropy
 from softlabels.losses.kd import KDLoss, kd_loss
 
-__all__ = ["BANForm", "BANLoss", "ban_loss"]
+__all__ = ["BANForm", "BANLoss"]
 
 BANForm: TypeAlias = Literal["plain", "confidence_weighted", "permuted"]
 _FORMS = ("plain", "confidence_weighted", "permuted")
-
-
-@overload
-def ban_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = None,
-    *,
-    form: BANForm = "plain",
-    reduction: Reduction = "mean",
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def ban_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = None,
-    *,
-    form: BANForm = "plain",
-    reduction: Reduction = "mean",
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def ban_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = None,
-    *,
-    form: BANForm = "plain",
-    reduction: Reduction = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
-    r"""BAN: each generation is taught by the predictions of the one before.
-
-    Furlanello et al., "Born Again Neural Networks", ICML 2018 (arXiv 1805.04770), equations
-    5-11; there is no official code. The teacher is a network of the student's own architecture,
-    trained before it; the next generation learns from this one.
-
-    .. math::
-        L_\text{plain} &= \sum_i p_i (\log p_i - \log q_i) \\
-        L_\text{permuted} &= \sum_i \phi(p)_i (\log \phi(p)_i - \log q_i) \\
-        L_\text{confidence} &= -\frac{\max_i p_i}{\frac{1}{B} \sum_u \max_i p_i^u}
-        \sum_i y_i \log q_i
-
-    ==========  =====================================================================
-    symbol      meaning
-    ==========  =====================================================================
-    q, p        softmax of the student and of the teacher
-    phi         keeps the teacher's largest probability and shuffles the others
-    y           the labels
-    u           the samples of the batch
-    ==========  =====================================================================
-
-    Args:
-        logits: [B, C], raw student logits. Gets the gradient.
-        teacher_logits: [B, C], raw logits of the generation before. Gets none.
-        target: [B] class indices, or [B, C] probabilities. Of `"confidence_weighted"` alone,
-            which needs it.
-        form: `"plain"`; `"confidence_weighted"` (CWTM): the labels, each sample weighted by the
-            teacher's confidence; `"permuted"` (DKPP): the teacher without what its smaller
-            probabilities say about classes, from draws of torch's default generator.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"divergence"`, or
-            for `"confidence_weighted"` `"label"`.
-
-    Returns:
-        A scalar, or [B] for `"none"`; in nats, at least float32.
-
-    Raises:
-        TypeError: Logits or target of a wrong dtype.
-        ValueError: A wrong shape, label, form or reduction, or no target for
-            `"confidence_weighted"`.
-
-    Deviations: KL in place of the paper's cross-entropy, with the same gradient. The shuffle is
-    a new one for each sample; the paper says only that the outputs besides the largest are
-    permuted, and one order for all would keep what they say in other words. Confidence weights
-    are the paper's, times B under `"sum"` and `"none"`, so that `"mean"` is its sum.
-
-    The paper trains on this alone, without the task's cross-entropy (`task_weight` 0); its
-    BAN+L adds that (`task_weight` 1).
-
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, but the mean confidence, which is that of the batch of
-    each process.
-
-    Example:
-        >>> import torch
-        >>> logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
-        >>> ban_loss(logits, logits)
-        tensor(0.)
-    """
-    check_choice("form", form, _FORMS)
-    if form != "confidence_weighted":
-        if form == "permuted":
-            check_logits(teacher_logits, "teacher_logits")
-            teacher_logits = _permuted(teacher_logits)
-        output = kd_loss(
-            logits, teacher_logits, temperature=1.0, reduction=reduction, return_parts=True
-        )
-        return output if return_parts else output.loss
-    check_logits(logits)
-    check_logits(teacher_logits, "teacher_logits", like=logits)
-    labels = _weighted_labels(teacher_logits, _needed(target))
-    output = reduce_parts({"label": soft_target_cross_entropy(logits, labels)}, reduction)
-    return output if return_parts else output.loss
 
 
 def _needed(target: Tensor | None) -> Tensor:
@@ -161,23 +51,54 @@ def _weighted_labels(teacher_logits: Tensor, target: Tensor) -> Tensor:
     return confidence / confidence.mean() * label_probabilities(target, teacher_logits)
 
 
-class BANLoss(nn.Module):
-    """BAN as a module; see `ban_loss` for the equation and the settings.
+class BANLoss(Method, name="ban"):
+    r"""BAN: each generation is taught by the predictions of the one before.
+
+    Furlanello et al., "Born Again Neural Networks", ICML 2018 (arXiv 1805.04770), equations
+    5-11; there is no official code. The teacher is a network of the student's own architecture,
+    trained before it; the next generation learns from this one.
+
+    .. math::
+        L_\text{plain} &= \sum_i p_i (\log p_i - \log q_i) \\
+        L_\text{permuted} &= \sum_i \phi(p)_i (\log \phi(p)_i - \log q_i) \\
+        L_\text{confidence} &= -\frac{\max_i p_i}{\frac{1}{B} \sum_u \max_i p_i^u}
+        \sum_i y_i \log q_i
+
+    ==========  =====================================================================
+    symbol      meaning
+    ==========  =====================================================================
+    q, p        softmax of the student and of the teacher
+    phi         keeps the teacher's largest probability and shuffles the others
+    y           the labels
+    u           the samples of the batch
+    ==========  =====================================================================
 
     Args:
-        form: `"plain"`, `"confidence_weighted"` or `"permuted"`.
-        reduction: `"mean"`, `"sum"` or `"none"`.
+        form: `"plain"`; `"confidence_weighted"` (CWTM): the labels, each sample weighted by the
+            teacher's confidence; `"permuted"` (DKPP): the teacher without what its smaller
+            probabilities say about classes, from draws of torch's default generator.
+
+    Deviations: KL in place of the paper's cross-entropy, with the same gradient. The shuffle is
+    a new one for each sample; the paper says only that the outputs besides the largest are
+    permuted, and one order for all would keep what they say in other words. Confidence weights
+    are the paper's, times B under `"sum"` and `"none"`, so that `"mean"` is its sum.
+
+    The paper trains on this alone, without the task's cross-entropy (`task_weight` 0); its
+    BAN+L adds that (`task_weight` 1).
+    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, but the mean confidence, which is that of the batch of
+    each process.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
+        >>> BANLoss()(logits, logits)
+        tensor(0.)
     """
 
-    recommended_task_weight: ClassVar[float] = 0.0
-    taught_by_itself: ClassVar[bool] = True
+    form: BANForm = "plain"
 
-    def __init__(self, *, form: BANForm = "plain", reduction: Reduction = "mean") -> None:
-        super().__init__()
-        check_choice("form", form, _FORMS)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.form: BANForm = form
-        self.reduction: Reduction = reduction
+    defaults = Defaults(task_weight=0.0, taught_by_itself=True)
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -187,24 +108,27 @@ class BANLoss(nn.Module):
             inputs["target"] = Target()
         return inputs
 
-    def forward(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `ban_loss` with this module's settings."""
-        output = ban_loss(
-            logits,
-            teacher_logits,
-            target,
-            form=self.form,
-            reduction=self.reduction,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+    def terms(
+        self, logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`"divergence"`, or for `"confidence_weighted"` `"label"`.
+
+        Args:
+            logits: [B, C], raw student logits. Gets the gradient.
+            teacher_logits: [B, C], raw logits of the generation before. Gets none.
+            target: [B] class indices, or [B, C] probabilities. Of `"confidence_weighted"` alone,
+                which needs it.
+        """
+        if self.form != "confidence_weighted":
+            if self.form == "permuted":
+                check_logits(teacher_logits, "teacher_logits")
+                teacher_logits = _permuted(teacher_logits)
+            divergence = kd_loss(logits, teacher_logits, temperature=1.0, reduction="none")
+            return {"divergence": divergence}
+        check_logits(logits)
+        check_logits(teacher_logits, "teacher_logits", like=logits)
+        labels = _weighted_labels(teacher_logits, _needed(target))
+        return {"label": soft_target_cross_entropy(logits, labels)}
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """What is learned from: the teacher's (shuffled) beliefs, or the weighted labels."""

@@ -1,69 +1,27 @@
-"""DDGSD: two views of an image, drawn with the augmentation, teach each other, no teacher."""
+"""DDGSD, data-distortion guided: predictions and features of two views of an image agree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, overload
+from collections.abc import Sequence
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Features, Input, Logits, SecondPass, Target
+from softlabels.inputs import Features, Logits, SecondPass, Target
 from softlabels.losses._checks import (
     check_logits,
-    check_number,
     check_target,
-    check_temperature,
 )
 from softlabels.losses._features import check_vectors, the_only
-from softlabels.losses._non_target import LossOutput, in_float32
+from softlabels.losses._method import Defaults, Method, Temperature, Weight
+from softlabels.losses._non_target import in_float32
 from softlabels.losses.kd import kd_loss
 
-__all__ = ["DDGSDLoss", "ddgsd_loss"]
+__all__ = ["DDGSDLoss"]
 
 
-@overload
-def ddgsd_loss(
-    logits: Tensor,
-    features: Tensor,
-    second_logits: Tensor,
-    second_features: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 4.0,
-    feature_weight: float = 5e-4,
-    second_view_weight: float = 0.5,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def ddgsd_loss(
-    logits: Tensor,
-    features: Tensor,
-    second_logits: Tensor,
-    second_features: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 4.0,
-    feature_weight: float = 5e-4,
-    second_view_weight: float = 0.5,
-    return_parts: Literal[True],
-) -> LossOutput: ...
-
-
-def ddgsd_loss(
-    logits: Tensor,
-    features: Tensor,
-    second_logits: Tensor,
-    second_features: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 4.0,
-    feature_weight: float = 5e-4,
-    second_view_weight: float = 0.5,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+class DDGSDLoss(Method, name="ddgsd"):
     r"""DDGSD: predictions and mean features of two views of the same images agree.
 
     Xu and Liu, "Data-Distortion Guided Self-Distillation for Deep Neural Networks", AAAI 2019;
@@ -86,33 +44,17 @@ def ddgsd_loss(
     =============  ==================================================================
 
     The first distribution of each KL is constant. The cross-entropy of the first view is the
-    task's own loss: with a task weight of 0.5 (`recommended_task_weight`) both views together
+    task's own loss: with a task weight of 0.5 (`defaults.task_weight`) both views together
     count as one mean cross-entropy over all images.
 
     Args:
-        logits: [B, C], raw logits of the first view. Gets the gradient.
-        features: [B, D], pooled features of the first view. Gets the gradient.
-        second_logits: [B, C], raw logits of the second view. Gets the gradient.
-        second_features: [B, D], pooled features of the second view. Gets the gradient.
-        target: [B] class indices or [B, C] probabilities, the labels of both views.
         temperature: T, above 0; unitless.
         feature_weight: Of the gap between the features; 0 or more.
         second_view_weight: Of the second view's cross-entropy; 0 or more.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`:
-            `"first_divergence"` (the first view learns), `"second_divergence"`,
-            `"feature_gap"` and `"second_view"`, weighted.
-
-    Returns:
-        A scalar, the mean over B; at least float32.
-
-    Raises:
-        TypeError: Logits, features or target of a wrong dtype.
-        ValueError: A wrong shape, label or setting.
 
     Deviations: Self-KD-Lib halves the cross-entropy twice, so that each view has a quarter of
     its mean: a `second_view_weight` and a task weight of 0.25 give that. The feature gap is
     between two scalars, as there; in the paper it is between mean vectors.
-
     Numerics: log-softmax throughout, in float32 or wider, also under autocast.
     Distributed: the means of the feature gap are those of the process.
 
@@ -120,91 +62,56 @@ def ddgsd_loss(
         >>> import torch
         >>> first, second = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.5]])
         >>> features = torch.ones(1, 4)
-        >>> ddgsd_loss(first, features, second, features, torch.tensor([0]))
+        >>> DDGSDLoss()(first, features, second, features, torch.tensor([0]))
         tensor(0.8720)
     """
-    check_logits(logits)
-    check_logits(second_logits, "second_logits", like=logits)
-    check_vectors(features, logits, ("features", "logits"))
-    check_vectors(features, second_features, ("features", "second_features"), same_widths=True)
-    check_target(target, logits)
-    _check_settings(temperature, feature_weight, second_view_weight)
-    second_logits = in_float32(second_logits)
-    gap = in_float32(features).mean() - in_float32(second_features).mean()
-    labels = target.long() if target.dim() == 1 else target.to(second_logits.dtype)
-    parts = {
-        "first_divergence": kd_loss(logits, second_logits, temperature=temperature),
-        "second_divergence": kd_loss(second_logits, logits, temperature=temperature),
-        "feature_gap": feature_weight * gap.square(),
-        "second_view": second_view_weight * functional.cross_entropy(second_logits, labels),
-    }
-    loss = (
-        parts["first_divergence"]
-        + parts["second_divergence"]
-        + parts["feature_gap"]
-        + parts["second_view"]
-    )
-    return LossOutput(loss, parts) if return_parts else loss
 
+    temperature: Temperature = 4.0
+    feature_weight: Weight = 5e-4
+    second_view_weight: Weight = 0.5
 
-def _check_settings(temperature: float, feature_weight: float, second_view_weight: float) -> None:
-    check_temperature(temperature)
-    check_number("feature_weight", feature_weight)
-    check_number("second_view_weight", second_view_weight)
-
-
-class DDGSDLoss(nn.Module):
-    """DDGSD as a module; see `ddgsd_loss` for the equation and the settings.
-
-    Args:
-        temperature: Above 0.
-        feature_weight: 0 or more.
-        second_view_weight: 0 or more.
-    """
-
-    inputs: ClassVar[Mapping[str, Input]] = {
+    inputs: ClassVar = {
         "logits": Logits(),
         "features": Features(stages=("last",), form="pooled"),
         "second_logits": SecondPass("second_view", Logits()),
         "second_features": SecondPass("second_view", Features(stages=("last",), form="pooled")),
         "target": Target(),
     }
-    recommended_weight: ClassVar[float] = 1.0
-    recommended_task_weight: ClassVar[float] = 0.5
+    defaults = Defaults(task_weight=0.5)
+    of_batch = True
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 4.0,
-        feature_weight: float = 5e-4,
-        second_view_weight: float = 0.5,
-    ) -> None:
-        super().__init__()
-        _check_settings(temperature, feature_weight, second_view_weight)
-        self.temperature = temperature
-        self.feature_weight = feature_weight
-        self.second_view_weight = second_view_weight
-
-    def forward(
+    def terms(
         self,
         logits: Tensor,
-        features: list[Tensor],
+        features: Sequence[Tensor],
         second_logits: Tensor,
-        second_features: list[Tensor],
+        second_features: Sequence[Tensor],
         target: Tensor,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | LossOutput:
-        """Compute `ddgsd_loss` with this module's settings; features are lists of one."""
-        output = ddgsd_loss(
-            logits,
-            the_only("features", features),
-            second_logits,
-            the_only("second_features", second_features),
-            target,
-            temperature=self.temperature,
-            feature_weight=self.feature_weight,
-            second_view_weight=self.second_view_weight,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+    ) -> dict[str, Tensor]:
+        """`"first_divergence"`, `"second_divergence"`, `"feature_gap"`, `"second_view"`: scalars.
+
+        Args:
+            logits: [B, C], raw logits of the first view. Gets the gradient.
+            features: [B, D], pooled features of the first view. Gets the gradient.
+            second_logits: [B, C], raw logits of the second view. Gets the gradient.
+            second_features: [B, D], pooled features of the second view. Gets the gradient.
+            target: [B] class indices or [B, C] probabilities, the labels of both views.
+        """
+        first = the_only("features", features)
+        second = the_only("second_features", second_features)
+        temperature = self.temperature
+        check_logits(logits)
+        check_logits(second_logits, "second_logits", like=logits)
+        check_vectors(first, logits, ("features", "logits"))
+        check_vectors(first, second, ("features", "second_features"), same_widths=True)
+        check_target(target, logits)
+        second_logits = in_float32(second_logits)
+        gap = in_float32(first).mean() - in_float32(second).mean()
+        labels = target.long() if target.dim() == 1 else target.to(second_logits.dtype)
+        return {
+            "first_divergence": kd_loss(logits, second_logits, temperature=temperature),
+            "second_divergence": kd_loss(second_logits, logits, temperature=temperature),
+            "feature_gap": self.feature_weight * gap.square(),
+            "second_view": self.second_view_weight
+            * functional.cross_entropy(second_logits, labels),
+        }

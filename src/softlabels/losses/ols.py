@@ -1,4 +1,4 @@
-"""OLS: online label smoothing, with a soft label for each class that the network makes itself."""
+"""OLS, online label smoothing: a soft label for each class that the network makes itself."""
 
 from __future__ import annotations
 
@@ -8,70 +8,20 @@ from typing import ClassVar, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Input, Logits, Target
-from softlabels.losses._checks import check_choice, check_logits, check_number
+from softlabels.inputs import Logits, Target
+from softlabels.losses._checks import check_logits
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._non_target import Reduction, SoftLabels, label_columns, reduce_parts
+from softlabels.losses._method import Defaults, Method, Shapes, Share
+from softlabels.losses._non_target import SoftLabels, label_columns
 from softlabels.losses._soft_target import (
-    from_heads,
     log_softened,
     soft_target_cross_entropy,
     taken_apart,
 )
 
-__all__ = ["InitialLabels", "OLSLoss", "ols_loss"]
+__all__ = ["InitialLabels", "OLSLoss"]
 
 InitialLabels: TypeAlias = Literal["zeros", "uniform"]
-
-
-def ols_loss(logits: Tensor, soft_target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    r"""OLS: the cross-entropy with what the network predicted for the class an epoch ago.
-
-    Zhang et al., "Delving Deep into Label Smoothing", IEEE Transactions on Image Processing 2021
-    (arXiv 2011.12562); official code zhangchbin/OnlineLabelSmoothing.
-
-    .. math:: L = -\sum_i Q_{t,i} \log S_i
-
-    ========  ==================================================================
-    symbol    meaning
-    ========  ==================================================================
-    S         softmax of `logits`
-    t         the labeled class
-    Q         matrix [C, C] of soft labels, a row for each class; `soft_target` has
-              its row t: the mean softmax, in the epoch before, of the samples of
-              class t that were predicted correctly, or 1 / C if there was none
-    ========  ==================================================================
-
-    The published objective is :math:`\alpha \cdot` the task's cross-entropy
-    :math:`+ (1 - \alpha) L`, with alpha 0.5 (`OLSLoss.recommended_weight` and
-    `recommended_task_weight`); the script for fine-grained classes has both weights 1.
-
-    Args:
-        logits: [B, C], raw logits. Gets the gradient.
-        soft_target: [B, C], the soft label of each sample; a row of zeros counts nothing. Gets
-            none.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-
-    Returns:
-        A scalar, or [B] for `"none"`; in nats, at least float32.
-
-    Raises:
-        TypeError: Logits or soft labels of a wrong dtype.
-        ValueError: A wrong shape or reduction.
-
-    Deviations: none in the loss; those of the matrix are with `OLSLoss`.
-    Numerics: log-softmax, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
-
-    Example:
-        >>> import torch
-        >>> ols_loss(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
-        tensor(1.3863)
-    """
-    check_logits(logits)
-    check_logits(soft_target, "soft_target", like=logits)
-    per_sample = soft_target_cross_entropy(logits, soft_target)
-    return reduce_parts({"soft": per_sample}, reduction).loss
 
 
 class _ClassLabels(MemoryBank):
@@ -126,8 +76,27 @@ class _ClassLabels(MemoryBank):
         self.class_count.zero_()
 
 
-class OLSLoss(nn.Module):
-    """OLS as a module; see `ols_loss` for the equation.
+class OLSLoss(Method, name="ols"):
+    r"""OLS: the cross-entropy with what the network predicted for the class an epoch ago.
+
+    Zhang et al., "Delving Deep into Label Smoothing", IEEE Transactions on Image Processing 2021
+    (arXiv 2011.12562); official code zhangchbin/OnlineLabelSmoothing.
+
+    .. math:: L = -\sum_i Q_{t,i} \log S_i
+
+    ========  ==================================================================
+    symbol    meaning
+    ========  ==================================================================
+    S         softmax of `logits`
+    t         the labeled class
+    Q         matrix [C, C] of soft labels, a row for each class; `soft_target` has
+              its row t: the mean softmax, in the epoch before, of the samples of
+              class t that were predicted correctly, or 1 / C if there was none
+    ========  ==================================================================
+
+    The published objective is :math:`\alpha \cdot` the task's cross-entropy
+    :math:`+ (1 - \alpha) L`, with alpha 0.5 (`defaults`); the script for fine-grained classes has
+    both weights 1.
 
     Its memory is the matrix of soft labels, used for a whole epoch, and the sums of the present
     epoch. Deviations: labels may be mixed, which the published code does not take: the soft label
@@ -141,46 +110,41 @@ class OLSLoss(nn.Module):
         keep_confident: A class whose soft label has a value of at least this keeps it, unless
             none of its samples was predicted correctly; in [0, 1]. None: no such rule. The
             script for fine-grained classes has 0.88.
-        reduction: `"mean"`, `"sum"` or `"none"`.
+
+    Deviations: none in the loss; those of the matrix are with `OLSLoss`.
+    Numerics: log-softmax, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, no batch statistics.
+
+    Example:
+        >>> import torch
+        >>> OLSLoss()(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
+        tensor(1.3863)
     """
 
-    inputs: ClassVar[Mapping[str, Input]] = {"logits": Logits(), "target": Target()}
-    recommended_weight: ClassVar[float] = 0.5
-    recommended_task_weight: ClassVar[float] = 0.5
+    initial: InitialLabels = "zeros"
+    keep_confident: Share | None = None
 
-    def __init__(
-        self,
-        *,
-        initial: InitialLabels = "zeros",
-        keep_confident: float | None = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        check_choice("initial", initial, ("zeros", "uniform"))
-        if keep_confident is not None:
-            check_number("keep_confident", keep_confident, at_most=1)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.initial: InitialLabels = initial
-        self.keep_confident = keep_confident
-        self.reduction: Reduction = reduction
+    inputs: ClassVar = {"logits": Logits()}
+    adapter_inputs: ClassVar = {"target": Target()}
+    defaults = Defaults(weight=0.5, task_weight=0.5)
 
-    def build_adapters(
-        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
-    ) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The matrix of soft labels, which makes the `soft_target` of a batch."""
-        num_classes = cast("tuple[int, ...]", shapes["logits"])[1]
+        num_classes = shapes["logits"][1]
         return _ClassLabels(num_classes, self.initial, self.keep_confident)
 
-    def forward(self, logits: Tensor, target: Tensor, soft_target: Tensor | None = None) -> Tensor:
-        """Compute `ols_loss` with this module's settings.
+    def terms(self, logits: Tensor, soft_target: Tensor) -> dict[str, Tensor]:
+        """`"soft"`.
 
-        Raises:
-            ValueError: No `soft_target`, which the module of `build_adapters` gives.
+        Args:
+            logits: [B, C], raw logits. Gets the gradient.
+            soft_target: [B, C], the soft label of each sample; a row of zeros counts nothing. Gets
+                none.
         """
-        return ols_loss(logits, from_heads("soft_target", soft_target), reduction=self.reduction)
+        check_logits(logits)
+        check_logits(soft_target, "soft_target", like=logits)
+        return {"soft": soft_target_cross_entropy(logits, soft_target)}
 
-    def soft_labels(
-        self, logits: Tensor, target: Tensor, soft_target: Tensor | None = None
-    ) -> SoftLabels:
+    def soft_labels(self, logits: Tensor, soft_target: Tensor, target: Tensor) -> SoftLabels:
         """What the network predicted for the class in the epoch before."""
-        return taken_apart(from_heads("soft_target", soft_target), target)
+        return taken_apart(soft_target, target)

@@ -1,77 +1,27 @@
-"""PS-KD: each sample is taught by the prediction that it had an epoch ago."""
+"""PS-KD, progressive self-distillation: each sample's own prediction of an epoch ago."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import FromBatch, Input, Logits, Target
-from softlabels.losses._checks import check_choice, check_logits, check_number
+from softlabels.inputs import FromBatch, Logits, Target
+from softlabels.losses._checks import check_logits
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._non_target import Reduction, SoftLabels, label_probabilities, reduce_parts
+from softlabels.losses._method import Count, Defaults, Method, Positive, Shapes
+from softlabels.losses._non_target import SoftLabels, label_probabilities
 from softlabels.losses._soft_target import (
-    from_heads,
     log_softened,
     soft_target_cross_entropy,
     taken_apart,
 )
 
-__all__ = ["PSKDLoss", "ps_kd_loss"]
+__all__ = ["PSKDLoss"]
 
 _GIB = 2**30
-
-
-def ps_kd_loss(logits: Tensor, past_prediction: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    r"""PS-KD: the cross-entropy with the sample's own prediction of an earlier epoch.
-
-    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
-    (arXiv 2006.12000); official code lgcnsai/PS-KD-Pytorch.
-
-    .. math:: L = -\sum_i P_i \log S_i
-
-    ========  ==================================================================
-    symbol    meaning
-    ========  ==================================================================
-    S         softmax of `logits`
-    P         `past_prediction`
-    ========  ==================================================================
-
-    The published objective, one cross-entropy with the target
-    :math:`(1 - \alpha_t) y + \alpha_t P`, is :math:`(1 - \alpha_t) \cdot` the task's
-    cross-entropy :math:`+ \alpha_t L`. There :math:`\alpha_t = 0.8 \, e / E` in epoch e of E,
-    counted from 1: a method weight that grows to 0.8 (`PSKDLoss.recommended_weight`), beside a
-    task weight of one minus it.
-
-    Args:
-        logits: [B, C], raw logits. Gets the gradient.
-        past_prediction: [B, C], probabilities; the label where there is no earlier prediction.
-            Gets none.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-
-    Returns:
-        A scalar, or [B] for `"none"`; in nats, at least float32.
-
-    Raises:
-        TypeError: Logits or predictions of a wrong dtype.
-        ValueError: A wrong shape or reduction.
-
-    Deviations: none in the loss. The memory (`PSKDLoss.build_adapters`) is on the device and in
-    each checkpoint; the published code keeps it on the host.
-    Numerics: log-softmax, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
-
-    Example:
-        >>> import torch
-        >>> ps_kd_loss(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
-        tensor(1.3863)
-    """
-    check_logits(logits)
-    check_logits(past_prediction, "past_prediction", like=logits)
-    per_sample = soft_target_cross_entropy(logits, past_prediction)
-    return reduce_parts({"past": per_sample}, reduction).loss
 
 
 class _Predictions(MemoryBank):
@@ -108,8 +58,26 @@ class _Predictions(MemoryBank):
         self.seen.index_fill_(0, index, True)
 
 
-class PSKDLoss(nn.Module):
-    """PS-KD as a module; see `ps_kd_loss` for the equation.
+class PSKDLoss(Method, name="ps_kd"):
+    r"""PS-KD: the cross-entropy with the sample's own prediction of an earlier epoch.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    (arXiv 2006.12000); official code lgcnsai/PS-KD-Pytorch.
+
+    .. math:: L = -\sum_i P_i \log S_i
+
+    ========  ==================================================================
+    symbol    meaning
+    ========  ==================================================================
+    S         softmax of `logits`
+    P         `past_prediction`
+    ========  ==================================================================
+
+    The published objective, one cross-entropy with the target
+    :math:`(1 - \alpha_t) y + \alpha_t P`, is :math:`(1 - \alpha_t) \cdot` the task's
+    cross-entropy :math:`+ \alpha_t L`. There :math:`\alpha_t = 0.8 \, e / E` in epoch e of E,
+    counted from 1: a method weight that grows to 0.8 (`PSKDLoss.defaults.weight`), beside a
+    task weight of one minus it.
 
     Its memory holds a prediction of each training sample, taken in training mode when the sample
     was last seen. Predictions of mixed images (mixup, cutmix) are remembered as those of the
@@ -118,45 +86,32 @@ class PSKDLoss(nn.Module):
     Args:
         num_samples: Size of the training set; the trainer fills it in.
         most_memory: GiB that the memory may take, above 0.
-        reduction: `"mean"`, `"sum"` or `"none"`.
+
+    Deviations: none in the loss. The memory (`PSKDLoss.build_adapters`) is on the device and in
+    each checkpoint; the published code keeps it on the host.
+    Numerics: log-softmax, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, no batch statistics.
+
+    Example:
+        >>> import torch
+        >>> PSKDLoss()(torch.zeros(1, 4), torch.tensor([[0.7, 0.1, 0.1, 0.1]]))
+        tensor(1.3863)
     """
 
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "target": Target(),
-        "index": FromBatch("index"),
-    }
-    recommended_weight: ClassVar[float] = 0.8
-    recommended_task_weight: ClassVar[Literal["rest"]] = "rest"
-    recommended_warmup: ClassVar[Literal["run"]] = "run"
+    num_samples: Count | None = None
+    most_memory: Positive = 8.0
 
-    def __init__(
-        self,
-        *,
-        num_samples: int | None = None,
-        most_memory: float = 8.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        if num_samples is not None:
-            check_number("num_samples", num_samples, positive=True)
-            if not isinstance(num_samples, int):
-                raise TypeError(f"num_samples must be a whole number, got {num_samples!r}")
-        check_number("most_memory", most_memory, positive=True)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.num_samples = num_samples
-        self.most_memory = most_memory
-        self.reduction: Reduction = reduction
+    inputs: ClassVar = {"logits": Logits()}
+    adapter_inputs: ClassVar = {"target": Target(), "index": FromBatch("index")}
+    defaults = Defaults(weight=0.8, task_weight="rest", warmup="run")
 
-    def build_adapters(
-        self, shapes: Mapping[str, tuple[int, ...] | list[tuple[int, ...]]]
-    ) -> nn.Module:
+    def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The memory, [n, C] in float32 and who of the n samples was seen.
 
         Raises:
             ValueError: `num_samples` is not known, or the memory would take too much.
         """
-        num_classes = cast("tuple[int, ...]", shapes["logits"])[1]
+        num_classes = shapes["logits"][1]
         if self.num_samples is None:
             raise ValueError(
                 "PS-KD remembers a prediction of each training sample: set num_samples to the "
@@ -171,28 +126,18 @@ class PSKDLoss(nn.Module):
             )
         return _Predictions(self.num_samples, num_classes)
 
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        index: Tensor,
-        past_prediction: Tensor | None = None,
-    ) -> Tensor:
-        """Compute `ps_kd_loss` with this module's settings.
+    def terms(self, logits: Tensor, past_prediction: Tensor) -> dict[str, Tensor]:
+        """`"past"`.
 
-        Raises:
-            ValueError: No `past_prediction`, which the module of `build_adapters` gives.
+        Args:
+            logits: [B, C], raw logits. Gets the gradient.
+            past_prediction: [B, C], probabilities; the label where there is no earlier prediction.
+                Gets none.
         """
-        return ps_kd_loss(
-            logits, from_heads("past_prediction", past_prediction), reduction=self.reduction
-        )
+        check_logits(logits)
+        check_logits(past_prediction, "past_prediction", like=logits)
+        return {"past": soft_target_cross_entropy(logits, past_prediction)}
 
-    def soft_labels(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        index: Tensor,
-        past_prediction: Tensor | None = None,
-    ) -> SoftLabels:
+    def soft_labels(self, logits: Tensor, past_prediction: Tensor, target: Tensor) -> SoftLabels:
         """The sample's earlier prediction, whose share in the target grows with the epochs."""
-        return taken_apart(from_heads("past_prediction", past_prediction), target)
+        return taken_apart(past_prediction, target)

@@ -1,50 +1,35 @@
-"""Tf-FD: salient channels teach the others, and deep stages teach shallow ones, no teacher."""
+"""Tf-FD, teacher-free feature distillation: salient channels and deep stages teach the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import ClassVar, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softlabels.inputs import Features, Input
-from softlabels.losses._checks import check_number
 from softlabels.losses._features import check_maps, pooled_to, wide_maps
-from softlabels.losses._non_target import LossOutput
+from softlabels.losses._method import Method, Stages, Weight
 
-__all__ = ["TfFDLoss", "tf_fd_loss"]
-
-
-@overload
-def tf_fd_loss(
-    student_maps: Sequence[Tensor],
-    *,
-    intra_weight: float = 8e-4,
-    inter_weight: float = 5e-4,
-    return_parts: Literal[False] = False,
-) -> Tensor: ...
+__all__ = ["TfFDLoss"]
 
 
-@overload
-def tf_fd_loss(
-    student_maps: Sequence[Tensor],
-    *,
-    intra_weight: float = 8e-4,
-    inter_weight: float = 5e-4,
-    return_parts: Literal[True],
-) -> LossOutput: ...
+def _between_halves(map: Tensor) -> Tensor:
+    salience = functional.normalize(map.detach().flatten(2), dim=2).mean((0, 2))
+    ordered = map.index_select(1, salience.argsort(descending=True))
+    half = map.shape[1] // 2
+    return (ordered[:, :half] - ordered[:, -half:]).square().mean()
 
 
-def tf_fd_loss(
-    student_maps: Sequence[Tensor],
-    *,
-    intra_weight: float = 8e-4,
-    inter_weight: float = 5e-4,
-    return_parts: bool = False,
-) -> Tensor | LossOutput:
+def _to_deeper(shallow: Tensor, deep: Tensor) -> Tensor:
+    width = min(shallow.shape[1], deep.shape[1])
+    shallow, deep = pooled_to(shallow, deep.shape[2:]), pooled_to(deep, shallow.shape[2:])
+    return (shallow[:, :width] - deep[:, :width]).square().mean()
+
+
+class TfFDLoss(Method, name="tf_fd"):
     r"""Tf-FD: maps are drawn to their own salient channels, and to the maps of deeper stages.
 
     Li, "Self-Regulated Feature Learning via Teacher-free Feature Distillation", ECCV 2022;
@@ -69,105 +54,53 @@ def tf_fd_loss(
     first channels that both have are compared, and the deeper map is constant.
 
     Args:
-        student_maps: List of [B, D, H, W], shallow to deep; D, H and W may differ. Get the
-            gradient.
         intra_weight: Of the first term; 0 or more.
         inter_weight: Of the second term; 0 or more.
-        return_parts: Also return the summands, as `LossOutput(loss, parts)`: `"intra"` and
-            `"inter"`, weighted; `"inter"` is 0 for one map.
-
-    Returns:
-        A scalar; at least float32.
-
-    Raises:
-        TypeError: A map of a wrong dtype.
-        ValueError: A wrong shape or weight, or a map of a single channel.
+        stages: Which stages are read, shallow to deep.
 
     Deviations: the weights are those of the published command. The training script's own
     defaults are 4e-4 and 5e-3, and it divides both terms by 3: settings of a third give that.
     The snippet beside the code weighs both terms with the intra weight: not followed. With an
     odd number of channels, which that code cannot take, the middle one in order is left out of
     the first term.
-
     Numerics: in float32 or wider, also under autocast.
     Distributed: the order of the channels is that of the process's own batch.
 
     Example:
         >>> import torch
         >>> map = torch.tensor([[[[1.0]], [[3.0]]]])
-        >>> tf_fd_loss([map, torch.zeros(1, 2, 1, 1)], intra_weight=1, inter_weight=1)
+        >>> TfFDLoss()([map, torch.zeros(1, 2, 1, 1)], intra_weight=1, inter_weight=1)
         tensor(9.)
     """
-    _check_settings(intra_weight, inter_weight)
-    check_maps(student_maps, student_maps, ("student_maps", "student_maps"))
-    for map in student_maps:
-        if map.shape[1] < 2:
-            raise ValueError(
-                f"each of student_maps must have two channels or more, got {tuple(map.shape)}"
-            )
-    maps = wide_maps(student_maps)
-    intra = torch.stack([_between_halves(map) for map in maps]).sum()
-    inter = torch.zeros_like(intra)
-    if len(maps) > 1:
-        pairs = [_to_deeper(shallow, deep.detach()) for shallow, deep in combinations(maps, 2)]
-        inter = torch.stack(pairs).sum()
-    parts = {"intra": intra_weight * intra, "inter": inter_weight * inter}
-    loss = parts["intra"] + parts["inter"]
-    return LossOutput(loss, parts) if return_parts else loss
 
+    intra_weight: Weight = 8e-4
+    inter_weight: Weight = 5e-4
+    stages: Stages = ("stages",)
 
-def _check_settings(intra_weight: float, inter_weight: float) -> None:
-    check_number("intra_weight", intra_weight)
-    check_number("inter_weight", inter_weight)
+    of_batch = True
 
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Maps of the student."""
+        return {"student_maps": Features(of="student", stages=self.stages, form="map")}
 
-def _between_halves(map: Tensor) -> Tensor:
-    salience = functional.normalize(map.detach().flatten(2), dim=2).mean((0, 2))
-    ordered = map.index_select(1, salience.argsort(descending=True))
-    half = map.shape[1] // 2
-    return (ordered[:, :half] - ordered[:, -half:]).square().mean()
+    def terms(self, student_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`"intra"` and `"inter"`, weighted scalars; `"inter"` is 0 for one map.
 
-
-def _to_deeper(shallow: Tensor, deep: Tensor) -> Tensor:
-    width = min(shallow.shape[1], deep.shape[1])
-    shallow, deep = pooled_to(shallow, deep.shape[2:]), pooled_to(deep, shallow.shape[2:])
-    return (shallow[:, :width] - deep[:, :width]).square().mean()
-
-
-class TfFDLoss(nn.Module):
-    """Tf-FD as a module; see `tf_fd_loss` for the equation and the settings.
-
-    Args:
-        intra_weight: 0 or more.
-        inter_weight: 0 or more.
-        stages: Which stages are read, shallow to deep.
-    """
-
-    inputs: Mapping[str, Input]
-    recommended_weight: ClassVar[float] = 1.0
-
-    def __init__(
-        self,
-        *,
-        intra_weight: float = 8e-4,
-        inter_weight: float = 5e-4,
-        stages: tuple[str, ...] = ("stages",),
-    ) -> None:
-        super().__init__()
-        _check_settings(intra_weight, inter_weight)
-        self.intra_weight = intra_weight
-        self.inter_weight = inter_weight
-        self.stages = stages
-        self.inputs = {"student_maps": Features(of="student", stages=stages, form="map")}
-
-    def forward(
-        self, student_maps: list[Tensor], *, return_parts: bool = False
-    ) -> Tensor | LossOutput:
-        """Compute `tf_fd_loss` with this module's settings."""
-        output = tf_fd_loss(
-            student_maps,
-            intra_weight=self.intra_weight,
-            inter_weight=self.inter_weight,
-            return_parts=True,
-        )
-        return output if return_parts else output.loss
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep; D, H and W may differ. Get the
+                gradient.
+        """
+        check_maps(student_maps, student_maps, ("student_maps", "student_maps"))
+        for map in student_maps:
+            if map.shape[1] < 2:
+                raise ValueError(
+                    f"each of student_maps must have two channels or more, got {tuple(map.shape)}"
+                )
+        maps = wide_maps(student_maps)
+        intra = torch.stack([_between_halves(map) for map in maps]).sum()
+        inter = torch.zeros_like(intra)
+        if len(maps) > 1:
+            pairs = [_to_deeper(shallow, deep.detach()) for shallow, deep in combinations(maps, 2)]
+            inter = torch.stack(pairs).sum()
+        return {"intra": self.intra_weight * intra, "inter": self.inter_weight * inter}

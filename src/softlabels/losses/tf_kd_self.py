@@ -1,28 +1,20 @@
-"""Tf-KD (self): the teacher is an earlier run of the same network."""
+"""Tf-KD (self): KD from an earlier run of the same network."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.inputs import Input, Logits, TeacherLogits
-from softlabels.losses._checks import check_choice, check_number, check_temperature
-from softlabels.losses._non_target import Reduction, SoftLabels
+from softlabels.inputs import Logits, TeacherLogits
+from softlabels.losses._method import Defaults, Method, Temperature, Weight
+from softlabels.losses._non_target import SoftLabels
 from softlabels.losses.kd import KDLoss, kd_loss
 
-__all__ = ["TfKDSelfLoss", "tf_kd_self_loss"]
+__all__ = ["TfKDSelfLoss"]
 
 
-def tf_kd_self_loss(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 6.0,
-    multiplier: float = 50.0,
-    reduction: Reduction = "mean",
-) -> Tensor:
+class TfKDSelfLoss(Method, name="tf_kd_self"):
     r"""Tf-KD (self): distillation from the network's own earlier run.
 
     Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization",
@@ -40,21 +32,11 @@ def tf_kd_self_loss(
     ==========  ==================================================================
 
     The published objective is :math:`(1 - \alpha) \cdot` cross-entropy :math:`+ \alpha L`; alpha
-    0.95 is `TfKDSelfLoss.recommended_weight`, 0.05 its `recommended_task_weight`.
+    0.95 is `TfKDSelfLoss.defaults.weight`, 0.05 its `task_weight`.
 
     Args:
-        logits: [B, C], raw student logits. Gets the gradient.
-        teacher_logits: [B, C], raw logits of the same network, trained before. Gets none.
         temperature: tau, above 0; unitless. 6 for ResNet-18 on CIFAR-100.
         multiplier: m, 0 or more. 50 for ResNet-18 on CIFAR-100.
-        reduction: `"mean"` over B, `"sum"`, or `"none"`.
-
-    Returns:
-        A scalar, or [B] for `"none"`; at least float32.
-
-    Raises:
-        TypeError: Logits of a wrong dtype.
-        ValueError: A wrong shape, setting or reduction.
 
     Deviations: none from the published code, whose divergence is a mean over samples *and*
     classes, hence 1 / C; set `multiplier` to C for KD itself.
@@ -64,55 +46,26 @@ def tf_kd_self_loss(
     Example:
         >>> import torch
         >>> logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
-        >>> tf_kd_self_loss(logits, logits)
+        >>> TfKDSelfLoss()(logits, logits)
         tensor(0.)
     """
-    check_number("multiplier", multiplier)
-    divergence = kd_loss(logits, teacher_logits, temperature=temperature, reduction=reduction)
-    return (multiplier / logits.shape[1]) * divergence
 
+    temperature: Temperature = 6.0
+    multiplier: Weight = 50.0
 
-class TfKDSelfLoss(nn.Module):
-    """Tf-KD with an earlier run as teacher, as a module; see `tf_kd_self_loss`.
+    inputs: ClassVar = {"logits": Logits(), "teacher_logits": TeacherLogits()}
+    defaults = Defaults(weight=0.95, task_weight=0.05, taught_by_itself=True)
 
-    Args:
-        temperature: Above 0.
-        multiplier: 0 or more.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-    """
+    def terms(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        """`"divergence"`.
 
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "logits": Logits(),
-        "teacher_logits": TeacherLogits(),
-    }
-    taught_by_itself: ClassVar[bool] = True
-    recommended_weight: ClassVar[float] = 0.95
-    recommended_task_weight: ClassVar[float] = 0.05
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 6.0,
-        multiplier: float = 50.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__()
-        check_temperature(temperature)
-        check_number("multiplier", multiplier)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        self.temperature = temperature
-        self.multiplier = multiplier
-        self.reduction: Reduction = reduction
-
-    def forward(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Compute `tf_kd_self_loss` with this module's settings."""
-        return tf_kd_self_loss(
-            logits,
-            teacher_logits,
-            temperature=self.temperature,
-            multiplier=self.multiplier,
-            reduction=self.reduction,
-        )
+        Args:
+            logits: [B, C], raw student logits. Gets the gradient.
+            teacher_logits: [B, C], raw logits of the same network, trained before. Gets none.
+        """
+        temperature = self.temperature
+        divergence = kd_loss(logits, teacher_logits, temperature=temperature, reduction="none")
+        return {"divergence": (self.multiplier / logits.shape[1]) * divergence}
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""

@@ -19,6 +19,7 @@ from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import derive_seed
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.losses import Method
 from softlabels.models import model_metadata
 from softlabels.report import write_report
 from softlabels.training.build import (
