@@ -794,7 +794,9 @@ def test_a_method_that_does_not_say_what_it_reads_is_an_error(inputs):
 
     with pytest.raises(ValueError, match=r"Reading.inputs must map names to inputs"):
         Distiller(small_cnn(), method)
-    with pytest.raises(TypeError, match="a softlabels.losses.Method or None, got CrossEntropyLoss"):
+    with pytest.raises(
+        TypeError, match=r"a softlabels.losses.Method or None, got CrossEntropyLoss"
+    ):
         Distiller(small_cnn(), nn.CrossEntropyLoss())
 
 
@@ -802,7 +804,9 @@ def test_parameters_that_nothing_would_train_are_an_error():
     method = Reading(logits=Logits())
     method.scale = nn.Parameter(torch.ones(()))
 
-    with pytest.raises(ValueError, match="parameter 'scale', .* build learned parts in build_adap"):
+    with pytest.raises(
+        ValueError, match=r"parameter 'scale', .* build learned parts in build_adap"
+    ):
         Distiller(small_cnn(), method)
 
 

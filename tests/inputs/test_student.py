@@ -19,7 +19,7 @@ from shared.small_networks import (
     small_cnn,
     small_vit,
 )
-from shared.toy_method import ToyHeads, ToyLoss
+from shared.toy_method import ToyAdapters, ToyLoss
 from softlabels import Distiller, FeatureTap, NKDLoss, Teacher, ZipfLSLoss
 from softlabels.distill.external_inputs import external_values, reads_teacher
 from softlabels.inputs import (
@@ -66,7 +66,7 @@ def test_the_target_is_the_batchs_as_it_came(target):
 )
 def test_weak_logits_are_a_linear_head_on_the_pooled_feature(tap, path, width):
     student = small_cnn().eval()
-    method = Recording(WeakLogits(tap=tap))
+    method = Recording(value=WeakLogits(tap=tap))
     distiller = Distiller(student, method, example_shape=IMAGE_SHAPE)
     distiller(images_of(), hard_labels())
     weight, bias = (
@@ -84,7 +84,7 @@ def test_weak_logits_are_a_linear_head_on_the_pooled_feature(tap, path, width):
 
 def test_weak_logits_of_a_vit_read_the_class_token():
     student = small_vit().eval()
-    method = Recording(WeakLogits())
+    method = Recording(value=WeakLogits())
     distiller = Distiller(student, method)
     with FeatureTap(student, ["blocks.1"]) as tap:
         distiller(images_of(), hard_labels())
@@ -136,7 +136,7 @@ def test_an_extra_of_the_batch_comes_by_its_name(name):
 
 
 def test_a_missing_extra_is_an_error_that_says_how_to_pass_it():
-    distiller = Distiller(small_cnn(), Recording(FromBatch("index")))
+    distiller = Distiller(small_cnn(), Recording(value=FromBatch("index")))
 
     with pytest.raises(
         ValueError,
@@ -215,7 +215,7 @@ class CountingTeacher(Teacher):
 
 def test_the_teacher_runs_once_for_all_that_is_read_from_it():
     teacher = CountingTeacher(small_cnn(seed=1))
-    method = Recording(TeacherLogits(), more=Features(of="teacher", stages=("stem", "last")))
+    method = Recording(value=TeacherLogits(), more=Features(of="teacher", stages=("stem", "last")))
     distiller = Distiller(small_cnn(), method, teacher=teacher)
     teacher.calls = 0
 
@@ -233,7 +233,7 @@ def test_the_teacher_runs_once_for_all_that_is_read_from_it():
 
 def test_features_of_the_teacher_are_of_its_own_input():
     """The teacher sees larger images, normalized its own way, and of three channels."""
-    method = Recording(Features(of="teacher", stages=("middle",)))
+    method = Recording(value=Features(of="teacher", stages=("middle",)))
     teacher = Teacher(
         small_cnn(seed=1),
         input_size=32,
@@ -253,7 +253,7 @@ def test_features_of_the_teacher_are_of_its_own_input():
 
 def test_the_teacher_may_be_used_elsewhere_between_two_steps():
     teacher = Teacher(small_cnn(seed=1))
-    method = Recording(Features(of="teacher"))
+    method = Recording(value=Features(of="teacher"))
     distiller = Distiller(small_cnn(), method, teacher=teacher)
 
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_the_teacher_may_be_used_elsewhere_between_two_steps():
 
 def test_two_distillers_may_share_a_teacher_and_a_student():
     student, teacher = small_cnn(norm="group"), Teacher(small_cnn(seed=1))
-    method = Recording(Features(), more=Features(of="teacher"))
+    method = Recording(value=Features(), more=Features(of="teacher"))
     first = Distiller(student, method, teacher=teacher, example_shape=IMAGE_SHAPE)
     second = Distiller(student, copy.copy(method), teacher=teacher, example_shape=IMAGE_SHAPE)
 
@@ -324,7 +324,7 @@ def test_the_toys_heads_are_built_from_the_shapes_of_its_signals():
 
     assert distiller.method.built_from == {"features": [(2, 12, 8, 8), (2, 16, 4, 4)]}
     heads = distiller.trainable.adapters
-    assert isinstance(heads, ToyHeads)
+    assert isinstance(heads, ToyAdapters)
     assert [layer.in_features for layer in heads.projections] == [12, 16]
 
 
