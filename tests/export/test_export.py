@@ -510,4 +510,4 @@ def test_a_network_whose_answers_are_not_finite_is_refused(tmp_path):
 def test_a_damaged_summary_is_named(finished, tmp_path):
     shutil.copy(finished / "student.safetensors", tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    fails(ValueError, r"summary.json is damaged", tmp_path)
+    fails(ValueError, r"summary.json: Invalid JSON", tmp_path)
