@@ -1,31 +1,42 @@
-# Each verb sets up what it needs: a virtual environment in .venv with everything in pyproject.toml.
-# The first set-up downloads torch and takes some minutes; after that it is skipped.
+# Each verb sets up what it needs in a virtual environment, .venv: the package with the extra `train`,
+# and for tests, checks and benchmarks the development tools. The first set-up downloads torch and
+# takes some minutes; after that it is skipped.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TO_TRAIN := $(VENV)/installed-train
 STAMP := $(VENV)/installed
 JOBS := 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-survival test-methods test-browser test-gpu fuzz smoke check format bench bench-losses bench-cache bench-scaling bench-methods bench-gpu results results-sweeps results-quick docs site teacher picture clean
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(MAKEFILE_LIST))
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml
+$(TO_TRAIN): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=..."; exit 1; }
 	@echo "setting up $(VENV) (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(INSTALL) --editable '.[train]'
 	@touch $@
 
-demo: $(STAMP) ## Train one small student four ways, and write runs/demo/report.html
+$(STAMP): $(TO_TRAIN)
+	@echo "setting up the development tools in $(VENV) (once)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(TO_TRAIN) ## Train one small student four ways, and write runs/demo/report.html
 	$(BIN)/softlabels demo --output runs/demo
 
 test: $(STAMP) ## Run the tests (some minutes on 2 cores)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu and not docs"
+
+test-docs: $(STAMP) ## Run the code and the commands that the documentation shows (a minute)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m docs tests
 
 test-slow: $(STAMP) ## Run the tests that train for minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "slow and not gpu and not smoke and not browser"
@@ -44,6 +55,10 @@ test-methods: $(STAMP) ## Train with every method, stop, go on, compile, in two 
 
 fuzz: $(STAMP) ## Give the program 500 generated cases of each kind of bad input (10 minutes)
 	HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/fuzz
+
+coverage: $(STAMP) ## Run the tests of losses and taps, and say which lines and branches they reach
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not gpu" \
+		--cov=softlabels.losses --cov=softlabels.taps --cov-branch --cov-report=term:skip-covered tests/losses tests/taps
 
 smoke: $(STAMP) ## Run every recipe, shrunk to seconds (15 minutes, 3 GB a process)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m smoke
@@ -77,7 +92,7 @@ bench-methods: $(STAMP) ## Measure what each method costs, and write results/met
 bench-gpu: $(STAMP) ## Measure the main methods' cost on a GPU, and write results/gpu_cost.json (a minute)
 	$(BIN)/python -m benchmarks.gpu_cost
 
-results: $(STAMP) ## Run a comparison of results/ (make results NAME=few_fonts); an hour on 2 idle cores
+results: $(TO_TRAIN) ## Run a comparison of results/ (make results NAME=few_fonts); an hour on 2 idle cores
 	$(BIN)/softlabels compare results/$(NAME)/comparison.yaml --output runs/results/$(NAME) \
 		--runs runs/results/runs --jobs $(JOBS) --threads 1
 	cp $(addprefix runs/results/$(NAME)/comparison., json csv md) results/$(NAME)/
@@ -94,15 +109,24 @@ docs: $(STAMP) ## Write the figures in README and docs from results/
 site: $(STAMP) ## Build the documentation site into build/site (no network is needed)
 	$(BIN)/mkdocs build --quiet
 
-teacher: $(STAMP) ## Train the teacher that the package ships again (10 minutes on one thread)
+teacher: $(TO_TRAIN) ## Train the teacher that the package ships again (10 minutes on one thread)
 	$(BIN)/softlabels train glyphs100/teacher --threads 1 --output runs/teacher
 	cp runs/teacher/student.safetensors src/softlabels/recipes/glyphs100/teacher.safetensors
 	mkdir -p results/teacher
 	cp runs/teacher/summary.json runs/teacher/environment.json runs/teacher/metrics.jsonl \
 		runs/teacher/config.yaml results/teacher/
 
+wheel: ## Build the wheel into dist
+	rm -rf dist
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## Install the wheel by itself, and train for seconds with it
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[train]"
+	cd build && wheel/bin/softlabels train glyphs100/uskd --smoke --output wheel/run
+
 picture: ## Take the picture of the demo's report for the docs (needs chromium)
 	sh docs/picture.sh runs/demo/report.html docs/demo_report.png 1100 940
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist

@@ -121,6 +121,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_example_runs(script, capsys):
     runpy.run_path(str(script), run_name="__main__")
@@ -246,6 +247,7 @@ def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     assert told == "the rest" if task_weight == "rest" else float(told) == float(task_weight)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_commands_on_a_methods_page_fit_the_settings(kind):
     (command,) = blocks(page_of(kind), "sh")
@@ -275,6 +277,7 @@ def _without_lists(values):
     return values[0] if len(values) == 1 else values
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     (code,) = blocks(page_of(kind), "python")
@@ -335,6 +338,7 @@ def test_the_overview_says_which_networks_a_method_takes(kind):
                 build(network, network)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", ["own_loop", "combining", "inputs"])
 def test_the_code_of_how_to_pages_runs(name):
     page = ROOT / "docs" / f"{name}.md"

@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 from importlib.metadata import distribution
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import yaml
+
+import softlabels
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_core_needs_torch_alone():
@@ -40,3 +46,23 @@ def test_package_files_are_there(name):
 def test_command_is_installed():
     commands = {point.name: point.value for point in distribution("softlabels").entry_points}
     assert commands == {"softlabels": "softlabels.cli:main"}
+
+
+def test_the_version_stands_in_one_place():
+    assert softlabels.__version__ == distribution("softlabels").version
+    for name in ("pyproject.toml", "CITATION.cff"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"^version\b", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda p: p.stem)
+def test_workflows_call_verbs_that_exist(path):
+    verbs = re.findall(
+        r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+        named = re.findall(
+            r"^make ([\w-]+)", "\n".join(s.get("run", "") for s in job["steps"]), re.M
+        )
+        named += job.get("strategy", {}).get("matrix", {}).get("verb", [])
+        assert set(named) <= {*verbs}

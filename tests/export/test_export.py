@@ -313,9 +313,9 @@ def test_code_of_ones_own_gives_weights_alone_and_says_so(tmp_path):
 def test_code_of_ones_own_is_checked_where_it_is_given(tmp_path, monkeypatch):
     trained, other = SmallCNN(5), SmallCNN(5)
     before = [p.clone() for p in other.parameters()]
-    file = file_of(trained, tmp_path, "small_networks:SmallCNN")
+    file = file_of(trained, tmp_path, "shared.small_networks:SmallCNN")
     by_object = export_run(file, network=other, output=tmp_path / "a")
-    by_name = export_run(file, network="small_networks:SmallCNN", output=tmp_path / "b")
+    by_name = export_run(file, network="shared.small_networks:SmallCNN", output=tmp_path / "b")
 
     assert by_object.largest_difference == by_name.largest_difference == 0
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
@@ -510,4 +510,4 @@ def test_a_network_whose_answers_are_not_finite_is_refused(tmp_path):
 def test_a_damaged_summary_is_named(finished, tmp_path):
     shutil.copy(finished / "student.safetensors", tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    fails(ValueError, r"summary.json is damaged", tmp_path)
+    fails(ValueError, r"summary.json: Invalid JSON", tmp_path)

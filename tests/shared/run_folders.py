@@ -12,6 +12,19 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
+ENVIRONMENT = {
+    "python": "3.11.7",
+    "torch": "2.6.0",
+    "commit": None,
+    "system": "Linux",
+    "processor": "a processor",
+    "cores": 2,
+    "threads": 1,
+    "device": "cpu",
+    "accelerator": None,
+    "processes": 1,
+}
+
 
 def png_text() -> str:
     buffer = io.BytesIO()
@@ -23,6 +36,7 @@ def log(top1: float = 50.0, shares: tuple[float, float] = (0.75, 0.25), epochs: 
     """Lines of a metrics file with all that the page draws."""
     lines = [
         {
+            "epoch": 0,
             "step": step,
             "train/task": 2.0,
             "train/method": 1.0,
@@ -164,7 +178,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             '{"epoch": 1, "seconds": 6.0, "images_per_second": 1100}\n'
         )
         (folder / "config.yaml").write_text(config)
-        (folder / "environment.json").write_text(json.dumps(environment or {"torch": "2.6.0"}))
+        (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, **(environment or {})}))
         if gallery is not None:
             (folder / "gallery.json").write_text(json.dumps(gallery))
         if analysis is not None:

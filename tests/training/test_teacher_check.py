@@ -35,7 +35,8 @@ from softlabels.training.config import resolve
 from softlabels.training.errors import Interrupted
 from softlabels.training.precise_bn import recompute_statistics
 from softlabels.training.run_records import read_run
-from softlabels.training.teacher_check import TeacherScore, near_chance, read_score
+from softlabels.training.schemas import NamedScore, TeacherScore
+from softlabels.training.teacher_check import near_chance
 
 CLASSES = 8
 LEVELS = torch.linspace(0, 1, CLASSES)
@@ -96,7 +97,7 @@ def test_a_teachers_score_is_told_and_recorded(shaded, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["teacher"] == {"name": "object:Knowing", "top1": 100.0}
     record = read_run(tmp_path / "run")
-    assert (record.teacher, record.teacher_top1) == ("object:Knowing", 100.0)
+    assert record.summary.teacher == NamedScore(name="object:Knowing", top1=100.0)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "100.00 % (object:Knowing)" in page
 
@@ -115,15 +116,14 @@ def test_a_teacher_that_guesses_stops_the_run_before_it_begins(shaded, tmp_path)
 def test_a_warning_trains_all_the_same(shaded, tmp_path):
     printed = run(shaded, tmp_path / "run", {"name": Guessing(), "check": "warn"})
     assert "warning: the teacher object:Guessing is right on 12.50 %" in printed
-    assert read_run(tmp_path / "run").teacher_top1 == 12.5
+    assert read_run(tmp_path / "run").summary.teacher.top1 == 12.5
 
 
 def test_a_check_that_is_off_measures_nothing(shaded, tmp_path):
     printed = run(shaded, tmp_path / "run", {"name": Guessing(), "check": "off"})
     assert "test images" not in printed
     assert not (tmp_path / "run" / "teacher.json").exists()
-    record = read_run(tmp_path / "run")
-    assert (record.teacher, record.teacher_top1) == (None, None)
+    assert read_run(tmp_path / "run").summary.teacher is None
 
 
 @pytest.mark.parametrize("order", [[3, 0, 2, 1, 7, 6, 5, 4], None])
@@ -226,16 +226,16 @@ def test_a_resumed_run_measures_its_teacher_no_second_time(shaded, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"top1": 1}', b"\xff", b"[" * 100_000])
 def test_a_damaged_score_is_none(tmp_path, content):
     (tmp_path / "teacher.json").write_bytes(content)
-    assert read_score(tmp_path / "teacher.json") is None
+    assert TeacherScore.found(tmp_path / "teacher.json") is None
 
 
 def test_a_score_is_read_as_it_was_written(tmp_path):
     score = TeacherScore(name="timm:vgg16", top1=71.5, test_images=10, num_classes=4)
-    (tmp_path / "teacher.json").write_text(json.dumps(score.model_dump()))
-    assert read_score(tmp_path / "teacher.json") == score
+    score.write(tmp_path / "teacher.json")
+    assert TeacherScore.found(tmp_path / "teacher.json") == score
     for name, value in (("top1", 101.0), ("top1", math.nan), ("num_classes", 1)):
         (tmp_path / "teacher.json").write_text(json.dumps({**score.model_dump(), name: value}))
-        assert read_score(tmp_path / "teacher.json") is None
+        assert TeacherScore.found(tmp_path / "teacher.json") is None
 
 
 @pytest.mark.parametrize(

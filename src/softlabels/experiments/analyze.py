@@ -25,9 +25,10 @@ from softlabels.training.build import build_source, build_teacher
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.distributed import start
 from softlabels.training.run_folder import RunFolder
+from softlabels.training.schemas import Analysis
 from softlabels.training.settings import TeacherSettings
 
-__all__ = ["Analysis", "analyze", "analyze_run", "teacher_name", "write_analysis"]
+__all__ = ["Analyzed", "analyze", "analyze_run", "teacher_name", "write_analysis"]
 
 _MOST_CONFUSIONS = 5000
 _MEMORY = 2**30  # bytes
@@ -36,15 +37,15 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analyzed:
     """What a pass over the test set shows.
 
     Attributes:
-        content: Of analysis.json.
+        analysis: Of analysis.json.
         predictions: Of predictions.npz, by name; the images in the order of the test set.
     """
 
-    content: dict[str, Any]
+    analysis: Analysis
     predictions: dict[str, np.ndarray[Any, Any]]
 
 
@@ -85,7 +86,7 @@ def analyze(
     teacher: Teacher | Teachers | None = None,
     teacher_name: str = "",
     memory: int = _MEMORY,
-) -> Analysis:
+) -> Analyzed:
     """Look at what a network says of all test images, in one pass and one process.
 
     Args:
@@ -125,7 +126,7 @@ def analyze(
     }
     if seen.taught is not None:
         predictions["teacher_predicted"] = seen.taught.int().numpy()
-    return Analysis(_content(seen, source.info, teacher_name), predictions)
+    return Analyzed(_analysis(seen, source.info, teacher_name), predictions)
 
 
 def _seen(
@@ -189,7 +190,7 @@ def _fits(teacher: Teacher | Teachers, images: Tensor, info: DataInfo) -> bool:
     return all(each(images[:1]).shape[1] == info.num_classes for each in every)
 
 
-def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
+def _analysis(seen: _Seen, info: DataInfo, teacher_name: str) -> Analysis:
     correct = seen.predicted == seen.target
     temperature: dict[str, Any] | None = cross_fitted(seen.logits, seen.logits_target)
     if temperature is not None and len(seen.logits) < len(seen.index):
@@ -201,10 +202,10 @@ def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
             "top1": _percent(seen.taught == seen.target),
             "agreement": _percent(seen.taught == seen.predicted),
         }
-    return {
+    content = {
         "images": len(seen.index),
-        "class_names": list(info.class_names),
-        "groups": None if info.groups is None else list(info.groups),
+        "class_names": info.class_names,
+        "groups": info.groups,
         "temperature": temperature,
         "zipf": _zipf(seen.mean_sorted),
         "reliability": reliability(seen.confidence, correct),
@@ -213,6 +214,7 @@ def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
         "teacher": teacher,
         "features": seen.features,
     }
+    return Analysis.model_validate(content)
 
 
 def _percent(correct: Tensor) -> float | None:
@@ -244,11 +246,11 @@ def _confusion(target: Tensor, predicted: Tensor, num_classes: int) -> list[list
     ]
 
 
-def write_analysis(folder: RunFolder, analysis: Analysis) -> None:
+def write_analysis(folder: RunFolder, found: Analyzed) -> None:
     """Write analysis.json and predictions.npz, each whole or not at all."""
     with replace_file(folder.predictions) as file:
-        np.savez_compressed(file, **analysis.predictions)  # type: ignore[arg-type]  # by name
-    folder.write_json(folder.analysis, analysis.content)
+        np.savez_compressed(file, **found.predictions)  # type: ignore[arg-type]  # by name
+    found.analysis.write(folder.analysis)
 
 
 def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
@@ -285,7 +287,7 @@ def analyze_run(folder: Path) -> None:
     source = build_source(config)
     try:
         teacher = _teacher_of(config, folder, source.info)
-        analysis = analyze(
+        found = analyze(
             network.to(accelerator.device),
             source,
             batch_size=config.eval_batch_size,
@@ -296,7 +298,7 @@ def analyze_run(folder: Path) -> None:
         )
     finally:
         source.close()
-    write_analysis(run, analysis)
+    write_analysis(run, found)
 
 
 def _teacher_of(config: Config, folder: Path, info: DataInfo) -> Teacher | Teachers | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +13,7 @@ from rich.table import Table
 from softlabels.data import DataSource
 from softlabels.experiments.analyze import analyze_run
 from softlabels.experiments.comparison import Comparison, PlannedVariant, planned
+from softlabels.experiments.comparison_record import ComparisonRecord
 from softlabels.experiments.launcher import launch_runs
 from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
 from softlabels.io.files import replace_file
@@ -38,7 +37,7 @@ class Compared:
             and `report.html`, beside `runs`.
     """
 
-    results: dict[str, Any]
+    results: ComparisonRecord
     folder: Path
 
 
@@ -84,11 +83,12 @@ def compare(
         for run in variant.runs:
             if not (run.folder.analysis.is_file() and run.folder.predictions.is_file()):
                 analyze_run(run.folder.path)
-    results = {
-        "title": comparison.title or _title(variants),
-        "command": command or f"softlabels compare {output / 'comparison.yaml'}",
-        **results_of(variants, folder),
-    }
+    results = results_of(
+        variants,
+        folder,
+        title=comparison.title or _title(variants),
+        command=command or f"softlabels compare {output / 'comparison.yaml'}",
+    )
     _write(results, variants, output)
     console.print(_shown(results))
     for note in notes(results):
@@ -131,9 +131,9 @@ def _title(variants: Sequence[PlannedVariant]) -> str:
     return f"{len(variants)} ways to train {student} on {first.data.source}"
 
 
-def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], output: Path) -> None:
+def _write(results: ComparisonRecord, variants: Sequence[PlannedVariant], output: Path) -> None:
+    results.write(output / "comparison.json")
     texts = {
-        "comparison.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
         "comparison.csv": csv_text(results),
         "comparison.md": markdown(results),
     }
@@ -143,17 +143,17 @@ def _write(results: Mapping[str, Any], variants: Sequence[PlannedVariant], outpu
     write_comparison(
         [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
         output / "report.html",
-        title=results["title"],
+        title=results.title,
         table=[{k: v for k, v in row.items() if k} for row in cells(results)],
         notes=notes(results),
-        command=results["command"],
+        command=results.command,
     )
 
 
-def _shown(results: Mapping[str, Any]) -> Table:
+def _shown(results: ComparisonRecord) -> Table:
     rows = cells(results, brief=True)
     caption = "more columns: comparison.md"
-    table = Table(title=results["title"], caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=results.title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from softlabels.data import Batch, DataSource
 from softlabels.distill.distiller import Distiller
 from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.timing import Ratio, interleaved, ratio
+from softlabels.io.files import write_json
 from softlabels.report import write_report
 from softlabels.training.build import (
     build_distiller,
@@ -25,6 +25,7 @@ from softlabels.training.build import (
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.optim import build_optimizer
 from softlabels.training.run_folder import RunFolder
+from softlabels.training.schemas import Environment, Summary
 
 __all__ = ["RECIPES", "run_demo", "step_ratios"]
 
@@ -86,12 +87,9 @@ def run_demo(
     )
     console.print(f"step times, in turn, {rounds} rounds", highlight=False)
     ratios = step_ratios(configs, source, rounds=rounds)
-    summaries = {
-        name: json.loads(RunFolder(output / name).summary.read_text(encoding="utf-8"))
-        for name in configs
-    }
+    summaries = {name: Summary.read(RunFolder(output / name).summary) for name in configs}
     results = {name: _result(summaries[name], ratios[name]) for name in configs}
-    _write_results(output, results, command, summaries[RECIPES[0]]["parameters"])
+    _write_results(output, results, command, summaries[RECIPES[0]].parameters)
     console.print(_table(results))
     console.print(f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}", highlight=False)
     return write_report(
@@ -169,10 +167,10 @@ def _one_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Bat
     optimizer.zero_grad(set_to_none=True)
 
 
-def _result(summary: Mapping[str, Any], time_ratio: Ratio) -> dict[str, float]:
+def _result(summary: Summary, time_ratio: Ratio) -> dict[str, float]:
     names = ("top1", "group_top1", "nll", "ece")
     return {
-        **{name: summary["final"][name] for name in names},
+        **{name: summary.final[name] for name in names},
         "step_time_ratio": time_ratio.median,
         "step_time_ratio_low": time_ratio.low,
         "step_time_ratio_high": time_ratio.high,
@@ -186,14 +184,13 @@ def _write_results(
     parameters: int,
 ) -> None:
     first = RunFolder(output / next(iter(results)))
-    environment = json.loads(first.environment.read_text(encoding="utf-8"))
     content = {
         "command": command,
-        "environment": environment,
+        "environment": Environment.read(first.environment).dump(),
         "parameters": parameters,
         "results": results,
     }
-    first.write_json(output / "demo.json", content)
+    write_json(output / "demo.json", content)
 
 
 def _table(results: Mapping[str, Mapping[str, float]]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from rich.table import Table
 from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.planning import RunPlan
 from softlabels.experiments.smoke import shrunk
-from softlabels.io.files import replace_file
+from softlabels.io.files import replace_file, write_json
 from softlabels.training.config import (
     Config,
     ConfigError,
@@ -26,6 +25,7 @@ from softlabels.training.config import (
     resolve,
 )
 from softlabels.training.recipes import merged
+from softlabels.training.schemas import Environment, Summary
 from softlabels.training.settings import PaperSettings
 
 __all__ = ["Reproduced", "describe_recipes", "recipes_of", "reproduce", "tables"]
@@ -220,7 +220,7 @@ def reproduce(
     )
     results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
-    environment = json.loads(first.environment.read_text(encoding="utf-8"))
+    environment = Environment.read(first.environment).dump()
     _write(table, results, changes, smoke, environment, output)
     console.print(_shown(table, results, smoke))
     return results
@@ -275,8 +275,8 @@ def _results(
 
 
 def _top1(run: PlannedRun, paper: PaperSettings) -> float:
-    summary = json.loads(run.folder.summary.read_text(encoding="utf-8"))
-    return float(summary["best" if paper.reported == "best" else "final"]["top1"])
+    summary = Summary.read(run.folder.summary)
+    return (summary.best if paper.reported == "best" else summary.final)["top1"]
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
@@ -361,7 +361,6 @@ def _write(
         for row in results
         for key, reason in row.assumed.items()
     ]
-    with replace_file(output / f"{table}.json") as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(output / f"{table}.json", content)
     with replace_file(output / f"{table}.md") as file:
         file.write(("\n".join(lines) + "\n").encode())

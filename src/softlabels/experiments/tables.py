@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from softlabels.experiments.comparison import PlannedVariant
-from softlabels.experiments.statistics import LEAST_SEEDS, Paired, Verdict, paired, spread
+from softlabels.experiments.comparison_record import (
+    ComparisonRecord,
+    Difference,
+    RunFigures,
+    VariantRecord,
+)
+from softlabels.experiments.statistics import LEAST_SEEDS, Spread, Verdict, paired, spread
 from softlabels.training.run_folder import RunFolder, fixed_settings
+from softlabels.training.schemas import (
+    Analysis,
+    Environment,
+    Metrics,
+    NamedScore,
+    Summary,
+    read_lines,
+)
 
 __all__ = ["cells", "csv_text", "markdown", "notes", "results_of"]
 
@@ -54,106 +67,96 @@ _BY_KEY = {score.key: score for score in _SCORES}
 _CURVES = ("top1", "nll", "ece", "zipf_r2")
 
 
-def results_of(variants: Sequence[PlannedVariant], folder: Path) -> dict[str, Any]:
-    """Everything that came out, as plain data.
+def results_of(
+    variants: Sequence[PlannedVariant], folder: Path, *, title: str, command: str
+) -> ComparisonRecord:
+    """Everything that came out.
 
     Args:
         variants: All complete; the first is the baseline.
         folder: Of the runs, which paths are relative to.
-
-    Returns:
-        `baseline`, `seeds`, `environment` (of the first run), `commits` (of all runs), `teachers`
-        (`name` and `top1` on the test images, each once), and `variants`: for each its `name`, the
-        `settings` that differ from the baseline's, `runs` (a record a seed), `scores` (mean and
-        deviation of each figure that all its runs have), and `against_baseline` for the figures
-        that are compared.
+        title: Heading of the report.
+        command: That repeats the comparison.
     """
     agreements = _agreements(variants)
-    records = {
-        variant.name: [
-            {**_record(run.folder, folder), **agreements.get(run.folder.path, {})}
-            for run in variant.runs
-        ]
+    figures = {
+        variant.name: tuple(
+            _figures(run.folder, folder, agreements.get(run.folder.path)) for run in variant.runs
+        )
         for variant in variants
     }
     baseline = variants[0]
-    first = _read(baseline.runs[0].folder.environment)
-    for name in ("command", "process", "host", "earlier_starts", "seed"):
-        first.pop(name, None)
-    commits = {str(record["commit"]) for runs in records.values() for record in runs}
-    return {
-        "baseline": baseline.name,
-        "seeds": [run.config.seed for run in baseline.runs],
-        "environment": first,
-        "commits": sorted(commits),
-        "teachers": _teachers(variants),
-        "variants": [
-            {
-                "name": variant.name,
-                "settings": _differing(variant, baseline),
-                "runs": records[variant.name],
-                "scores": _scores(records[variant.name]),
-                "against_baseline": {}
+    environment = Environment.read(baseline.runs[0].folder.environment).model_dump(
+        exclude={"command", "process", "host", "earlier_starts", "seed"}, exclude_unset=True
+    )
+    return ComparisonRecord(
+        title=title,
+        command=command,
+        baseline=baseline.name,
+        seeds=tuple(run.config.seed for run in baseline.runs),
+        environment=Environment(**environment),
+        commits=tuple(sorted({str(run.commit) for runs in figures.values() for run in runs})),
+        teachers=_teachers(variants),
+        variants=tuple(
+            VariantRecord(
+                name=variant.name,
+                settings=_differing(variant, baseline),
+                runs=figures[variant.name],
+                scores=_scores(figures[variant.name]),
+                against_baseline={}
                 if variant is baseline
-                else _against(records[variant.name], records[baseline.name]),
-            }
+                else _against(figures[variant.name], figures[baseline.name]),
+            )
             for variant in variants
-        ],
-    }
+        ),
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _figures(folder: RunFolder, runs: Path, agreement: float | None) -> RunFigures:
+    """The figures of one run.
 
-
-def _record(folder: RunFolder, runs: Path) -> dict[str, Any]:
-    """The figures of one run."""
-    summary, analysis = _read(folder.summary), _read(folder.analysis)
-    final, best = summary["final"], summary["best"]
-    fitted = analysis["temperature"] or {}
-    lines = [
-        json.loads(line)
-        for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    evaluated = [line for line in lines if "eval/top1" in line]
-    memory = summary.get("peak_memory")
-    return {
-        "seed": summary["seed"],
+    Args:
+        folder: The run's.
+        runs: Folder of all runs.
+        agreement: With the teacher of the comparison, where the run had none of its own.
+    """
+    summary, analysis = Summary.read(folder.summary), Analysis.read(folder.analysis)
+    final, best, fitted = summary.final, summary.best, analysis.temperature
+    if agreement is None and analysis.teacher is not None:
+        agreement = analysis.teacher.agreement
+    lines = [line.scalars for line in read_lines(folder.metrics, Metrics)]
+    evaluated = [scalars for scalars in lines if "eval/top1" in scalars]
+    figures = {
+        "seed": summary.seed,
         "folder": str(folder.path.relative_to(runs)),
-        "commit": _read(folder.environment).get("commit"),
+        "commit": Environment.read(folder.environment).commit,
         **{key: final[key] for key in ("top1", "group_top1", "nll", "ece") if key in final},
         "best_top1": best["top1"],
         "best_epoch": best["epoch"],
-        "fitted_ece": fitted.get("ece"),
-        "fitted_nll": fitted.get("nll"),
-        "temperature": fitted.get("value"),
+        "fitted_ece": None if fitted is None else fitted.ece,
+        "fitted_nll": None if fitted is None else fitted.nll,
+        "temperature": None if fitted is None else fitted.value,
         "zipf_r2": final.get("zipf_r2"),
         "zipf_exponent": final.get("zipf_exponent"),
-        "teacher_agreement": (analysis["teacher"] or {}).get("agreement"),
-        "seconds_per_epoch": summary.get("seconds_per_epoch"),
-        "peak_memory": None if memory is None else memory / 1e6,
+        "teacher_agreement": agreement,
+        "seconds_per_epoch": summary.seconds_per_epoch,
+        "peak_memory": None if summary.peak_memory is None else summary.peak_memory / 1e6,
         "curve": {
-            name: [line[f"eval/{name}"] for line in evaluated]
+            name: [scalars[f"eval/{name}"] for scalars in evaluated]
             for name in _CURVES
-            if all(f"eval/{name}" in line for line in evaluated)
+            if all(f"eval/{name}" in scalars for scalars in evaluated)
         },
     }
+    return RunFigures.model_validate(figures)
 
 
-def _teachers(variants: Sequence[PlannedVariant]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for run in (run for variant in variants for run in variant.runs):
-        teacher = _read(run.folder.analysis)["teacher"]
-        if teacher is None:
-            continue
-        told = {"name": teacher["name"], "top1": teacher["top1"]}
-        if told not in found:
-            found.append(told)
-    return found
+def _teachers(variants: Sequence[PlannedVariant]) -> tuple[NamedScore, ...]:
+    analyses = [Analysis.read(run.folder.analysis) for v in variants for run in v.runs]
+    found = [NamedScore(name=a.teacher.name, top1=a.teacher.top1) for a in analyses if a.teacher]
+    return tuple(score for number, score in enumerate(found) if score not in found[:number])
 
 
-def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, dict[str, float]]:
+def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, float]:
     """How often runs that had no teacher agree with the first teacher of the comparison, %."""
     answers: dict[Path, dict[str, np.ndarray]] = {}
     for variant in variants:
@@ -165,10 +168,7 @@ def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, dict[str, floa
     if teacher is None:
         return {}
     return {
-        path: {
-            "teacher_agreement": 100
-            * float(np.mean(found["predicted"] == teacher["teacher_predicted"]))
-        }
+        path: 100 * float(np.mean(found["predicted"] == teacher["teacher_predicted"]))
         for path, found in answers.items()
         if "teacher_predicted" not in found and np.array_equal(found["index"], teacher["index"])
     }
@@ -188,9 +188,9 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[float] | None:
+def _values(runs: Sequence[RunFigures], key: str) -> list[float] | None:
     """A figure of all runs; None if some have none."""
-    values = [record.get(key) for record in records]
+    values = [getattr(run, key) for run in runs]
     return (
         None
         if any(value is None for value in values)
@@ -198,95 +198,89 @@ def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[float] | Non
     )
 
 
-def _scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = {score.key: _values(records, score.key) for score in _SCORES}
-    return {key: asdict(spread(values)) for key, values in found.items() if values}
+def _scores(runs: Sequence[RunFigures]) -> dict[str, Spread]:
+    found = {score.key: _values(runs, score.key) for score in _SCORES}
+    return {key: spread(values) for key, values in found.items() if values}
 
 
-def _against(
-    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _against(ours: Sequence[RunFigures], theirs: Sequence[RunFigures]) -> dict[str, Difference]:
+    found: dict[str, Difference] = {}
     for score in _SCORES:
-        pair = [_values(records, score.key) for records in (ours, theirs)]
+        pair = [_values(runs, score.key) for runs in (ours, theirs)]
         if score.is_compared and pair[0] and pair[1]:
             result = paired(pair[0], pair[1])
-            found[score.key] = {**asdict(result), "in_words": _in_words(result, score)}
+            in_words = _IN_WORDS[result.verdict][0 if score.higher_is_better else 1]
+            found[score.key] = Difference(**vars(result), in_words=in_words)
     return found
 
 
-def _in_words(result: Paired, score: _Score) -> str:
-    return _IN_WORDS[result.verdict][0 if score.higher_is_better else 1]
-
-
-def cells(results: Mapping[str, Any], *, brief: bool = False) -> list[dict[str, str]]:
+def cells(results: ComparisonRecord, *, brief: bool = False) -> list[dict[str, str]]:
     """A row of texts for each variant, by heading, for tables and the report.
 
     Args:
         results: As `results_of` gives them.
         brief: The columns that a terminal has room for.
     """
-    shown = [s for s in _SCORES if any(s.key in v["scores"] for v in results["variants"])]
-    rows = [_row(variant, results, shown) for variant in results["variants"]]
+    shown = [s for s in _SCORES if any(s.key in v.scores for v in results.variants)]
+    rows = [_row(variant, results, shown) for variant in results.variants]
     if not brief:
         return rows
-    kept = {*_BRIEF, f"difference to {results['baseline']}"}
+    kept = {*_BRIEF, f"difference to {results.baseline}"}
     return [{key: text for key, text in row.items() if key in kept} for row in rows]
 
 
 def _row(
-    variant: Mapping[str, Any], results: Mapping[str, Any], shown: Sequence[_Score]
+    variant: VariantRecord, results: ComparisonRecord, shown: Sequence[_Score]
 ) -> dict[str, str]:
-    row = {"": str(variant["name"])}
+    row = {"": variant.name}
     for score in shown:
-        found = variant["scores"].get(score.key)
+        found = variant.scores.get(score.key)
         row[score.heading] = "" if found is None else _with_spread(found, score.digits)
         if score.key == "top1":
             row.update(_differences(variant, results))
     return row
 
 
-def _with_spread(found: Mapping[str, float | None], digits: int) -> str:
-    text = f"{found['mean']:.{digits}f}"
-    deviation = found["deviation"]
-    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+def _with_spread(found: Spread, digits: int) -> str:
+    text = f"{found.mean:.{digits}f}"
+    return text if found.deviation is None else f"{text} ± {found.deviation:.{digits}f}"
 
 
-def _differences(variant: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+def _differences(variant: VariantRecord, results: ComparisonRecord) -> dict[str, str]:
     """The columns about top-1 against the baseline."""
-    found = variant["against_baseline"].get("top1")
-    row = {f"difference to {results['baseline']}": "baseline" if found is None else ""}
-    several = len(results["seeds"]) > 1
+    found = variant.against_baseline.get("top1")
+    row = {f"difference to {results.baseline}": "baseline" if found is None else ""}
+    several = len(results.seeds) > 1
     if several:
         row["95 % interval (t)"] = row["95 % interval (bootstrap)"] = ""
-    if len(results["seeds"]) >= LEAST_SEEDS:
+    if len(results.seeds) >= LEAST_SEEDS:
         row["p (exact)"] = ""
     if several:
         row["in words"] = ""
     if found is None:
         return row
-    row[f"difference to {results['baseline']}"] = f"{found['mean']:+.2f}"
+    row[f"difference to {results.baseline}"] = f"{found.mean:+.2f}"
     if several:
-        row["95 % interval (t)"] = _interval(found["t"])
-        row["95 % interval (bootstrap)"] = _interval(found["bootstrap"])
-        row["in words"] = found["in_words"]
-    if found["p_value"] is not None:
-        row["p (exact)"] = f"{found['p_value']:.3f}"
+        row["95 % interval (t)"] = _interval(found.t)
+        row["95 % interval (bootstrap)"] = _interval(found.bootstrap)
+        row["in words"] = found.in_words
+    if found.p_value is not None:
+        row["p (exact)"] = f"{found.p_value:.3f}"
     return row
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return f"{ends[0]:+.2f} to {ends[1]:+.2f}"
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:+.2f} to {ends[1]:+.2f}"
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def notes(results: ComparisonRecord) -> list[str]:
     """Sentences that say what the figures can show.
 
     Args:
         results: As `results_of` gives them.
     """
-    count = len(results["seeds"])
-    teachers = ", ".join(f"{t['name']} {t['top1']:.2f} %" for t in results["teachers"])
+    count = len(results.seeds)
+    teachers = ", ".join(f"{t.name} {t.top1:.2f} %" for t in results.teachers)
     taught = [f"Top-1 of what taught: {teachers}."] if teachers else []
     if count == 1:
         return [
@@ -305,29 +299,29 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             f"{count} seeds are too few for an exact test to show anything: its smallest p-value "
             f"would be {2 / 2**count:.3g}; {LEAST_SEEDS} are needed for less than 0.05."
         )
-    if any("fitted_ece" in variant["scores"] for variant in results["variants"]):
+    if any("fitted_ece" in variant.scores for variant in results.variants):
         found.append(
             f"{_BY_KEY['fitted_ece'].heading}: fitted on one half of the test images and measured "
             "on the other, both ways."
         )
     found += taught
-    if len(results["commits"]) > 1:
-        found.append(f"The runs are of several commits: {', '.join(results['commits'])}.")
+    if len(results.commits) > 1:
+        found.append(f"The runs are of several commits: {', '.join(results.commits)}.")
     return found
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: ComparisonRecord) -> str:
     """The table, with its notes.
 
     Args:
-        results: As `results_of` gives them, with `title` and `command`.
+        results: As `results_of` gives them.
     """
     rows = cells(results)
     headings = [*rows[0]]
     lines = [
-        f"# {results['title']}",
+        f"# {results.title}",
         "",
-        f"`{results['command']}`",
+        f"`{results.command}`",
         "",
         f"| {' | '.join(headings)} |",
         f"| --- |{' ---: |' * (len(headings) - 1)}",
@@ -335,7 +329,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         *(f"- {note}" for note in notes(results)),
         "",
-        _where(results["environment"]),
+        _where(results.environment),
     ]
     return "\n".join(lines) + "\n"
 
@@ -344,16 +338,16 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _where(environment: Mapping[str, Any]) -> str:
-    device = environment["accelerator"] or environment["device"]
+def _where(environment: Environment) -> str:
+    device = environment.accelerator or environment.device
     return (
-        f"{environment['processor']}, {environment['cores']} cores, {environment['threads']} "
-        f"thread(s) a run, device {device}, torch {environment['torch']}, commit "
-        f"{environment['commit']}."
+        f"{environment.processor}, {environment.cores} cores, {environment.threads} "
+        f"thread(s) a run, device {device}, torch {environment.torch}, commit "
+        f"{environment.commit}."
     )
 
 
-def csv_text(results: Mapping[str, Any]) -> str:
+def csv_text(results: ComparisonRecord) -> str:
     """A line for each run with its own figures.
 
     Args:
@@ -363,8 +357,8 @@ def csv_text(results: Mapping[str, Any]) -> str:
     keys = ["seed", *_BY_KEY, "best_epoch", "fitted_nll", "zipf_exponent", "commit", "folder"]
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["variant", *keys])
-    for variant in results["variants"]:
-        for record in variant["runs"]:
-            values = [record.get(key) for key in keys]
-            writer.writerow([variant["name"], *("" if v is None else v for v in values)])
+    for variant in results.variants:
+        for run in variant.runs:
+            values = [getattr(run, key) for key in keys]
+            writer.writerow([variant.name, *("" if v is None else v for v in values)])
     return table.getvalue()

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from softlabels.models.record import METADATA_KEY, FileRecord
 from softlabels.training.config import Config, dump
 from softlabels.training.run_records import RunRecord
+from softlabels.training.schemas import Summary
 
 __all__ = ["PUBLIC_FAMILIES", "CardFacts", "Format", "Weights", "render_card"]
 
@@ -111,13 +112,16 @@ def render_card(facts: CardFacts) -> str:
     )
     environment.filters |= {"code": _code, "fenced": _fenced, "markdown": _Markdown}
     template = resources.files("softlabels.export").joinpath("model_card.md.j2")
-    record, run, config = facts.record, facts.run, facts.config
+    record, config = facts.record, facts.config
+    run = None if facts.run is None else facts.run.summary
+    ran_on = None if facts.run is None else facts.run.environment
     height, width = record.image_size or (0, 0)
     scores = [key for key in _HEADINGS if run is not None and key in run.final]
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         facts=facts,
         record=record,
         run=run,
+        ran_on={} if ran_on is None else ran_on.texts(),
         config=config,
         is_code=record.model.partition(":")[0] not in PUBLIC_FAMILIES,
         front_matter=_Markdown(_front_matter(facts)),
@@ -171,11 +175,12 @@ def _fenced(text: str, language: str) -> _Markdown:
 
 def _title(facts: CardFacts) -> str:
     name = facts.record.model.partition(":")[2] or facts.record.model
-    return _one_line(name if facts.run is None else f"{name} on {facts.run.data}")
+    return _one_line(name if facts.run is None else f"{name} on {facts.run.summary.data}")
 
 
 def _front_matter(facts: CardFacts) -> str:
-    run, family = facts.run, facts.record.model.partition(":")[0]
+    run = None if facts.run is None else facts.run.summary
+    family = facts.record.model.partition(":")[0]
     tags = ["image-classification", "softlabels", facts.format]
     tags += [family] if family in PUBLIC_FAMILIES else []
     tags += [run.method] if run is not None and run.method else []
@@ -224,7 +229,7 @@ def _normalization(record: FileRecord) -> str:
     return f"({mean}) and ({std}), for pixels in 0 to 1"
 
 
-def _results(run: RunRecord, scores: list[str]) -> list[_Row]:
+def _results(run: Summary, scores: list[str]) -> list[_Row]:
     def row(name: str, values: Mapping[str, float]) -> _Row:
         digits = {"nll": 4}
         cells = (f"{values[key]:.{digits.get(key, 2)}f}" if key in values else "" for key in scores)
@@ -232,8 +237,7 @@ def _results(run: RunRecord, scores: list[str]) -> list[_Row]:
 
     rows = [row(f"the last epoch, {run.epochs}", run.final)]
     if run.best:
-        number = "" if run.best_epoch is None else f", {run.best_epoch}"
-        rows.append(row(f"the best epoch{number}", run.best))
+        rows.append(row(f"the best epoch, {run.best['epoch']}", run.best))
     return rows
 
 
@@ -249,7 +253,7 @@ def _published(config: Config) -> str | None:
     )
 
 
-def _training(config: Config, run: RunRecord | None) -> dict[str, str]:
+def _training(config: Config, run: Summary | None) -> dict[str, str]:
     """The settings that a reader looks for first."""
     optimizer, schedule = config.optimizer, config.schedule
     warmup = f"{schedule.warmup_epochs:g} epochs" if schedule.warmup_epochs else ""
@@ -267,8 +271,8 @@ def _training(config: Config, run: RunRecord | None) -> dict[str, str]:
     teacher = _teacher(config)
     if teacher is not None:
         facts["teacher"] = teacher
-    if run is not None and run.teacher_top1 is not None:
-        facts["teacher's test top-1"] = f"{run.teacher_top1:.2f} %"
+    if run is not None and run.teacher is not None:
+        facts["teacher's test top-1"] = f"{run.teacher.top1:.2f} %"
     return facts
 
 

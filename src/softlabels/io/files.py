@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["remove_leftovers", "replace_file"]
+__all__ = ["remove_leftovers", "replace_file", "write_json"]
 
 
 @contextlib.contextmanager
@@ -40,6 +41,13 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file, whole or not at all; see `replace_file`."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with replace_file(path) as file:
+        file.write(text.encode(errors="replace"))  # the name of a file may be no Unicode
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

@@ -24,7 +24,7 @@ from softlabels.report.canvas import (
     spread,
     text_width,
 )
-from softlabels.training.analysis_record import Features, Numbers
+from softlabels.training.schemas import Features, Numbers
 
 _WIDTH = 260.0
 _LARGEST_NAME_OF_A_POINT = 3

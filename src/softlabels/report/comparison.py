@@ -112,20 +112,20 @@ def _check_seeds(entries: Sequence[Entry]) -> None:
 
 
 def _seeds(entry: Entry) -> list[int]:
-    return [record.seed for record in entry.records]
+    return [record.summary.seed for record in entry.records]
 
 
 def _introduction(entries: Sequence[Entry]) -> str:
-    records = [record for entry in entries for record in entry.records]
+    summaries = [record.summary for entry in entries for record in entry.records]
     seeds = _seeds(entries[0])
-    epochs = join(record.epochs for record in records)
+    epochs = join(run.epochs for run in summaries)
     variants = f"{len(entries)} variants" if len(entries) > 1 else "one variant"
-    runs = f"{len(records)} runs" if len(records) > 1 else "One run"
+    runs = f"{len(summaries)} runs" if len(summaries) > 1 else "One run"
     against = f" Differences are to {entries[0].name}." if len(entries) > 1 else ""
     return (
         f"{runs}: {variants} with {'seed' if len(seeds) == 1 else 'seeds'} {join(seeds)}, of "
-        f"{join(r.model for r in records)} on {join(r.data for r in records)}, {epochs} "
-        f"{'epoch' if epochs == '1' else 'epochs'}.{against}"
+        f"{join(run.model for run in summaries)} on {join(run.data for run in summaries)}, "
+        f"{epochs} {'epoch' if epochs == '1' else 'epochs'}.{against}"
     )
 
 
@@ -143,12 +143,12 @@ def _results(entries: Sequence[Entry], table: Sequence[Mapping[str, str]]) -> Re
 
 
 def _caveats(records: Sequence[RunRecord]) -> list[str]:
-    counts = {record.test_images for record in records if record.test_images is not None}
+    counts = {r.summary.test_images for r in records if r.summary.test_images is not None}
     sentences = []
     if counts:
         sentences.append(f"{join(f'{count:,}' for count in sorted(counts))} test images.")
-    if len({record.seed for record in records}) == 1:
+    if len({record.summary.seed for record in records}) == 1:
         sentences.append("One seed is no evidence of a difference.")
-    if not all(record.is_complete for record in records):
+    if not all(record.summary.complete for record in records):
         sentences.append("Incomplete runs stopped before their last epoch.")
     return sentences

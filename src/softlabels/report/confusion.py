@@ -15,11 +15,12 @@ from softlabels.report.entries import (
     same_classes,
     without,
 )
-from softlabels.training.analysis_record import Analysis
+from softlabels.training.schemas import Analysis
 
 _PAIRS, _GROUPS, _GROUP_NAME = 15, 25, 40
 
 Confusion = dict[tuple[int, int], float]
+Tally = dict[int | str, float]
 Rows = tuple[tuple[str, tuple[Bar, ...]], ...]
 
 
@@ -59,7 +60,7 @@ def _confusion(analyses: Sequence[Analysis]) -> Confusion:
     """Mean number of images of a class that are taken for another one."""
     counts: Confusion = {}
     for analysis in analyses:
-        for true, predicted, count in analysis.confusion.tolist():
+        for true, predicted, count in analysis.confusion:
             if true != predicted:
                 pair = (true, predicted)
                 counts[pair] = counts.get(pair, 0.0) + count / len(analyses)
@@ -87,9 +88,11 @@ def _pair_rows(names: Sequence[str], counts: Sequence[Confusion], *, digits: int
     )
 
 
-def _group_rows(groups: Sequence[str], names: Sequence[str], counts: Sequence[Confusion]) -> Rows:
+def _group_rows(
+    groups: Sequence[int | str], names: Sequence[str], counts: Sequence[Confusion]
+) -> Rows:
     """Shares of errors within each group that has several classes, and within all of them."""
-    members: dict[str, list[int]] = {}
+    members: dict[int | str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     tallies = [_tally(groups, one) for one in counts]
@@ -111,10 +114,10 @@ def _group_rows(groups: Sequence[str], names: Sequence[str], counts: Sequence[Co
     return (("all classes", everything), *rows) if rows else ()
 
 
-def _tally(groups: Sequence[str], counts: Confusion) -> tuple[dict[str, float], dict[str, float]]:
+def _tally(groups: Sequence[int | str], counts: Confusion) -> tuple[Tally, Tally]:
     """For each group the errors of its images that stay in it, and all of them."""
-    within: dict[str, float] = {}
-    total: dict[str, float] = {}
+    within: Tally = {}
+    total: Tally = {}
     for (true, predicted), count in counts.items():
         group = groups[true]
         total[group] = total.get(group, 0.0) + count

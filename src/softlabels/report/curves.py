@@ -11,8 +11,8 @@ from softlabels.report.class_charts import draw_areas
 from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, without
 from softlabels.report.figures import Line, draw_curves, mean_line, pick_epochs, thin_out
 from softlabels.report.scores import CURVE_SCORES
-from softlabels.training.analysis_record import Numbers
 from softlabels.training.run_records import Curve
+from softlabels.training.schemas import Numbers
 
 _MOST_LINES = 8
 _START, _FAR = 0.25, 3.0

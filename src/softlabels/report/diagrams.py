@@ -25,7 +25,7 @@ from softlabels.report.canvas import (
     text_width,
 )
 from softlabels.report.figures import SMALL_WIDTH, WIDTH
-from softlabels.training.analysis_record import Numbers, Reliability, Zipf
+from softlabels.training.schemas import Numbers, Reliability
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +107,27 @@ def draw_differences(rows: Sequence[Difference], *, x_label: str, digits: int) -
     return draw(frame, f"Dot plot of {x_label}. Means: {told}.", paint)
 
 
+@dataclass(frozen=True, eq=False)
+class PowerLaw:
+    """A sorted softmax and its straight line, perhaps means over seeds.
+
+    Attributes:
+        probabilities: At rank 1, 2, ..., shape [R]; NaN where there is none.
+        exponent: Minus the slope; NaN where there is none, as of `r2`.
+        r2: Share of the variance that the line explains.
+        ranks: The first and the last rank of the fit, from 1.
+    """
+
+    probabilities: Numbers
+    exponent: float
+    r2: float
+    ranks: tuple[int, int]
+
+
 def draw_zipf(
     name: str,
     style: int,
-    zipf: Zipf,
+    zipf: PowerLaw,
     background: Numbers | None,
     *,
     limits: tuple[float, float],

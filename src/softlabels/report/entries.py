@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from softlabels.report.canvas import MARKERS, RUN_COLOURS
-from softlabels.training.analysis_record import Analysis
 from softlabels.training.run_records import Curve, RunRecord
+from softlabels.training.schemas import Analysis
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Entry:
     @property
     def is_complete(self) -> bool:
         """Whether no run was stopped early."""
-        return all(record.is_complete for record in self.records)
+        return all(record.summary.complete for record in self.records)
 
     @property
     def analyses(self) -> list[Analysis]:

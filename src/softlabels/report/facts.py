@@ -40,14 +40,14 @@ def facts(entries: Sequence[Entry]) -> list[Fact]:
     """What each entry is, and how long it took."""
     several = has_seeds(entries)
     columns: dict[str, Callable[[Entry], str]] = {
-        "model": _all(lambda r: r.model),
-        "parameters": _all(lambda r: f"{r.parameters:,}"),
-        "data": _all(lambda r: r.data),
-        "method": _all(lambda r: r.method or "none"),
+        "model": _all(lambda r: r.summary.model),
+        "parameters": _all(lambda r: f"{r.summary.parameters:,}"),
+        "data": _all(lambda r: r.summary.data),
+        "method": _all(lambda r: r.summary.method or "none"),
         "teacher's test top-1": _all(_teacher),
         "agreement with the teacher": _agreement,
-        "seeds" if several else "seed": _all(lambda r: r.seed),
-        "epochs": _all(lambda r: r.epochs),
+        "seeds" if several else "seed": _all(lambda r: r.summary.seed),
+        "epochs": _all(lambda r: r.summary.epochs),
         "best test top-1": lambda entry: "" if several else _best(entry.first),
         "time of a run" if several else "time": _time,
         "images per second": _speed,
@@ -60,15 +60,13 @@ def facts(entries: Sequence[Entry]) -> list[Fact]:
 
 def environment(entries: Sequence[Entry]) -> list[Fact]:
     """Versions, commit and hardware; of several runs all different values."""
-    keys = dict.fromkeys(key for e in entries for record in e.records for key in record.environment)
+    texts = [[r.environment.texts() for r in e.records if r.environment] for e in entries]
+    keys = dict.fromkeys(key for of_entry in texts for of_run in of_entry for key in of_run)
     several = has_seeds(entries)
     return [
         Fact(
             key,
-            tuple(
-                join(r.environment[key] for r in entry.records if key in r.environment)
-                for entry in entries
-            ),
+            tuple(join(run[key] for run in of_entry if key in run) for of_entry in texts),
         )
         for key in keys
         if not (several and key in _TOO_LONG_FOR_MANY)
@@ -111,12 +109,12 @@ def _all(of: Callable[[RunRecord], object]) -> Callable[[Entry], str]:
 
 
 def _agreement(entry: Entry) -> str:
-    values = [a.agreement for a in entry.analyses if a.agreement is not None]
+    values = [a.teacher.agreement for a in entry.analyses if a.teacher is not None]
     return f"{decimals(statistics.fmean(values), 2)} %" if values else ""
 
 
 def _time(entry: Entry) -> str:
-    return _duration(statistics.median(record.seconds for record in entry.records))
+    return _duration(statistics.median(record.summary.seconds for record in entry.records))
 
 
 def _speed(entry: Entry) -> str:
@@ -125,16 +123,13 @@ def _speed(entry: Entry) -> str:
 
 
 def _teacher(record: RunRecord) -> str:
-    if record.teacher_top1 is None:
-        return ""
-    return f"{decimals(record.teacher_top1, 2)} % ({record.teacher or 'the teacher'})"
+    teacher = record.summary.teacher
+    return "" if teacher is None else f"{decimals(teacher.top1, 2)} % ({teacher.name})"
 
 
 def _best(record: RunRecord) -> str:
-    if "top1" not in record.best:
-        return ""
-    epoch = "" if record.best_epoch is None else f" (epoch {record.best_epoch})"
-    return f"{decimals(record.best['top1'], 2)} %{epoch}"
+    best = record.summary.best
+    return f"{decimals(best['top1'], 2)} % (epoch {best['epoch']})" if best else ""
 
 
 def _duration(seconds: float) -> str:

@@ -73,10 +73,10 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     """A name for each run: its label, with the seed or folder where labels are not unique."""
     folders = [printable(record.folder.name) for record in records]
     names = [
-        printable(record.label).strip() or folder
+        printable(record.summary.label).strip() or folder
         for record, folder in zip(records, folders, strict=True)
     ]
-    for details in ([f"seed {record.seed}" for record in records], folders):
+    for details in ([f"seed {record.summary.seed}" for record in records], folders):
         names = [
             f"{name}, {detail}" if names.count(name) > 1 else name
             for name, detail in zip(names, details, strict=True)
@@ -86,15 +86,16 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
 
 def _introduction(records: Sequence[RunRecord]) -> str:
     count = "One run" if len(records) == 1 else f"{len(records)} runs"
-    epochs = join(record.epochs for record in records)
+    runs = [record.summary for record in records]
+    epochs = join(run.epochs for run in runs)
     return (
-        f"{count} of {join(r.model for r in records)} on {join(r.data for r in records)}, "
+        f"{count} of {join(run.model for run in runs)} on {join(run.data for run in runs)}, "
         f"{epochs} {'epoch' if epochs == '1' else 'epochs'}."
     )
 
 
 def _results(entries: Sequence[Entry], columns: Sequence[Mapping[str, str | float]]) -> Results:
-    scores = [s for s in SCORES if any(s.key in entry.first.final for entry in entries)]
+    scores = [s for s in SCORES if any(s.key in entry.first.summary.final for entry in entries)]
     extra = list(dict.fromkeys(heading for mapping in columns for heading in mapping))
     cells = [[_score_cell(entry.first, score) for entry in entries] for score in scores]
     cells += [_extra_column([mapping.get(name, "") for mapping in columns]) for name in extra]
@@ -111,25 +112,26 @@ def _results(entries: Sequence[Entry], columns: Sequence[Mapping[str, str | floa
 
 def _caveats(records: Sequence[RunRecord], scores: Sequence[Score]) -> list[str]:
     """The sentences under the table of results."""
-    seeds = list(dict.fromkeys(record.seed for record in records))
+    runs = [record.summary for record in records]
+    seeds = list(dict.fromkeys(run.seed for run in runs))
     sentences = [f"{'Seed' if len(seeds) == 1 else 'Seeds'} {join(seeds)}."]
-    counts = {record.test_images for record in records if record.test_images is not None}
+    counts = {run.test_images for run in runs if run.test_images is not None}
     if counts:
         sentences.append(f"{join(f'{count:,}' for count in sorted(counts))} test images.")
     sentences.append("Scores after the last finished epoch; every row is one run.")
-    repeats = {len({r.seed for r in records if r.label == record.label}) for record in records}
+    repeats = {len({r.seed for r in runs if r.label == run.label}) for run in runs}
     if min(repeats) == 1:
         sentences.append("One seed is no evidence of a difference between methods.")
     else:
         sentences.append("A difference that is within the spread over seeds is no evidence.")
-    if not all(record.is_complete for record in records):
+    if not all(run.complete for run in runs):
         sentences.append("Incomplete runs stopped before their last epoch.")
     sentences += [score.meaning for score in scores if score.meaning]
     return sentences
 
 
 def _score_cell(record: RunRecord, score: Score) -> Cell:
-    value = record.final.get(score.key)
+    value = record.summary.final.get(score.key)
     return Cell("") if value is None else Cell(decimals(value, score.digits), value)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,14 @@ from softlabels.report.class_charts import draw_bars, draw_features
 from softlabels.report.curves import merge, over_epochs
 from softlabels.report.diagrams import (
     Difference,
+    PowerLaw,
     draw_differences,
     draw_reliability,
     draw_zipf,
 )
 from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, same_classes, without
 from softlabels.report.scores import CURVE_SCORES
-from softlabels.training.analysis_record import Analysis, Features, Numbers, Reliability, Zipf
+from softlabels.training.schemas import Analysis, Features, Numbers, Reliability
 
 _CHANGES, _LOWEST, _POINTS = 10, 20, 20
 
@@ -198,7 +199,8 @@ def _few_of_each_class(features: Features) -> Features:
     earlier = [int((features.classes[:i] == one).sum()) for i, one in enumerate(features.classes)]
     kept = np.array(earlier) < _POINTS
     kept &= np.isfinite(features.x) & np.isfinite(features.y)
-    return replace(features, classes=features.classes[kept], x=features.x[kept], y=features.y[kept])
+    columns = {name: getattr(features, name)[kept] for name in ("classes", "x", "y")}
+    return features.model_copy(update=columns)
 
 
 def _missing(entries: Sequence[Entry]) -> str:
@@ -206,27 +208,30 @@ def _missing(entries: Sequence[Entry]) -> str:
 
 
 def _mean_score(entry: Entry, key: str) -> float | None:
-    values = [record.final[key] for record in entry.records if key in record.final]
+    finals = [record.summary.final for record in entry.records]
+    values = [final[key] for final in finals if key in final]
     return float(np.mean(values)) if values else None
 
 
 def _differences(entry: Entry, baseline: Entry, key: str) -> list[float]:
     pairs = zip(entry.records, baseline.records, strict=False)
     values = [
-        ours.final[key] - theirs.final[key]
+        ours.summary.final[key] - theirs.summary.final[key]
         for ours, theirs in pairs
-        if key in ours.final and key in theirs.final
+        if key in ours.summary.final and key in theirs.summary.final
     ]
     return [value for value in values if np.isfinite(value)]
 
 
-def _mean_zipf(analyses: Sequence[Analysis]) -> Zipf:
+def _mean_zipf(analyses: Sequence[Analysis]) -> PowerLaw:
     alike = [a.zipf for a in analyses if len(a.per_class) == len(analyses[0].per_class)]
-    length = min(len(zipf.probabilities) for zipf in alike)
-    return Zipf(
-        np.mean([zipf.probabilities[:length] for zipf in alike], 0),
-        float(np.mean([zipf.exponent for zipf in alike])),
-        float(np.mean([zipf.r2 for zipf in alike])),
+    length = min(len(zipf.mean_sorted_softmax) for zipf in alike)
+    columns = [zipf.mean_sorted_softmax[:length] for zipf in alike]
+    # Axes of logarithms show what is above zero.
+    return PowerLaw(
+        np.mean([np.where(column > 0, column, np.nan) for column in columns], 0),
+        float(np.mean([math.nan if zipf.exponent is None else zipf.exponent for zipf in alike])),
+        float(np.mean([math.nan if zipf.r2 is None else zipf.r2 for zipf in alike])),
         alike[0].ranks,
     )
 
@@ -248,10 +253,12 @@ def _pooled(parts: Sequence[Reliability]) -> Reliability:
         total = np.nansum(np.array(values) * count, 0)
         return np.asarray(total / np.maximum(count.sum(0), 1), dtype=np.float64)
 
-    return Reliability(
-        mean([part.confidence for part in alike]),
-        mean([part.accuracy for part in alike]),
-        count.sum(0),
+    return parts[0].model_copy(
+        update={
+            "confidence": mean([part.confidence for part in alike]),
+            "accuracy": mean([part.accuracy for part in alike]),
+            "count": count.sum(0),
+        }
     )
 
 

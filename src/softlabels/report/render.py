@@ -23,7 +23,7 @@ from softlabels.report.predictions import (
     reliability_sections,
     zipf_sections,
 )
-from softlabels.training.run_records import Gallery, GalleryImage
+from softlabels.training.schemas import Gallery, GalleryImage
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Results:
 class _Sample:
     """An image and what each entry says about it."""
 
-    split: str
+    gallery: Gallery
     image: GalleryImage
     answers: tuple[tuple[Entry, GalleryImage], ...]
 
@@ -154,12 +154,14 @@ def _sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]
 
 def _samples(entries: Sequence[Entry]) -> list[_Sample]:
     """The saved images of all entries: one sample an image, even if several saved it."""
-    images: dict[tuple[str, str, int], GalleryImage] = {}
+    images: dict[tuple[str, str, int], tuple[Gallery, GalleryImage]] = {}
     answers: dict[tuple[str, str, int], list[tuple[Entry, GalleryImage]]] = {}
     for entry in entries:
-        gallery = entry.first.gallery or Gallery("", ())
+        gallery = entry.first.gallery
+        if gallery is None:
+            continue
         for image in gallery.images:
-            key = (entry.first.data, gallery.split, image.index)
-            images.setdefault(key, image)
+            key = (entry.first.summary.data, gallery.split, image.index)
+            images.setdefault(key, (gallery, image))
             answers.setdefault(key, []).append((entry, image))
-    return [_Sample(key[1], image, tuple(answers[key])) for key, image in images.items()]
+    return [_Sample(*images[key], tuple(answers[key])) for key in images]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,7 +15,14 @@ from softlabels.training.config import Config
 from softlabels.training.engine import Engine
 from softlabels.training.recorder import Recorder
 from softlabels.training.run_folder import RunFolder
-from softlabels.training.teacher_check import TeacherScore
+from softlabels.training.schemas import (
+    Gallery,
+    NamedScore,
+    Summary,
+    TeacherScore,
+    Timing,
+    read_lines,
+)
 
 __all__ = ["finish", "peak_memory"]
 
@@ -52,7 +57,7 @@ def finish(
             batch_size=config.eval_batch_size,
             device=engine.accelerator.device,
         )
-        folder.write_json(folder.gallery, gallery)
+        Gallery.model_validate(gallery).write(folder.gallery)
     if config.analysis:
         asked = engine.distiller.teacher
         live = asked if isinstance(asked, Teacher | Teachers) else None  # a cache has no answers
@@ -67,26 +72,26 @@ def finish(
         )
         write_analysis(folder, analysis)
     skipped = len(getattr(engine.source, "skipped", {}))
-    summary = {
-        "label": label,
-        "method": None if config.method.kind == "none" else config.method.kind,
-        "model": config.student.name,
-        "teacher": None if teacher is None else {"name": teacher.name, "top1": teacher.top1},
-        "data": engine.source.info.name,
-        "test_images": engine.source.num_test,
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "final": recorder.final,
-        "best": recorder.best,
-        "seconds": recorder.seconds,
-        "seconds_per_epoch": _median_seconds(folder.timings),
-        "peak_memory": memory,
-        "parameters": num_parameters,
-        "assumed": config.assumed,
-        "skipped_images": skipped,
-        "complete": True,
-    }
-    folder.write_json(folder.summary, summary)
+    seconds = [line.seconds for line in read_lines(folder.timings, Timing)]
+    Summary(
+        label=label,
+        method=None if config.method.kind == "none" else config.method.kind,
+        model=config.student.name,
+        teacher=None if teacher is None else NamedScore(name=teacher.name, top1=teacher.top1),
+        data=engine.source.info.name,
+        test_images=engine.source.num_test,
+        seed=config.seed,
+        epochs=config.epochs,
+        final=recorder.final,
+        best=recorder.best,
+        seconds=recorder.seconds,
+        seconds_per_epoch=statistics.median(seconds) if seconds else None,
+        peak_memory=memory,
+        parameters=num_parameters,
+        assumed=config.assumed,
+        skipped_images=skipped,
+        complete=True,
+    ).write(folder.summary)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -99,18 +104,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else 1024 * size
-
-
-def _median_seconds(timings: Path) -> float | None:
-    """Median of the epochs' training seconds, those before a restart too."""
-    lines = timings.read_text(encoding="utf-8", errors="replace").splitlines()
-    seconds = [value for value in map(_seconds_in, lines) if value is not None]
-    return statistics.median(seconds) if seconds else None
-
-
-def _seconds_in(line: str) -> float | None:
-    """What a line says; None for one that a power cut left damaged."""
-    try:
-        return float(json.loads(line)["seconds"])
-    except (ValueError, TypeError, KeyError):
-        return None

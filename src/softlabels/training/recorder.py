@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 
+from softlabels.io.files import write_json
 from softlabels.io.weights import not_finite, save_weights
 from softlabels.training.checkpoint import Progress, state_of
 from softlabels.training.distributed import gathered
@@ -87,7 +88,7 @@ class Recorder:
             if improved:
                 save_weights(self.engine.network, self.folder.best_student, metadata=self.metadata)
             if skipped:
-                self.folder.write_json(self.folder.skipped_images, skipped)
+                write_json(self.folder.skipped_images, skipped)
         self._since, self._images = time.perf_counter(), 0
 
     def _skipped_images(self) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import socket
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from softlabels.io.files import remove_leftovers, replace_file
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, resolve
+from softlabels.training.schemas import Environment, Summary
 
 __all__ = ["RunFolder", "environment", "fixed_settings"]
 
@@ -60,6 +60,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
+        self.metrics = path / "metrics.jsonl"
         self.timings = path / "timings.jsonl"
         self.gallery = path / "gallery.json"
         self.analysis = path / "analysis.json"
@@ -74,7 +75,8 @@ class RunFolder:
 
     def is_complete(self) -> bool:
         """Whether a run ended here."""
-        return _read_object(self.summary).get("complete") is True
+        summary = Summary.found(self.summary)
+        return summary is not None and summary.complete
 
     def checkpoints(self, keep: int) -> CheckpointFolder:
         """The run's checkpoints, of which so many are kept."""
@@ -135,34 +137,19 @@ class RunFolder:
             lock.release()
 
     def _owner(self) -> str:
-        content = _read_object(self.environment)
-        if not {"process", "host"} <= content.keys():
-            return ""
-        return f", process {content['process']!s:.40} on {content['host']!s:.80}"
+        start = Environment.found(self.environment)
+        return "" if start is None else f", process {start.process} on {start.host}"
 
-    def write_environment(self, content: dict[str, Any]) -> None:
+    def write_environment(self, start: Environment) -> None:
         """Write what a start runs on; what earlier starts of the run ran on stays beside it."""
-        before = _read_object(self.environment)
-        earlier = before.pop("earlier_starts", [])
-        earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
-        own = {"host": socket.gethostname(), "process": os.getpid(), "earlier_starts": earlier}
-        self.write_json(self.environment, {**content, **own})
-
-    def write_json(self, path: Path, content: Any) -> None:
-        """Write a JSON file whole or not at all."""
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        with replace_file(path) as file:
-            # Half of a surrogate pair, from an earlier file, becomes JSON's escape of it.
-            file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        before = Environment.found(self.environment)
+        starts = () if before is None else (*before.earlier_starts, before)
+        own = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "earlier_starts": [each.dump() | {"earlier_starts": []} for each in starts],
+        }
+        Environment(**start.dump() | own).write(self.environment)
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -173,29 +160,29 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     return values
 
 
-def environment(config: Config, device: torch.device, num_processes: int) -> dict[str, Any]:
+def environment(config: Config, device: torch.device, num_processes: int) -> Environment:
     """Versions, commit, hardware and seed of a run."""
-    versions: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
+    return Environment(
+        python=platform.python_version(),
         **versions,
-        "commit": _commit(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "accelerator": accelerator,
-        "processes": num_processes,
-        "seed": config.seed,
-        "command": " ".join([_program(), *sys.argv[1:]]),
-    }
+        commit=_commit(),
+        system=platform.platform(),
+        processor=_processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        device=str(device),
+        accelerator=accelerator,
+        processes=num_processes,
+        seed=config.seed,
+        command=" ".join([_program(), *sys.argv[1:]]),
+    )
 
 
 def _program() -> str:

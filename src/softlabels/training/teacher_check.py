@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from softlabels.data import DataSource
@@ -19,36 +17,11 @@ from softlabels.experiments.analyze import teacher_name
 from softlabels.taps import undisturbed
 from softlabels.training.config import Config
 from softlabels.training.metrics import evaluate
+from softlabels.training.schemas import TeacherScore
 
-__all__ = ["TeacherScore", "checked_teacher", "near_chance", "read_score"]
+__all__ = ["checked_teacher", "near_chance"]
 
 _DEVIATIONS = 3.0
-
-
-class TeacherScore(BaseModel):
-    """How well a teacher does on the test images of a run.
-
-    Attributes:
-        name: The teacher's.
-        top1: Share of the images that it is right on, in percent.
-        test_images: How many there are.
-        num_classes: Of the data.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    top1: float = Field(ge=0, le=100)
-    test_images: int = Field(ge=1)
-    num_classes: int = Field(ge=2)
-
-
-def read_score(path: Path) -> TeacherScore | None:
-    """Read what an earlier start of the run measured; None where there is nothing readable."""
-    try:
-        return TeacherScore.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def near_chance(score: TeacherScore) -> bool:

@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from softlabels.training.schemas import Metrics, Record, Timing
+
 __all__ = ["Tracker"]
 
 
@@ -42,8 +44,8 @@ class _JsonLines:
             os.truncate(path, length)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+    def write(self, line: Record) -> None:
+        self._file.write(json.dumps(line.dump()) + "\n")
         self._file.flush()
 
     def length(self) -> int:
@@ -131,17 +133,16 @@ class Tracker:
             step: Optimizer steps so far.
             values: By `split/name`.
         """
-        self._write("metrics.jsonl", {"epoch": epoch, "step": step, **values}, step, values)
+        line = Metrics.model_validate({"epoch": epoch, "step": step, **values})
+        self._write("metrics.jsonl", line, step, values)
 
     def timing(self, epoch: int, step: int, seconds: float, images_per_second: float) -> None:
         """Write how long an epoch's training took."""
-        values = {"seconds": seconds, "images_per_second": images_per_second}
+        line = Timing(epoch=epoch, seconds=seconds, images_per_second=images_per_second)
         curve = {"time/images_per_second": images_per_second}
-        self._write("timings.jsonl", {"epoch": epoch, **values}, step, curve)
+        self._write("timings.jsonl", line, step, curve)
 
-    def _write(
-        self, name: str, line: Mapping[str, float], step: int, curves: Mapping[str, float]
-    ) -> None:
+    def _write(self, name: str, line: Record, step: int, curves: Mapping[str, float]) -> None:
         if self._writer is None:
             return
         self._files[name].write(line)

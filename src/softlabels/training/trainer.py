@@ -47,8 +47,9 @@ from softlabels.training.precise_bn import check_precise_bn
 from softlabels.training.recorder import Recorder, infinite_parts
 from softlabels.training.run_folder import RunFolder, environment
 from softlabels.training.schedule import build_schedule
+from softlabels.training.schemas import Failure, TeacherScore
 from softlabels.training.settings import NoMethod, TeacherSettings
-from softlabels.training.teacher_check import TeacherScore, checked_teacher, read_score
+from softlabels.training.teacher_check import checked_teacher
 from softlabels.training.tracking import Tracker
 from softlabels.training.validate import check_needs, memory_of
 
@@ -198,7 +199,7 @@ def _run_one(
                 distiller,
                 source,
                 accelerator,
-                known=from_main(accelerator, lambda: read_score(folder.teacher)),
+                known=from_main(accelerator, lambda: TeacherScore.found(folder.teacher)),
                 say=partial(_say, console),
             )
             from_main(accelerator, lambda: stack.enter_context(folder.held(config)))
@@ -282,7 +283,7 @@ def _fit(
     if accelerator.is_main_process:
         folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
         if teacher is not None:
-            folder.write_json(folder.teacher, teacher.model_dump())
+            teacher.write(folder.teacher)
     _announce(config, label, console, folder)
     remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
     if remembered:
@@ -310,15 +311,9 @@ def _fit(
             ) from error
         except NonFiniteLossError as error:
             if accelerator.is_main_process:
-                folder.write_json(
-                    folder.failure,
-                    {
-                        "error": str(error),
-                        "step": error.step,
-                        "parts": error.parts,
-                        "images": error.images,
-                    },
-                )
+                Failure(
+                    error=str(error), step=error.step, parts=error.parts, images=error.images
+                ).write(folder.failure)
             raise
     if accelerator.is_main_process:
         finish(config, label, engine, recorder, folder, num_parameters, teacher)
