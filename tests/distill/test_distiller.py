@@ -794,9 +794,7 @@ def test_a_method_that_does_not_say_what_it_reads_is_an_error(inputs):
 
     with pytest.raises(ValueError, match=r"Reading.inputs must map names to inputs"):
         Distiller(small_cnn(), method)
-    with pytest.raises(
-        TypeError, match=r"Method or None, got CrossEntropyLoss"
-    ):
+    with pytest.raises(TypeError, match=r"Method or None, got CrossEntropyLoss"):
         Distiller(small_cnn(), nn.CrossEntropyLoss())
 
 
@@ -804,9 +802,7 @@ def test_parameters_that_nothing_would_train_are_an_error():
     method = Reading(logits=Logits())
     method.scale = nn.Parameter(torch.ones(()))
 
-    with pytest.raises(
-        ValueError, match=r"parameter 'scale', .* build learned parts in"
-    ):
+    with pytest.raises(ValueError, match=r"parameter 'scale', .* build learned parts in"):
         Distiller(small_cnn(), method)
 
 

@@ -2,7 +2,20 @@
 
 from softlabels.losses._checks import check_values
 from softlabels.losses._memory_bank import MemoryBank
-from softlabels.losses._method import METHODS, Defaults, Method
+from softlabels.losses._method import (
+    METHODS,
+    Count,
+    Defaults,
+    Method,
+    Positive,
+    Range,
+    Shapes,
+    Share,
+    Stages,
+    Temperature,
+    Value,
+    Weight,
+)
 from softlabels.losses._non_target import SoftLabels
 from softlabels.losses.at import ATLoss
 from softlabels.losses.bake import BAKELoss, bake_targets
@@ -52,6 +65,7 @@ __all__ = [
     "BYOTLoss",
     "CRDLoss",
     "CSKDLoss",
+    "Count",
     "DDGSDLoss",
     "DISTLoss",
     "DKDLoss",
@@ -72,21 +86,29 @@ __all__ = [
     "OLSLoss",
     "PKTLoss",
     "PSKDLoss",
+    "Positive",
     "RKDLoss",
+    "Range",
     "ReviewKDLoss",
     "SADLoss",
     "SPLoss",
     "SRRLLoss",
+    "Shapes",
+    "Share",
     "SoftLabels",
+    "Stages",
     "TaTLoss",
+    "Temperature",
     "TfFDLoss",
     "TfKDLoss",
     "TfKDSelfLoss",
     "TfNKDLoss",
     "USKDLoss",
     "VIDLoss",
+    "Value",
     "ViTKDLoss",
     "WSLDLoss",
+    "Weight",
     "WeightedSum",
     "ZipfLSLoss",
     "bake_targets",
