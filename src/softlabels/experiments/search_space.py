@@ -11,14 +11,11 @@ from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
     ConfigError,
     resolve,
-    task_weight_of,
-    warmup_of,
-    weight_of,
+    with_method_defaults,
 )
 from softlabels.training.recipes import settings_of
 
@@ -118,7 +115,7 @@ def default_space(config: Config) -> dict[str, Range | Choices]:
     Raises:
         ValueError: There is nothing of that.
     """
-    config = _filled(config)
+    config = with_method_defaults(config)
     if config.method.kind == "none":
         return _space_of_task(config)
     found = {
@@ -276,7 +273,7 @@ def _types(annotation: Any) -> set[Any]:
 
 def value_of(config: Config, key: str) -> Any:
     """A setting's value; where it is left to the method's paper, the paper's."""
-    value: Any = _filled(config)
+    value: Any = with_method_defaults(config)
     for part in key.split("."):
         value = getattr(value, part)
     return value
@@ -312,17 +309,3 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(section, {})
         place[last] = value
     return result
-
-
-def _filled(config: Config) -> Config:
-    """With the method's published weights where the settings leave them to it."""
-    method = METHODS.get(config.method.kind)
-    published: dict[str, Any] = {
-        "method_weight": weight_of(method),
-        "method_warmup_epochs": warmup_of(method),
-    }
-    filled = {key: value for key, value in published.items() if getattr(config, key) is None}
-    if config.task.weight is None:
-        weight = task_weight_of(method)
-        filled["task"] = config.task.model_copy(update={"weight": weight})
-    return config.model_copy(update=filled)

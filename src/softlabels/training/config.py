@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -13,15 +14,15 @@ from torch import nn
 
 from softlabels.distill.external_inputs import reads_teacher
 from softlabels.inputs import Input
-from softlabels.losses import METHODS, WeightedSum
+from softlabels.losses import WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
     DATA_SETTINGS,
     LARGEST_FACTOR,
-    METHOD_SETTINGS,
     MOST,
     UNKNOWN_SETTING,
     AnyData,
+    AnyMethod,
     CheckpointSettings,
     FurtherMethod,
     MethodSettings,
@@ -36,6 +37,9 @@ from softlabels.training.settings import (
     TaskSettings,
     TeacherSettings,
     WarmupEpochs,
+    method_class,
+    settings_class,
+    settings_of_method,
 )
 
 __all__ = [
@@ -57,6 +61,8 @@ __all__ = [
     "weight_of",
     "with_data",
     "with_method",
+    "with_method_defaults",
+    "with_object",
 ]
 
 _LONGEST_MESSAGE = 600
@@ -71,10 +77,7 @@ class Config(Section):
     )
     student: StudentSettings = Field(StudentSettings(), description="What is trained.")
     teacher: TeacherSettings = Field(TeacherSettings(), description="What may teach.")
-    method: Annotated[
-        Union[tuple(METHOD_SETTINGS.values())],  # type: ignore[valid-type]  # made above  # noqa: UP007
-        Field(discriminator="kind"),
-    ] = Field(NoMethod(), description="What is added to the task's loss.")
+    method: AnyMethod = Field(NoMethod(), description="What is added to the task's loss.")
     method_weight: float | None = Field(
         None,
         ge=0,
@@ -171,7 +174,7 @@ class Config(Section):
         """What a plot calls this run."""
         if self.method.kind != "none":
             kinds = [self.method.kind, *(further.kind for further in self.further_methods)]
-            return "+".join(map(str, kinds))
+            return "+".join(re.split(r"[:.]", kind)[-1] for kind in kinds)
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
@@ -198,14 +201,14 @@ def build_method(config: Config) -> nn.Module | None:
 
 
 def _built(settings: MethodSettings) -> nn.Module:
-    return METHODS[settings.kind](**settings.model_dump(exclude={"kind"}))
+    settings_class(settings.kind)  # which an unknown one has not
+    return method_class(settings.kind)(**settings.model_dump(exclude={"kind"}))
 
 
 def _settings_of(further: FurtherMethod) -> MethodSettings:
-    if further.kind == "none" or further.kind not in METHODS:
-        raise ValueError(f"no method {further.kind!r:.80}: expected one of {', '.join(METHODS)}")
+    method_class(further.kind)  # which "none" is not
     try:
-        return METHOD_SETTINGS[further.kind](**further.settings)
+        return settings_class(further.kind)(kind=further.kind, **further.settings)
     except ValidationError as error:
         message = explain(error)
         raise ValueError(f"{further.kind}: {message}") from error
@@ -213,7 +216,11 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 
 def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
-    inputs: Mapping[str, Input] = getattr(build_method(config), "inputs", {})
+    return _reads_teacher(build_method(config))
+
+
+def _reads_teacher(method: nn.Module | None) -> bool:
+    inputs: Mapping[str, Input] = getattr(method, "inputs", {})
     return any(reads_teacher(kind) for kind in inputs.values())
 
 
@@ -239,11 +246,36 @@ def warmup_of(method: type[nn.Module] | nn.Module | None) -> float | Literal["ru
     return epochs
 
 
+def with_method_defaults(config: Config, method: nn.Module | None = None) -> Config:
+    """Fill in the weights and warm-ups that the settings leave to the methods' papers.
+
+    Args:
+        config: The settings.
+        method: A method that was given in place of the one that they name.
+    """
+    kind = config.method.kind
+    first = method_class(kind) if method is None and kind != "none" else method
+    filled: dict[str, Any] = {}
+    if config.method_weight is None:
+        filled["method_weight"] = weight_of(first)
+    if config.method_warmup_epochs is None:
+        filled["method_warmup_epochs"] = warmup_of(first)
+    if config.task.weight is None:
+        filled["task"] = config.task.model_copy(update={"weight": task_weight_of(first)})
+    further_methods = []
+    for further in config.further_methods:
+        cls = method_class(further.kind)
+        own = {"weight": weight_of(cls), "warmup_epochs": warmup_of(cls)}
+        missing = {key: value for key, value in own.items() if getattr(further, key) is None}
+        further_methods.append(further.model_copy(update=missing))
+    return config.model_copy(update={**filled, "further_methods": tuple(further_methods)})
+
+
 def describe_method(kind: str) -> str:
     """What a method reads and its settings, as lines of text."""
     if kind == "none":
         return f"none\n  {inspect.getdoc(NoMethod)}"
-    method = METHODS[kind]
+    method = method_class(kind)
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
     inputs: Mapping[str, Input] = getattr(method(), "inputs", {})
     weight = weight_of(method)
@@ -256,7 +288,7 @@ def describe_method(kind: str) -> str:
     if of_task != 1.0:
         what = "1 - method_weight" if of_task == "rest" else f"{of_task:g}"
         lines.append(f"  task.weight: {what} unless set")
-    for name, field in METHOD_SETTINGS[kind].model_fields.items():
+    for name, field in settings_class(kind).model_fields.items():
         if name != "kind":
             lines.append(f"  {name} = {field.default!r}: {field.description}")
     return "\n".join(lines)
@@ -268,16 +300,11 @@ def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such method.
     """
-    if kind not in METHOD_SETTINGS:
-        near = difflib.get_close_matches(kind[:_LONGEST_MESSAGE], METHOD_SETTINGS, n=3)
-        raise ConfigError(
-            f"no method {kind!r:.80}: expected one of {', '.join(METHOD_SETTINGS)}"
-            + (f"; near: {', '.join(near)}" if near else "")
-        )
-    method = values.get("method")
-    if isinstance(method, Mapping) and method.get("kind") == kind:
-        return dict(values)
-    return {**values, "method": {"kind": kind}}
+    try:
+        settings_class(kind)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return merged(values, {"method": {"kind": kind}})
 
 
 def with_data(
@@ -294,25 +321,24 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: The first thing that does not fit, with its path and near names.
     """
-    method = values.get("method")
-    if isinstance(method, str):
-        values = with_method({k: v for k, v in values.items() if k != "method"}, method)
-    elif isinstance(method, Mapping) and "kind" in method:
-        with_method({}, str(method["kind"]))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 
 
-def checked(config: Config) -> Config:
+def checked(config: Config, method: nn.Module | None = None) -> Config:
     """Check that the settings fit each other.
+
+    Args:
+        config: The settings.
+        method: A method that was given in place of the one that they name.
 
     Raises:
         ConfigError: They do not.
     """
     try:
-        build_method(config)
+        built = build_method(config) if method is None else method
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:
@@ -323,7 +349,7 @@ def checked(config: Config) -> Config:
         raise ConfigError(
             f"a method reads teacher {most}, counted from 0, got {1 + len(config.further_teachers)}"
         )
-    _check_teachers(config)
+    _check_teachers(config, _reads_teacher(built))
     if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
         raise ConfigError(
             f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
@@ -356,9 +382,9 @@ def checked(config: Config) -> Config:
     return config
 
 
-def _check_teachers(config: Config) -> None:
+def _check_teachers(config: Config, needed: bool) -> None:
     """Check that the teachers are those that the method needs, no more and no fewer."""
-    teacher, needed = config.teacher, method_reads_teacher(config)
+    teacher = config.teacher
     given = teacher.name is not None or teacher.cache is not None
     if config.generations > 1:
         if not needed:
@@ -380,9 +406,26 @@ def _check_teachers(config: Config) -> None:
         raise ConfigError("further_teachers stand beside teacher.name, and there is none")
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
-    """`parse`, then `checked`."""
-    return checked(parse(values))
+def resolve(values: Mapping[str, Any], method: nn.Module | None = None) -> Config:
+    """`parse`, then `checked`, with a method that was given as an object if there is one."""
+    config = parse(values)
+    if method is not None:
+        config = with_object(config, method)
+    return checked(config, method)
+
+
+def with_object(config: Config, method: nn.Module) -> Config:
+    """The settings with the record of a method that was given as an object.
+
+    Raises:
+        ConfigError: There are methods besides it.
+    """
+    if config.further_methods or config.method_teacher is not None:
+        raise ConfigError(
+            f"further_methods and method_teacher stand beside a method's name, and the method is "
+            f"an object, {type(method).__name__}: give a WeightedSum of all"
+        )
+    return config.model_copy(update={"method": settings_of_method(method)})
 
 
 def explain(error: ValidationError) -> str:
@@ -392,10 +435,7 @@ def explain(error: ValidationError) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHOD_SETTINGS:
-        del path[1]  # pydantic's tag of the union
-    path = [part for part in path if not part.startswith(_TAGS)]  # likewise
+    path = [str(part) for part in first["loc"] if not str(part).startswith(_TAGS)]
     where = ".".join(path)
     if first["type"] == UNKNOWN_SETTING:
         name, known = str(first["ctx"]["name"]), first["ctx"]["known"]

@@ -6,8 +6,10 @@ their own constructors; their sections are made from those.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
 
 import docstring_parser
@@ -20,6 +22,7 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 from torch import nn
 
@@ -27,6 +30,7 @@ from softlabels.data.sources.by_name import SOURCES, kind_of
 from softlabels.data.split import LARGEST_VALIDATION
 from softlabels.losses import METHODS
 from softlabels.losses.label_smoothing import SmoothOver
+from softlabels.models.user_code import import_builder
 
 __all__ = [
     "DATA_SETTINGS",
@@ -36,6 +40,7 @@ __all__ = [
     "OBJECT",
     "UNKNOWN_SETTING",
     "AnyData",
+    "AnyMethod",
     "CheckpointSettings",
     "DataSettings",
     "FurtherMethod",
@@ -50,7 +55,11 @@ __all__ = [
     "StudentSettings",
     "TaskSettings",
     "TeacherSettings",
+    "UnknownMethod",
     "WarmupEpochs",
+    "method_class",
+    "settings_class",
+    "settings_of_method",
 ]
 
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
@@ -109,7 +118,9 @@ def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, s
 class MethodSettings(Section):
     """Base of the methods' settings; `kind` tells them apart."""
 
-    kind: str
+    kind: str = Field(
+        description=f"One of {', '.join(METHODS)}, or module:Class for a method of your own."
+    )
 
 
 def _method_settings(kind: str, method: type[nn.Module]) -> type[MethodSettings]:
@@ -130,6 +141,121 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
     "none": NoMethod,
     **{kind: _method_settings(kind, method) for kind, method in METHODS.items()},
 }
+
+
+class UnknownMethod(MethodSettings):
+    """What is recorded of a method that the settings alone do not build."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def method_class(kind: str) -> type[nn.Module]:
+    """The class of a method: one of the package's by name, or `module:Class` of the user's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if kind in METHODS:
+        return METHODS[kind]
+    if kind.startswith(OBJECT):
+        raise ValueError(
+            f"the run's method was an object, {kind.removeprefix(OBJECT):.200}, which its settings "
+            "do not build: give it again, softlabels.train(method=...)"
+        )
+    module, colon, name = kind.rpartition(":")
+    if not colon:
+        near = difflib.get_close_matches(kind[:80], METHOD_SETTINGS, n=3)
+        raise ValueError(
+            f"no method {kind!r:.80}: expected one of {', '.join(METHOD_SETTINGS)}, or "
+            f"module:Class{'; near: ' if near else ''}{', '.join(near)}"
+        )
+    found = import_builder(module, name)
+    if isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "inputs"):
+        return found
+    raise ValueError(
+        f"{kind!r:.200} is no method: expected a class with `inputs`, got {found!r:.80}"
+    )
+
+
+@cache
+def settings_class(kind: str) -> type[MethodSettings]:
+    """The settings of a method.
+
+    Raises:
+        ValueError: There is no such method, or it has a setting that no command line can hold.
+    """
+    if kind in METHOD_SETTINGS:
+        return METHOD_SETTINGS[kind]
+    cls = method_class(kind)
+    try:
+        return _method_settings(kind, cls)
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{kind:.200}: its settings must be numbers, texts, truth values, or tuples of them, "
+            f"by keyword and with annotations: {reason:.300}"
+        ) from error
+
+
+def settings_of_method(method: nn.Module) -> MethodSettings:
+    """What is recorded of a method that was given as an object: its class and its settings.
+
+    Where those build it again it is recorded as if it had been named; else by the name of its
+    class, after `OBJECT`, with what can be told of it.
+    """
+    cls = type(method)
+    named = {of_package: kind for kind, of_package in METHODS.items()}
+    kind = named.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+    parameters = [*inspect.signature(cls).parameters.values()]
+    try:
+        fields = settings_class(kind)
+        by_name = all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
+        whole = not method.state_dict() and getattr(method, "reduction", "mean") == "mean"
+        if by_name and whole and method_class(kind) is cls:
+            names = [name for name in fields.model_fields if name != "kind"]
+            given = {name: getattr(method, name) for name in names}
+            return fields.model_validate({"kind": kind, **given})
+    except (ValueError, AttributeError, ModuleNotFoundError):
+        pass
+    names = [parameter.name for parameter in parameters if hasattr(method, parameter.name)]
+    told = {name: _told(getattr(method, name)) for name in names}
+    of_parts = {name: _told(part) for name, part in method.named_children() if name not in told}
+    return UnknownMethod.model_validate({**told, **of_parts, "kind": f"{OBJECT}{kind}"})
+
+
+def _told(value: Any) -> Any:
+    """A value of a setting as plain data; of an object its class, and of a module its settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping) and not isinstance(value, nn.Module):
+        return {str(key): _told(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(item) for item in value]
+    if isinstance(value, nn.Module):
+        return settings_of_method(value).model_dump(mode="json")
+    of = value if hasattr(value, "__qualname__") else type(value)
+    return f"{of.__module__}:{of.__qualname__}"
+
+
+def _chosen_method(values: Any, of_base: Callable[[Any], Any]) -> Any:
+    """Settings of the method that they name; what cannot be found stays as it is recorded."""
+    if isinstance(values, str):
+        values = {"kind": values}
+    if not isinstance(values, Mapping):
+        return of_base(values)
+    kind = values.get("kind")
+    if not isinstance(kind, str):
+        return of_base({key: values[key] for key in ("kind",) if key in values})
+    try:
+        fields = settings_class(kind)
+    except (ValueError, ModuleNotFoundError):
+        if ":" not in kind:
+            raise
+        fields = UnknownMethod
+    return fields.model_validate(values)
+
+
+AnyMethod: TypeAlias = Annotated[SerializeAsAny[MethodSettings], WrapValidator(_chosen_method)]
 
 
 class DataSettings(Section):
