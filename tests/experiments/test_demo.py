@@ -71,7 +71,7 @@ def test_folders_that_cannot_be_used_are_refused_before_training(tmp_path, demo,
     assert main(["demo", "--output", str(tmp_path), *QUICK]) == 2
     assert "is no run folder" in capsys.readouterr().err
     assert main(["demo", "--output", str(demo), "--epochs", "2", "--fonts", "4"]) == 2
-    assert "holds a run with another epochs: it has 1, this run 2" in capsys.readouterr().err
+    assert "holds another run: epochs: 1 there, 2 here" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["uskd"]
 
 

@@ -225,7 +225,7 @@ def test_a_complete_run_is_not_trained_again(result):
 
 
 def test_a_folder_with_another_number_of_generations_is_refused(result):
-    with pytest.raises(ValueError, match="holds a run with another generations"):
+    with pytest.raises(ValueError, match="holds another run: generations: 2 there, 3 here"):
         train(result.folder, generations=3)
 
 

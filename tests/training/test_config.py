@@ -124,7 +124,7 @@ def test_every_setting_has_a_description():
             {"method": {"kind": "zipf_ls", "rank_from": "dice"}},
             "method.rank_from: .*'votes' or 'logits', got 'dice'",
         ),
-        ({"method": {"target_weight": 1}}, "method: .*kind"),
+        ({"method": {"target_weight": 1}}, "method.kind: Field required"),
         ({"method": "nkd"}, "method 'nkd' reads from a teacher: give teacher.name"),
         ({"teacher": {"mean": [0.5]}}, "teacher.mean and teacher.std go together"),
         ({"batch_size": 10, "grad_accum_steps": 4}, "batch_size 10 must be a multiple of grad_acc"),

@@ -350,7 +350,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(source, tmp_path):
 
 def test_folder_of_other_settings_is_refused(source, tmp_path):
     train(source, tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match="holds a run with another epochs: it has 1, this run 2"):
+    with pytest.raises(ValueError, match="holds another run: epochs: 1 there, 2 here"):
         train(source, tmp_path / "run", epochs=2)
 
 

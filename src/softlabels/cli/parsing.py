@@ -83,7 +83,7 @@ def configured(
     import tyro
 
     from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
-    from softlabels.training.settings import METHOD_KINDS
+    from softlabels.training.settings import METHOD_SETTINGS
 
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
@@ -103,8 +103,8 @@ def configured(
         description=(
             f"{inspect.getdoc(type(default))} RECIPE is a YAML file or the name of a recipe in "
             "the package (`softlabels config` lists them); options override it. --method.kind is "
-            f"package.module:Class or one of {', '.join(METHOD_KINDS)}; the help then shows that "
-            "method's options, and for --data.source those of that source."
+            f"one of {', '.join(METHOD_SETTINGS)}, or module:Class for one of your own; the help "
+            "then shows that method's options, and with --data.source those of that source."
         ),
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -17,14 +17,14 @@ def methods(arguments: list[str]) -> int:
             kind: Show this one alone.
         """
         from softlabels.training.config import describe_method
-        from softlabels.training.settings import METHOD_KINDS, method_settings
+        from softlabels.training.settings import METHOD_SETTINGS, settings_class
 
         if kind is not None:
             try:
-                method_settings(kind)
+                settings_class(kind)
             except (ValueError, ImportError) as error:
                 raise UsageError(str(error)) from error
-        print("\n\n".join(describe_method(k) for k in ((kind,) if kind else METHOD_KINDS)))
+        print("\n\n".join(describe_method(k) for k in ((kind,) if kind else METHOD_SETTINGS)))
         return 0
 
     return call(methods, arguments, "methods")

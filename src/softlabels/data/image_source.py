@@ -4,7 +4,7 @@
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
@@ -147,6 +147,11 @@ class ImageSource:
     def _identity(self, index: int) -> str:
         """What tells a training image, as it was found, from others, wherever the data set lies."""
         raise NotImplementedError
+
+    @property
+    def found_settings(self) -> dict[str, object]:
+        """The settings by name, also those that were left to the data or to each other."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def info(self) -> DataInfo:

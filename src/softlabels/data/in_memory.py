@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -183,6 +183,7 @@ class InMemorySource:
         test: The test split.
         info: Facts about the data set; its mean and std normalize the images.
         augmentation: What is done to training images, or None. Test images are read as they are.
+        found: The settings that were left to the data, by name, as the data have them.
 
     Raises:
         ValueError: If the splits do not fit the facts.
@@ -195,7 +196,9 @@ class InMemorySource:
         info: DataInfo,
         *,
         augmentation: Augmentation | None = None,
+        found: Mapping[str, object] | None = None,
     ) -> None:
+        self.found_settings = dict(found or {})
         shape = (info.in_channels, *info.image_size)
         for name, split in (("training", train), ("test", test)):
             if split.shape != shape:
@@ -304,6 +307,7 @@ class InMemorySource:
             self._test if validation is None else self._train.some(torch.from_numpy(held_out)),
             self._info,
             augmentation=self._augmentation,
+            found=self.found_settings,
         )
 
     def close(self) -> None:

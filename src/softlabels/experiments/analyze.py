@@ -22,7 +22,7 @@ from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.export.predict import load_student
 from softlabels.io.files import replace_file
 from softlabels.training.build import build_source, build_teacher
-from softlabels.training.config import Config, load_recipe, resolve
+from softlabels.training.config import Config, load_recipe, parse
 from softlabels.training.distributed import start
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.schemas import Analysis
@@ -281,7 +281,7 @@ def analyze_run(folder: Path) -> None:
     run = RunFolder(folder)
     if not run.is_complete():
         raise ValueError(f"expected the folder of a finished run, {folder} holds none")
-    config = resolve(load_recipe(str(run.config)))
+    config = parse(load_recipe(str(run.config)))
     network, _ = load_student(folder)
     accelerator = start(config)  # device, precision and threads of the run
     source = build_source(config)

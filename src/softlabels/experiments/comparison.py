@@ -179,7 +179,7 @@ def _of_name(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
         if name == "cross_entropy" or not task.get("label_smoothing"):
             task["label_smoothing"] = _WITHOUT_METHOD[name]
         return {**plain, "task": task}
-    if name in METHODS or ":" in name:
+    if name in METHODS or (":" in name and not os.path.lexists(name)):
         own = base.get("method")
         if isinstance(own, Mapping) and own.get("kind") == name:
             return dict(base)  # with the settings that the caller gave to it

@@ -14,11 +14,10 @@ from pydantic import BaseModel
 from softlabels.training.config import (
     Config,
     ConfigError,
-    defaults_of,
     resolve,
+    with_method_defaults,
 )
 from softlabels.training.recipes import settings_of
-from softlabels.training.settings import method_class
 
 __all__ = [
     "Choices",
@@ -116,7 +115,7 @@ def default_space(config: Config) -> dict[str, Range | Choices]:
     Raises:
         ValueError: There is nothing of that.
     """
-    config = _filled(config)
+    config = with_method_defaults(config)
     if config.method.kind == "none":
         return _space_of_task(config)
     found = {
@@ -274,7 +273,7 @@ def _types(annotation: Any) -> set[Any]:
 
 def value_of(config: Config, key: str) -> Any:
     """A setting's value; where it is left to the method's paper, the paper's."""
-    value: Any = _filled(config)
+    value: Any = with_method_defaults(config)
     for part in key.split("."):
         value = getattr(value, part)
     return value
@@ -310,18 +309,3 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(section, {})
         place[last] = value
     return result
-
-
-def _filled(config: Config) -> Config:
-    """With the method's published weights where the settings leave them to it."""
-    kind = config.method.kind
-    defaults = defaults_of(None if kind == "none" else method_class(kind))
-    published: dict[str, Any] = {
-        "method_weight": defaults.weight,
-        "method_warmup_epochs": defaults.warmup,
-    }
-    filled = {key: value for key, value in published.items() if getattr(config, key) is None}
-    if config.task.weight is None:
-        weight = defaults.task_weight
-        filled["task"] = config.task.model_copy(update={"weight": weight})
-    return config.model_copy(update=filled)

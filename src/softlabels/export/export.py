@@ -28,7 +28,7 @@ from softlabels.io.weights import load_weights
 from softlabels.models import build_model
 from softlabels.models.record import FileRecord, read_record
 from softlabels.training.build import try_out
-from softlabels.training.config import Config, load_recipe, resolve
+from softlabels.training.config import Config, load_recipe, parse
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.run_records import RunRecord, read_run
 
@@ -210,7 +210,7 @@ def _find(run: Path, weights: Weights) -> _Trained:
         (record.in_channels, *record.image_size),
         of_run.get(file, "last"),
         read_run(folder.path) if has_run and folder.summary.is_file() else None,
-        resolve(load_recipe(str(folder.config))) if has_run and folder.config.is_file() else None,
+        parse(load_recipe(str(folder.config))) if has_run and folder.config.is_file() else None,
     )
 
 

@@ -19,7 +19,7 @@ from softlabels.distill.teacher import Teacher
 from softlabels.models import build_model
 from softlabels.models.build import FileRecord, read_record
 from softlabels.training.build import build_source, try_out
-from softlabels.training.config import load_recipe, resolve
+from softlabels.training.config import load_recipe, parse
 from softlabels.training.metrics import evaluate
 
 __all__ = ["Prediction", "evaluate_file", "find_images", "load_student", "predict"]
@@ -179,7 +179,7 @@ def evaluate_file(
         folder = Path(student) if Path(student).is_dir() else Path(student).parent
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{student} stands in no run's folder: name the data with --path")
-        data = build_source(resolve(load_recipe(str(folder / "config.yaml"))))
+        data = build_source(parse(load_recipe(str(folder / "config.yaml"))))
     else:
         trained_with = {
             "image_size": max(record.image_size) if record.image_size else None,

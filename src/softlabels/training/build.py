@@ -27,7 +27,7 @@ from softlabels.taps import undisturbed
 from softlabels.training.config import (
     Config,
     build_method,
-    defaults_of,
+    with_method_defaults,
 )
 from softlabels.training.settings import (
     OBJECT,
@@ -35,8 +35,7 @@ from softlabels.training.settings import (
     PeerSettings,
     StudentSettings,
     TeacherSettings,
-    method_class,
-    method_settings,
+    settings_class,
 )
 
 __all__ = [
@@ -46,6 +45,7 @@ __all__ = [
     "build_teacher",
     "try_out",
     "with_defaults",
+    "with_findings",
 ]
 
 _NUM_SAMPLES = "num_samples"  # the setting of methods that keep something for each image
@@ -84,37 +84,58 @@ def with_defaults(
     name = config.student.name
     if name is None:
         name = "timm:resnet20" if max(info.image_size) <= _SMALL_IMAGE else "timm:resnet18"
-    of_method: type[Method] | Method | None = method
-    if method is None and config.method.kind != "none":
-        of_method = method_class(config.method.kind)
-    chosen: dict[str, Any] = {
-        "method_weight": defaults_of(of_method).weight,
-        "method_warmup_epochs": defaults_of(of_method).warmup,
-    }
-    filled = {key: value for key, value in chosen.items() if getattr(config, key) is None}
-    if config.task.weight is None:
-        weight = defaults_of(of_method).task_weight
-        filled["task"] = config.task.model_copy(update={"weight": weight})
-    if num_train is not None and getattr(config.method, _NUM_SAMPLES, 0) is None:
-        filled["method"] = config.method.model_copy(update={_NUM_SAMPLES: num_train})
-    filled["further_methods"] = tuple(
-        _further_with_defaults(further, num_train) for further in config.further_methods
+    filled = with_method_defaults(config, method)
+    changed: dict[str, Any] = {"student": config.student.model_copy(update={"name": name})}
+    if num_train is not None:
+        if method is None and getattr(config.method, _NUM_SAMPLES, 0) is None:
+            changed["method"] = config.method.model_copy(update={_NUM_SAMPLES: num_train})
+        changed["further_methods"] = tuple(
+            _with_num_samples(further, num_train) for further in filled.further_methods
+        )
+    return filled.model_copy(update=changed)
+
+
+def with_findings(config: Config, source: DataSource) -> Config:
+    """Fill in what the data and the teachers' weights say of themselves, for the record.
+
+    Args:
+        config: The settings.
+        source: The data that they name.
+
+    Raises:
+        ValueError: A teacher's file of weights that cannot be read.
+    """
+    told = getattr(source, "found_settings", {})
+    left = [name for name in type(config.data).model_fields if name != "source"]
+    left = [name for name in left if getattr(config.data, name) in (None, "auto") and name in told]
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={name: told[name] for name in left}),
+            "teacher": _with_its_input(config.teacher, source.info),
+            "further_teachers": tuple(
+                _with_its_input(teacher, source.info) for teacher in config.further_teachers
+            ),
+        }
     )
-    filled["student"] = config.student.model_copy(update={"name": name})
-    return config.model_copy(update=filled)
 
 
-def _further_with_defaults(further: FurtherMethod, num_train: int | None) -> FurtherMethod:
-    method = method_class(further.kind)
-    filled: dict[str, Any] = {}
-    if further.weight is None:
-        filled["weight"] = defaults_of(method).weight
-    if further.warmup_epochs is None:
-        filled["warmup_epochs"] = defaults_of(method).warmup
-    keeps = _NUM_SAMPLES in method_settings(further.kind).model_fields
-    if num_train is not None and keeps and further.settings.get(_NUM_SAMPLES) is None:
-        filled["settings"] = {**further.settings, _NUM_SAMPLES: num_train}
-    return further.model_copy(update=filled)
+def _with_its_input(settings: TeacherSettings, info: DataInfo) -> TeacherSettings:
+    """With the mean, deviation and size of images that a teacher's weights expect."""
+    if settings.name is None or settings.name.startswith(OBJECT):
+        return settings
+    weights = None if settings.weights is None else _file(settings.weights)
+    expects = _expected_input(settings, _record_of(settings.name, weights))
+    height, width = expects.image_size or info.image_size
+    size = height if height == width and (height, width) != info.image_size else None
+    found = {"mean": expects.mean, "std": expects.std, "input_size": settings.input_size or size}
+    return settings.model_copy(update=found)
+
+
+def _with_num_samples(further: FurtherMethod, num_train: int) -> FurtherMethod:
+    keeps = _NUM_SAMPLES in settings_class(further.kind).model_fields
+    if not keeps or further.settings.get(_NUM_SAMPLES) is not None:
+        return further
+    return further.model_copy(update={"settings": {**further.settings, _NUM_SAMPLES: num_train}})
 
 
 def build_distiller(
@@ -164,9 +185,9 @@ def build_distiller(
     # A cache without a reader says which draws of the augmentation are shown.
     given = config.teacher.cache is None and config.teacher.name is not None
     if given and not any(map(reads_teacher, inputs)):
-        by_name = method is None or config.method.kind != "none"
-        label = config.label if by_name else type(method).__name__
-        raise ValueError(f"{label} reads from no teacher, but one is given: leave teacher out")
+        raise ValueError(
+            f"{config.label} reads from no teacher, but one is given: leave teacher out"
+        )
     if teacher is None and config.teacher.cache is not None:
         teacher = TeacherCache(config.teacher.cache)
     elif config.teacher.name is not None and not isinstance(teacher, TeacherCache | Teachers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe
 from softlabels.training.settings import (
     DATA_SETTINGS,
     LARGEST_FACTOR,
-    METHOD_KINDS,
     MOST,
     UNKNOWN_SETTING,
     AnyData,
@@ -36,7 +36,8 @@ from softlabels.training.settings import (
     TeacherSettings,
     WarmupEpochs,
     method_class,
-    method_settings,
+    settings_class,
+    settings_of_method,
 )
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "taught_by_itself",
     "with_data",
     "with_method",
+    "with_method_defaults",
+    "with_object",
 ]
 
 _LONGEST_MESSAGE = 600
@@ -167,7 +170,7 @@ class Config(Section):
         """What a plot calls this run."""
         if self.method.kind != "none":
             kinds = [self.method.kind, *(further.kind for further in self.further_methods)]
-            return "+".join(map(str, kinds))
+            return "+".join(re.split(r"[:.]", kind)[-1] for kind in kinds)
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
@@ -194,14 +197,14 @@ def build_method(config: Config) -> Method | None:
 
 
 def _built(settings: MethodSettings) -> Method:
+    settings_class(settings.kind)  # which an unknown one has not
     return method_class(settings.kind)(**settings.model_dump(exclude={"kind"}))
 
 
 def _settings_of(further: FurtherMethod) -> MethodSettings:
-    if further.kind == "none":
-        raise ValueError("further_methods must name methods, got none")
+    method_class(further.kind)  # which "none" is not
     try:
-        return method_settings(further.kind)(**further.settings)
+        return settings_class(further.kind)(kind=further.kind, **further.settings)
     except ValidationError as error:
         message = explain(error)
         raise ValueError(f"{further.kind}: {message}") from error
@@ -209,8 +212,11 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 
 def method_reads_teacher(config: Config) -> bool:
     """Whether the method with these settings reads from a teacher."""
-    inputs = checked_inputs(build_method(config))
-    return any(reads_teacher(kind) for kind in inputs.values())
+    return _reads_teacher(build_method(config))
+
+
+def _reads_teacher(method: Method | None) -> bool:
+    return any(reads_teacher(kind) for kind in checked_inputs(method).values())
 
 
 def taught_by_itself(config: Config) -> bool:
@@ -221,6 +227,31 @@ def taught_by_itself(config: Config) -> bool:
 def defaults_of(method: type[Method] | Method | None) -> Defaults:
     """What a method's paper uses for its weight, and the like."""
     return Defaults() if method is None else method.defaults
+
+
+def with_method_defaults(config: Config, method: Method | None = None) -> Config:
+    """Fill in the weights and warm-ups that the settings leave to the methods' papers.
+
+    Args:
+        config: The settings.
+        method: A method that was given in place of the one that they name.
+    """
+    kind = config.method.kind
+    defaults = defaults_of(method_class(kind) if method is None and kind != "none" else method)
+    filled: dict[str, Any] = {}
+    if config.method_weight is None:
+        filled["method_weight"] = defaults.weight
+    if config.method_warmup_epochs is None:
+        filled["method_warmup_epochs"] = defaults.warmup
+    if config.task.weight is None:
+        filled["task"] = config.task.model_copy(update={"weight": defaults.task_weight})
+    further_methods = []
+    for further in config.further_methods:
+        defaults = method_class(further.kind).defaults
+        own = {"weight": defaults.weight, "warmup_epochs": defaults.warmup}
+        missing = {key: value for key, value in own.items() if getattr(further, key) is None}
+        further_methods.append(further.model_copy(update=missing))
+    return config.model_copy(update={**filled, "further_methods": tuple(further_methods)})
 
 
 def describe_method(kind: str) -> str:
@@ -240,7 +271,7 @@ def describe_method(kind: str) -> str:
         rest = defaults.task_weight == "rest"
         what = "1 - method_weight" if rest else f"{defaults.task_weight:g}"
         lines.append(f"  task.weight: {what} unless set")
-    for name, field in method_settings(kind).model_fields.items():
+    for name, field in settings_class(kind).model_fields.items():
         if name != "kind":
             lines.append(f"  {name} = {field.default!r}: {field.description}")
     return "\n".join(lines)
@@ -253,13 +284,10 @@ def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         ConfigError: No such method.
     """
     try:
-        method_settings(kind)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"method.kind: {error}") from error
-    method = values.get("method")
-    if isinstance(method, Mapping) and method.get("kind") == kind:
-        return dict(values)
-    return {**values, "method": {"kind": kind}}
+        settings_class(kind)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return merged(values, {"method": {"kind": kind}})
 
 
 def with_data(
@@ -276,25 +304,24 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: The first thing that does not fit, with its path and near names.
     """
-    method = values.get("method")
-    if isinstance(method, str):
-        values = with_method({k: v for k, v in values.items() if k != "method"}, method)
-    elif isinstance(method, Mapping) and "kind" in method:
-        with_method({}, str(method["kind"]))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 
 
-def checked(config: Config) -> Config:
+def checked(config: Config, method: Method | None = None) -> Config:
     """Check that the settings fit each other.
+
+    Args:
+        config: The settings.
+        method: A method that was given in place of the one that they name.
 
     Raises:
         ConfigError: They do not.
     """
     try:
-        build_method(config)
+        built = build_method(config) if method is None else method
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:
@@ -305,7 +332,7 @@ def checked(config: Config) -> Config:
         raise ConfigError(
             f"a method reads teacher {most}, counted from 0, got {1 + len(config.further_teachers)}"
         )
-    _check_teachers(config)
+    _check_teachers(config, _reads_teacher(built))
     if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
         raise ConfigError(
             f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
@@ -338,9 +365,9 @@ def checked(config: Config) -> Config:
     return config
 
 
-def _check_teachers(config: Config) -> None:
+def _check_teachers(config: Config, needed: bool) -> None:
     """Check that the teachers are those that the method needs, no more and no fewer."""
-    teacher, needed = config.teacher, method_reads_teacher(config)
+    teacher = config.teacher
     given = teacher.name is not None or teacher.cache is not None
     if config.generations > 1:
         if not needed:
@@ -362,9 +389,26 @@ def _check_teachers(config: Config) -> None:
         raise ConfigError("further_teachers stand beside teacher.name, and there is none")
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
-    """`parse`, then `checked`."""
-    return checked(parse(values))
+def resolve(values: Mapping[str, Any], method: Method | None = None) -> Config:
+    """`parse`, then `checked`, with a method that was given as an object if there is one."""
+    config = parse(values)
+    if method is not None:
+        config = with_object(config, method)
+    return checked(config, method)
+
+
+def with_object(config: Config, method: Method) -> Config:
+    """The settings with the record of a method that was given as an object.
+
+    Raises:
+        ConfigError: There are methods besides it.
+    """
+    if config.further_methods or config.method_teacher is not None:
+        raise ConfigError(
+            f"further_methods and method_teacher stand beside a method's name, and the method is "
+            f"an object, {type(method).__name__}: give a WeightedSum of all"
+        )
+    return config.model_copy(update={"method": settings_of_method(method)})
 
 
 def explain(error: ValidationError) -> str:
@@ -374,10 +418,7 @@ def explain(error: ValidationError) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHOD_KINDS:
-        del path[1]  # pydantic's tag of the union
-    path = [part for part in path if not part.startswith(_TAGS)]  # likewise
+    path = [str(part) for part in first["loc"] if not str(part).startswith(_TAGS)]
     where = ".".join(path)
     if first["type"] == UNKNOWN_SETTING:
         name, known = str(first["ctx"]["name"]), first["ctx"]["known"]

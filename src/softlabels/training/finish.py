@@ -29,7 +29,6 @@ __all__ = ["finish", "peak_memory"]
 
 def finish(
     config: Config,
-    label: str,
     engine: Engine,
     recorder: Recorder,
     folder: RunFolder,
@@ -40,7 +39,6 @@ def finish(
 
     Args:
         config: The run's settings.
-        label: What a plot calls the run.
         engine: After its last epoch.
         recorder: Likewise.
         folder: The run's.
@@ -74,7 +72,7 @@ def finish(
     skipped = len(getattr(engine.source, "skipped", {}))
     seconds = [line.seconds for line in read_lines(folder.timings, Timing)]
     Summary(
-        label=label,
+        label=config.label,
         method=None if config.method.kind == "none" else config.method.kind,
         model=config.student.name,
         teacher=None if teacher is None else NamedScore(name=teacher.name, top1=teacher.top1),

@@ -8,7 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from softlabels.data import DataSource
 from softlabels.io.files import remove_leftovers, replace_file
 from softlabels.training.checkpoint import CheckpointFolder
-from softlabels.training.config import Config, dump, load_recipe, resolve
-from softlabels.training.schemas import Environment, Summary
+from softlabels.training.config import Config, dump, load_recipe, parse
+from softlabels.training.schemas import DataContent, Environment, Summary
 
-__all__ = ["RunFolder", "environment", "fixed_settings"]
+__all__ = ["RunFolder", "content_of", "differences", "environment", "fixed_settings"]
 
 _PACKAGES = ("softlabels", "torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy")
 # What may differ between a run and its continuation: it changes no number.
@@ -46,6 +47,7 @@ _FREE_OF_DATA = {
     "workers",
 }
 _FREE_OF_TEACHER = {"check"}
+_MOST_TOLD = 4  # differences in a message
 
 
 class RunFolder:
@@ -58,6 +60,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.data = path / "data.json"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
@@ -82,21 +85,30 @@ class RunFolder:
         """The run's checkpoints, of which so many are kept."""
         return CheckpointFolder(self.path / "checkpoints", keep)
 
-    def check(self, config: Config) -> None:
-        """Check that the folder is new, or holds a run of the same settings.
+    def check(self, config: Config, data: DataContent | None = None) -> None:
+        """Check that the folder is new, or holds a run of the same settings and the same data.
+
+        Args:
+            config: The run's settings.
+            data: What its data are (`content_of`). Where both runs tell it, their paths may differ.
 
         Raises:
-            ValueError: It holds a run with other settings, or something that is no run.
+            ValueError: It holds a run with other settings or data, or something that is no run.
         """
         if self.config.is_file():
-            before = resolve(load_recipe(str(self.config)))
-            old, new = fixed_settings(before), fixed_settings(config)
-            differing = [k for k in new if old.get(k) != new[k]]
-            if differing:
-                key = differing[0]
+            before = parse(load_recipe(str(self.config)))
+            old, new = (_flat(fixed_settings(each)) for each in (before, config))
+            known = DataContent.found(self.data)
+            if known is not None and data is not None:
+                old, new = (
+                    {**settings, "data.path": None, **_flat(content.model_dump(), "data: ")}
+                    for settings, content in ((old, known), (new, data))
+                )
+            found = differences(old, new)
+            if found:
                 raise ValueError(
-                    f"{self.path} holds a run with another {key}: it has {old[key]!r:.120}, this "
-                    f"run {new[key]!r:.120}; choose another --output, or remove the folder"
+                    f"{self.path} holds another run: {found}; choose another --output, or remove "
+                    "the folder"
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
             raise ValueError(f"{self.path} exists and is no run folder: choose another --output")
@@ -107,7 +119,7 @@ class RunFolder:
         return (path for path in self.path.iterdir() if path not in leftovers)
 
     @contextlib.contextmanager
-    def held(self, config: Config) -> Iterator[None]:
+    def held(self, config: Config, data: DataContent | None = None) -> Iterator[None]:
         """`check`, then make the folder, write the configuration, and keep other runs out.
 
         The lock is the system's: it ends with the process, however that ends.
@@ -115,7 +127,7 @@ class RunFolder:
         Raises:
             ValueError: As `check`, or another run is at work in the folder.
         """
-        self.check(config)
+        self.check(config, data)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock, timeout=0)
         try:
@@ -126,11 +138,13 @@ class RunFolder:
                 "choose another --output"
             ) from error
         try:
-            self.check(config)  # what another run wrote before it let go
+            self.check(config, data)  # what another run wrote before it let go
             remove_leftovers(self.path)
             self.checkpoints(config.checkpoint.keep).clean()
             with replace_file(self.config) as file:
                 file.write(dump(config).encode())
+            if data is not None:
+                data.write(self.data)
             self.failure.unlink(missing_ok=True)
             yield
         finally:
@@ -153,11 +167,56 @@ class RunFolder:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a run and its continuation share."""
-    values = config.model_dump(exclude=_FREE)
+    """The settings that a run and its continuation share, as plain data.
+
+    A path of the data is the same however it is written: below the working folder it is relative,
+    else absolute.
+    """
+    values = config.model_dump(mode="json", exclude=_FREE)
     for part, free in (("data", _FREE_OF_DATA), ("teacher", _FREE_OF_TEACHER)):
         values[part] = {k: v for k, v in values[part].items() if k not in free}
+    path = values["data"].get("path")
+    if path is not None and os.path.exists(os.path.expanduser(path)):  # else a name on the hub
+        whole, here = Path(os.path.abspath(os.path.expanduser(path))), Path.cwd()
+        near = whole.relative_to(here) if whole.is_relative_to(here) else whole
+        values["data"]["path"] = near.as_posix()
     return values
+
+
+def content_of(source: DataSource) -> DataContent:
+    """What a run's data are, wherever they lie."""
+    find = getattr(source, "fingerprints", None)  # a source of one's own may have none
+    return DataContent(
+        train_images=source.num_train,
+        test_images=source.num_test,
+        digest=None if find is None else find()["data"],
+    )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings in which two mappings differ, as `data.image_size: 3 there, 32 here`."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    told = [
+        f"{key}: {_shown(before.get(key)):.120} there, {_shown(now.get(key)):.120} here"
+        for key in keys[:_MOST_TOLD]
+    ]
+    more = len(keys) - len(told)
+    return "; ".join([*told, *([f"and {more} more"] if more else [])])
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings of sections by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = value
+    return found
 
 
 def environment(config: Config, device: torch.device, num_processes: int) -> Environment:

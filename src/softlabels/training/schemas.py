@@ -18,6 +18,7 @@ from softlabels.io.files import write_json
 
 __all__ = [
     "Analysis",
+    "DataContent",
     "Environment",
     "Failure",
     "Features",
@@ -108,6 +109,20 @@ def read_lines(path: Path, schema: type[_R]) -> list[_R]:
 
 
 # What is written while a run goes.
+
+
+class DataContent(Record):
+    """`data.json`: what a run's data are, wherever they lie.
+
+    Attributes:
+        train_images: Number of training images.
+        test_images: Number of test images.
+        digest: Of the training images and labels; None for a source that tells none.
+    """
+
+    train_images: int
+    test_images: int
+    digest: str | None = None
 
 
 class Metrics(Record):

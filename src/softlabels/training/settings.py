@@ -22,8 +22,9 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
+from torch import nn
 
 from softlabels.data.sources.by_name import SOURCES, kind_of
 from softlabels.data.split import LARGEST_VALIDATION
@@ -35,7 +36,7 @@ from softlabels.models.user_code import import_method
 __all__ = [
     "DATA_SETTINGS",
     "LARGEST_FACTOR",
-    "METHOD_KINDS",
+    "METHOD_SETTINGS",
     "MOST",
     "OBJECT",
     "UNKNOWN_SETTING",
@@ -55,9 +56,11 @@ __all__ = [
     "StudentSettings",
     "TaskSettings",
     "TeacherSettings",
+    "UnknownMethod",
     "WarmupEpochs",
     "method_class",
-    "method_settings",
+    "settings_class",
+    "settings_of_method",
 ]
 
 # More is a mistake, or means harm: the numbers end in sizes of memory and in loops.
@@ -67,7 +70,6 @@ OBJECT = "object:"
 """What the name of a part begins with that was given as an object."""
 UNKNOWN_SETTING = "unknown_setting"
 """The kind of error that tells of a key that is no setting."""
-_LONGEST_NAME = 600
 LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
@@ -97,10 +99,9 @@ class Section(BaseModel):
 
 
 def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
-    """Type, default and description of each keyword-only argument of a constructor."""
+    """Type, default and description of each keyword-only argument of a function."""
     texts = _documented(target)
-    call = target.__init__ if inspect.isclass(target) else target
-    parameters = inspect.signature(call, eval_str=True).parameters
+    parameters = inspect.signature(target, eval_str=True).parameters
     return {
         name: (parameter.annotation, parameter.default, texts.get(name, ""))
         for name, parameter in parameters.items()
@@ -122,7 +123,9 @@ def _documented(target: Callable[..., Any]) -> dict[str, str]:
 class MethodSettings(Section):
     """Base of the methods' settings; `kind` tells them apart."""
 
-    kind: str
+    kind: str = Field(
+        description=f"One of {', '.join(METHODS)}, or module:Class for a method of your own."
+    )
 
 
 def _method_settings(kind: str, method: type[Method]) -> type[MethodSettings]:
@@ -143,54 +146,116 @@ class NoMethod(MethodSettings):
     kind: Literal["none"] = "none"
 
 
-METHOD_KINDS = ("none", *METHODS)
-"""The methods of the package by name; any other is named `package.module:Class`."""
+METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
+    "none": NoMethod,
+    **{kind: _method_settings(kind, method) for kind, method in METHODS.items()},
+}
+
+
+class UnknownMethod(MethodSettings):
+    """What is recorded of a method that the settings alone do not build."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def method_class(kind: str) -> type[Method]:
-    """The class of a method of the package, or of one of the user's own.
+    """The class of a method: one of the package's by name, or `module:Class` of the user's.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: There is none.
     """
+    if kind in METHODS:
+        return METHODS[kind]
+    if kind.startswith(OBJECT):
+        raise ValueError(
+            f"the run's method was an object, {kind.removeprefix(OBJECT):.200}, which its settings "
+            "do not build: give it again, softlabels.train(method=...)"
+        )
     if ":" in kind:
         return import_method(kind)
-    if kind not in METHODS:
-        near = difflib.get_close_matches(kind[:_LONGEST_NAME], METHOD_KINDS, n=3)
-        raise ValueError(
-            f"no method {kind!r:.80}: expected package.module:Class, or one of "
-            f"{', '.join(METHOD_KINDS)}" + (f"; near: {', '.join(near)}" if near else "")
-        )
-    return METHODS[kind]
+    near = difflib.get_close_matches(kind[:80], METHOD_SETTINGS, n=3)
+    raise ValueError(
+        f"no method {kind!r:.80}: expected one of {', '.join(METHOD_SETTINGS)}, or "
+        f"module:Class{'; near: ' if near else ''}{', '.join(near)}"
+    )
 
 
 @cache
-def method_settings(kind: str) -> type[MethodSettings]:
-    """The schema of a method's settings.
+def settings_class(kind: str) -> type[MethodSettings]:
+    """The settings of a method.
 
     Raises:
-        ValueError: There is no such method, or it has a setting that YAML cannot hold.
+        ValueError: There is no such method, or it has a setting that no command line can hold.
     """
-    if kind == "none":
-        return NoMethod
-    method = method_class(kind)
+    if kind in METHOD_SETTINGS:
+        return METHOD_SETTINGS[kind]
+    cls = method_class(kind)
     try:
-        return _method_settings(kind, method)
-    except (NameError, PydanticSchemaGenerationError) as error:
+        return _method_settings(kind, cls)
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{kind}: a setting cannot be put on a command line: settings are annotated as bool, "
-            f"int, float, str, Literal[...] or tuple[str, ...], {error!s:.200}"
+            f"{kind:.200}: its settings must be numbers, texts, truth values, or tuples of them, "
+            f"by keyword and with annotations: {reason:.300}"
         ) from error
 
 
+def settings_of_method(method: Method) -> MethodSettings:
+    """What is recorded of a method that was given as an object: its class and its settings.
+
+    Where those build it again it is recorded as if it had been named; else by the name of its
+    class, after `OBJECT`, with what can be told of it.
+    """
+    cls = type(method)
+    named = {of_package: kind for kind, of_package in METHODS.items()}
+    kind = named.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+    given = method.settings()
+    try:
+        fields = settings_class(kind)
+        by_fields = cls.__init__ is Method.__init__ and not method.state_dict()
+        if by_fields and method.reduction == "mean" and method_class(kind) is cls:
+            names = [name for name in fields.model_fields if name != "kind"]
+            return fields.model_validate({"kind": kind, **{name: given[name] for name in names}})
+    except (ValueError, ModuleNotFoundError):
+        pass
+    # What a constructor of its own takes besides, as far as it is kept under that name.
+    taken = inspect.signature(cls.__init__).parameters
+    others = {name: getattr(method, name) for name in taken if name in vars(method)}
+    parts = {name: part for name, part in method.named_children() if name not in others}
+    told = {name: _told(value) for name, value in {**given, **others, **parts}.items()}
+    return UnknownMethod.model_validate({**told, "kind": f"{OBJECT}{kind}"})
+
+
+def _told(value: Any) -> Any:
+    """A value of a setting as plain data; of an object its class, and of a module its settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping) and not isinstance(value, nn.Module):
+        return {str(key): _told(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(item) for item in value]
+    if isinstance(value, Method):
+        return settings_of_method(value).model_dump(mode="json")
+    of = value if hasattr(value, "__qualname__") else type(value)
+    return f"{of.__module__}:{of.__qualname__}"
+
+
 def _chosen_method(values: Any, of_base: Callable[[Any], Any]) -> Any:
-    """Settings of the method that they name."""
+    """Settings of the method that they name; what cannot be found stays as it is recorded."""
+    if isinstance(values, str):
+        values = {"kind": values}
     if not isinstance(values, Mapping):
         return of_base(values)
-    kind = values.get("kind", "none")
+    kind = values.get("kind")
     if not isinstance(kind, str):
-        return of_base({"kind": kind})
-    return method_settings(kind).model_validate(values)
+        return of_base({key: values[key] for key in ("kind",) if key in values})
+    try:
+        fields = settings_class(kind)
+    except (ValueError, ModuleNotFoundError):
+        if ":" not in kind:
+            raise
+        fields = UnknownMethod
+    return fields.model_validate(values)
 
 
 AnyMethod: TypeAlias = Annotated[SerializeAsAny[MethodSettings], WrapValidator(_chosen_method)]

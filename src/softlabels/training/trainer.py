@@ -28,9 +28,10 @@ from softlabels.training.build import (
     build_source,
     build_teacher,
     with_defaults,
+    with_findings,
 )
 from softlabels.training.checkpoint import Progress, restore
-from softlabels.training.config import Config, resolve, with_method
+from softlabels.training.config import Config, resolve, with_method, with_object
 from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.engine import Engine
 from softlabels.training.errors import (
@@ -45,7 +46,7 @@ from softlabels.training.finish import finish
 from softlabels.training.optim import build_optimizer
 from softlabels.training.precise_bn import check_precise_bn
 from softlabels.training.recorder import Recorder, infinite_parts
-from softlabels.training.run_folder import RunFolder, environment
+from softlabels.training.run_folder import RunFolder, content_of, environment
 from softlabels.training.schedule import build_schedule
 from softlabels.training.schemas import Failure, TeacherScore
 from softlabels.training.settings import NoMethod, TeacherSettings
@@ -100,6 +101,8 @@ def run(
         RunError: The run failed on its way: `NonFiniteLossError`, a full disk, a lost process.
         Interrupted: The user asked to stop; the state is stored.
     """
+    if method is not None:
+        config = with_object(config, method)
     if config.generations > 1:
         if student is not None or teacher is not None:
             raise ValueError(
@@ -119,9 +122,8 @@ def _run_generations(
     opened = source is None
     source = build_source(config) if source is None else source
     try:
-        filled = with_defaults(config, source.info, source.num_train, method)
-        label = config.label if method is None else type(method).__name__
-        config = _with_output(filled, source.info, label)
+        config = with_defaults(config, source.info, source.num_train, method)
+        config = _with_output(config, source.info)
         taught_by: TeacherSettings | None = None
         for number in range(1, config.generations + 1):
             changed: dict[str, Any] = {}
@@ -175,6 +177,7 @@ def _run_one(
     source = build_source(config) if source is None else source
     try:
         config = with_defaults(config, source.info, source.num_train, method)
+        config = with_findings(config, source)
         distiller = build_distiller(
             config, source.info, student=student, teacher=teacher, method=method
         ).to(accelerator.device)
@@ -186,14 +189,14 @@ def _run_one(
             check_precise_bn(distiller.student)
         if config.channels_last:
             distiller.trainable.to(memory_format=torch.channels_last)
-        label = config.label if method is None else type(method).__name__
-        config = _with_output(config, source.info, label)
+        config = _with_output(config, source.info)
         folder = RunFolder(Path(config.output or ""))
         with ExitStack() as stack:
             stack.enter_context(lost_processes(accelerator, config.process_timeout))
             stack.enter_context(disk_full_as_run_error(folder.path))
             # The folder is the main process' alone: others may be on machines without it.
-            from_main(accelerator, lambda: folder.check(config))
+            data = from_main(accelerator, lambda: content_of(source))
+            from_main(accelerator, lambda: folder.check(config, data))
             score = checked_teacher(
                 config,
                 distiller,
@@ -202,8 +205,8 @@ def _run_one(
                 known=from_main(accelerator, lambda: TeacherScore.found(folder.teacher)),
                 say=partial(_say, console),
             )
-            from_main(accelerator, lambda: stack.enter_context(folder.held(config)))
-            return _fit(config, label, distiller, source, accelerator, folder, console, score)
+            from_main(accelerator, lambda: stack.enter_context(folder.held(config, data)))
+            return _fit(config, distiller, source, accelerator, folder, console, score)
     except ChildProcessError as error:  # of the data's workers
         raise RunError(str(error)) from error
     finally:
@@ -229,17 +232,16 @@ def _check_kind_of_processes(accelerator: Accelerator) -> None:
         )
 
 
-def _with_output(config: Config, info: DataInfo, label: str) -> Config:
+def _with_output(config: Config, info: DataInfo) -> Config:
     if config.output is not None:
         return config
     student = (config.student.name or "").rpartition(":")[2].replace("/", "_")
-    name = f"{info.name}-{student}-{label}-{config.seed}"
+    name = f"{info.name}-{student}-{config.label}-{config.seed}"
     return config.model_copy(update={"output": str(Path("runs") / name)})
 
 
 def _fit(
     config: Config,
-    label: str,
     distiller: Distiller,
     source: DataSource,
     accelerator: Accelerator,
@@ -248,7 +250,7 @@ def _fit(
     teacher: TeacherScore | None,
 ) -> TrainResult:
     torch.manual_seed(derive_seed(config.seed, "run"))
-    info = source.info
+    info, label = source.info, config.label
     num_parameters = sum(p.numel() for p in distiller.student.parameters())
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
     schedule = build_schedule(
@@ -284,7 +286,7 @@ def _fit(
         folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
         if teacher is not None:
             teacher.write(folder.teacher)
-    _announce(config, label, console, folder)
+    _announce(config, console, folder)
     remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
     if remembered:
         _say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
@@ -316,7 +318,7 @@ def _fit(
                 ).write(folder.failure)
             raise
     if accelerator.is_main_process:
-        finish(config, label, engine, recorder, folder, num_parameters, teacher)
+        finish(config, engine, recorder, folder, num_parameters, teacher)
         if config.report:
             write_report(
                 [folder.path],
@@ -359,10 +361,10 @@ def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Prog
     return progress
 
 
-def _announce(config: Config, label: str, console: Console | None, folder: RunFolder) -> None:
+def _announce(config: Config, console: Console | None, folder: RunFolder) -> None:
     _say(
         console,
-        f"{label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
+        f"{config.label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
         f"-> {folder.path}",
     )
     for key, reason in config.assumed.items():
@@ -389,8 +391,8 @@ def train(
     Args:
         data: A folder, settings of the data, or a source of your own. None: glyphs100.
         student: A model's name (`timm:NAME`, ...), settings, or a network of your own.
-        method: A method's name (`"uskd"`), settings with its `kind`, or a module that declares
-            `inputs`. None: cross-entropy alone.
+        method: A method's name (`"uskd"`), settings with its `kind`, or a `Method`, whose
+            class and settings are recorded. None: cross-entropy alone.
         teacher: A model's name, settings, or a network; needed by some methods. Settings may have
             a network as the name: `{"name": network, "check": "warn"}`.
         progress: Whether a progress bar is shown.
@@ -417,12 +419,18 @@ def train(
             modules[part] = name
             part_settings["name"] = f"object:{type(name).__name__}"
         values[part] = part_settings
-    if isinstance(method, nn.Module):  # `Method`s, and what the Distiller refuses by name
-        modules["method"] = method
-    elif isinstance(method, str):
+    own = None
+    if isinstance(method, str):
         values = with_method(values, method)
-    elif method is not None:
+    elif isinstance(method, Mapping):
         values["method"] = dict(method)
+    elif method is not None:
+        if not isinstance(method, Method):
+            raise TypeError(
+                "method must be a name, settings or a softlabels.losses.Method, "
+                f"got {type(method).__name__}"
+            )
+        own = method
     source: DataSource | None = None
     if isinstance(data, str | Path):
         values["data"] = {"path": str(data)}
@@ -432,10 +440,10 @@ def train(
         source = data
         values["data"] = {"source": f"object:{type(data).__name__}"}
     return run(
-        resolve(values),
+        resolve(values, own),
         student=modules.get("student"),
         teacher=modules.get("teacher"),
-        method=modules.get("method"),
+        method=own,
         source=source,
         console=Console(stderr=True) if progress else None,
     )

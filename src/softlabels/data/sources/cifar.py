@@ -111,7 +111,8 @@ def _open(
         own_std if std is None else tuple(std),
         groups if len(groups) == len(names) else None,
     )
-    return InMemorySource(train, test, info, augmentation=CropFlip(padding, flip))
+    found = {"mean": info.mean, "std": info.std}
+    return InMemorySource(train, test, info, augmentation=CropFlip(padding, flip), found=found)
 
 
 def cifar10(

@@ -72,6 +72,8 @@ class HuggingFaceSource(ImageSource):
         test = _choose_split(splits, "test_split", self.test_split, _TEST)
         image = _image_column(splits[train], self.image_column)
         label = _label_column(splits[train], self.label_column)
+        self.train_split, self.test_split = train, test
+        self.image_column, self.label_column = image, label
         names, train_targets, test_targets = _label(splits[train], splits[test], label)
         check_classes_have_images(names, train_targets, f"the split {train!r} of {self.path}")
         check_targets(names, test_targets, f"the split {test!r} of {self.path}")

@@ -147,5 +147,6 @@ def idx(
     mean, std = channel_statistics(train.images)
     height, width = train.images.shape[-2:]
     info = DataInfo(folder.name, names, 1, (height, width), mean, std)
-    augmentation = CropFlip(padding, is_fashion if flip is None else flip)
-    return InMemorySource(train, test, info, augmentation=augmentation)
+    flip = is_fashion if flip is None else flip
+    found = {"class_names": class_names, "flip": flip}
+    return InMemorySource(train, test, info, augmentation=CropFlip(padding, flip), found=found)

@@ -18,7 +18,7 @@ from softlabels.data.listing import (
 )
 from softlabels.data.sources.folder import FileSource
 
-_TRAIN: Sequence[str] = ("train_mini", "train")
+_TRAIN: Sequence[Literal["train_mini", "train"]] = ("train_mini", "train")
 _VAL = "val"
 
 
@@ -78,7 +78,8 @@ class INat21Source(FileSource):
                 f"train_split must be one of {', '.join(_TRAIN)}, got {self.train_split!r}"
             )
         there = [name for name in _TRAIN if (self._root / name).is_dir()]
-        splits = (self.train_split or (there or _TRAIN)[0], _VAL)
+        self.train_split = self.train_split or (there or _TRAIN)[0]
+        splits = (self.train_split, _VAL)
         lists = [self._root / f"{split}.json" for split in splits]
         missing = [file for file in lists if not file.is_file()]
         if len(missing) == 1:
