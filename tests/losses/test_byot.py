@@ -149,7 +149,7 @@ def test_errors(changes, message):
 def test_settings():
     exits = BYOTLoss(stages=["layer1", "layer2"]).inputs["branches"]
     assert exits.stages == ("layer1", "layer2")
-    with pytest.raises(ValueError, match="stages must name at least one stage"):
+    with pytest.raises(ValueError, match="stages must name one or more"):
         BYOTLoss(stages=())
     with pytest.raises(ValueError, match="feature_weight must be finite, 0 or more"):
         BYOTLoss(feature_weight=-1.0)

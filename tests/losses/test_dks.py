@@ -144,7 +144,7 @@ def test_errors(changes, message):
 
 def test_settings():
     assert DKSLoss(stages=("stage1",)).inputs["branches"].stages == ("stage1",)
-    with pytest.raises(ValueError, match="stages must name at least one stage"):
+    with pytest.raises(ValueError, match="stages must name one or more"):
         DKSLoss(stages=())
     with pytest.raises(ValueError, match="smoothing must be finite, 0 or more and at most 1"):
         DKSLoss(smoothing=1.5)

@@ -202,5 +202,5 @@ def test_missing_values_and_wrong_settings():
         FRSKDLoss()(values["logits"], values["target"], values["maps"])
     with pytest.raises(ValueError, match="branch_width must be finite, above 0, got 0"):
         FRSKDLoss(branch_width=0)
-    with pytest.raises(ValueError, match="stages must name at least one stage"):
+    with pytest.raises(ValueError, match="stages must name one or more"):
         FRSKDLoss(stages=())

@@ -56,9 +56,8 @@ def test_one_sample_by_hand():
     shares = [power / sum(powers) for power in powers]
     expected = 2 * (math.log(3) + sum(share * math.log(share) for share in shares))
 
-    value = TfKDLoss(temperature=0.5, multiplier=6.0, correct_probability=0.75)(
-        torch.zeros(1, 3).double(), torch.tensor([0])
-    )
+    method = TfKDLoss(temperature=0.5, multiplier=6.0, correct_probability=0.75)
+    value = method(torch.zeros(1, 3).double(), torch.tensor([0]))
 
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
@@ -72,7 +71,8 @@ def test_mixed_labels_mix_the_virtual_teachers():
     believed = (virtual / 2).softmax(1)
     expected = (believed * (believed.log() - logits.log_softmax(1))).sum() / 4
 
-    value = TfKDLoss(temperature=2.0, multiplier=1.0, correct_probability=0.9)(logits, label)
+    method = TfKDLoss(temperature=2.0, multiplier=1.0, correct_probability=0.9)
+    value = method(logits, label)
 
     assert_close(value, expected)
 
@@ -128,33 +128,14 @@ def test_soft_labels_spread_the_rest_evenly():
     torch.testing.assert_close(soft.non_target[1], torch.tensor([1, 1, 1, 0]) / 3)
 
 
-def test_the_module_computes_the_function():
-    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([1, -1])
-    settings = {
-        "temperature": 2.0,
-        "multiplier": 3.0,
-        "correct_probability": 0.5,
-        "ignore_index": -1,
-        "reduction": "sum",
-    }
-
-    assert torch.equal(TfKDLoss(**settings)(logits, target), TfKDLoss(**settings)(logits, target))
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, "temperature must be finite, above 0"),
         ({"multiplier": -1.0}, ValueError, "multiplier must be finite, 0 or more"),
         ({"correct_probability": 1.5}, ValueError, "correct_probability must be .* at most 1"),
-        ({"reduction": "max"}, ValueError, "reduction must be one of"),
-        ({"ignore_index": "9"}, TypeError, "ignore_index must be a whole number"),
     ],
 )
 def test_wrong_settings_are_refused(change, error, message):
-    with pytest.raises(error, match=message):
-        TfKDLoss(**change)(torch.zeros(1, 3), torch.tensor([0]))
     with pytest.raises(error, match=message):
         TfKDLoss(**change)
 

@@ -1,4 +1,4 @@
-"""BAN, born-again networks: KD from the generation before, in three forms."""
+"""BAN, born-again networks: each generation learns the predictions of the one before."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from softlabels.inputs import Input, Logits, Target, TeacherLogits
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._method import Defaults, Method
 from softlabels.losses._non_target import (
+    Labels,
     SoftLabels,
+    column_means,
     in_float32,
-    label_probabilities,
+    label_columns,
+    spread,
 )
 from softlabels.losses._soft_target import soft_target_cross_entropy
 from softlabels.losses.kd import KDLoss, kd_loss
@@ -22,33 +25,6 @@ from softlabels.losses.kd import KDLoss, kd_loss
 __all__ = ["BANForm", "BANLoss"]
 
 BANForm: TypeAlias = Literal["plain", "confidence_weighted", "permuted"]
-_FORMS = ("plain", "confidence_weighted", "permuted")
-
-
-def _needed(target: Tensor | None) -> Tensor:
-    if target is None:
-        raise ValueError("form='confidence_weighted' needs a target, got none")
-    return target
-
-
-def _permuted(teacher_logits: Tensor) -> Tensor:
-    """Each row with its largest logit in place and the others in a random order."""
-    teacher_logits = teacher_logits.detach()
-    largest = teacher_logits.argmax(1, keepdim=True)
-    keys = torch.rand(teacher_logits.shape, device=teacher_logits.device)
-    # The largest logit comes first in both orders.
-    places = keys.scatter(1, largest, -1.0).argsort(1)
-    return torch.zeros_like(teacher_logits).scatter(
-        1, places, teacher_logits.sort(1, descending=True).values
-    )
-
-
-def _weighted_labels(teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Labels times the teacher's confidence, in units of its mean over the batch, [B, C]."""
-    check_target(target, teacher_logits)
-    teacher_logits = in_float32(teacher_logits.detach())
-    confidence = teacher_logits.softmax(1).amax(1, keepdim=True)
-    return confidence / confidence.mean() * label_probabilities(target, teacher_logits)
 
 
 class BANLoss(Method, name="ban"):
@@ -73,11 +49,6 @@ class BANLoss(Method, name="ban"):
     u           the samples of the batch
     ==========  =====================================================================
 
-    Args:
-        form: `"plain"`; `"confidence_weighted"` (CWTM): the labels, each sample weighted by the
-            teacher's confidence; `"permuted"` (DKPP): the teacher without what its smaller
-            probabilities say about classes, from draws of torch's default generator.
-
     Deviations: KL in place of the paper's cross-entropy, with the same gradient. The shuffle is
     a new one for each sample; the paper says only that the outputs besides the largest are
     permuted, and one order for all would keep what they say in other words. Confidence weights
@@ -85,9 +56,15 @@ class BANLoss(Method, name="ban"):
 
     The paper trains on this alone, without the task's cross-entropy (`task_weight` 0); its
     BAN+L adds that (`task_weight` 1).
+
     Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself, but the mean confidence, which is that of the batch of
     each process.
+
+    Args:
+        form: `"plain"`; `"confidence_weighted"` (CWTM): the labels, each sample weighted by the
+            teacher's confidence; `"permuted"` (DKPP): the teacher without what its smaller
+            probabilities say about classes, from draws of torch's default generator.
 
     Example:
         >>> import torch
@@ -102,40 +79,73 @@ class BANLoss(Method, name="ban"):
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        """The signals that these settings need: labels only if they are learned from."""
+        """What these settings need: labels only if they are learned from."""
         inputs: dict[str, Input] = {"logits": Logits(), "teacher_logits": TeacherLogits()}
         if self.form == "confidence_weighted":
             inputs["target"] = Target()
         return inputs
 
     def terms(
-        self, logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`"divergence"`, or for `"confidence_weighted"` `"label"`.
 
         Args:
-            logits: [B, C], raw student logits. Gets the gradient.
-            teacher_logits: [B, C], raw logits of the generation before. Gets none.
+            logits: [B, C], raw student logits. Get the gradient.
+            teacher_logits: [B, C], raw logits of the generation before. Get none.
             target: [B] class indices, or [B, C] probabilities. Of `"confidence_weighted"` alone,
                 which needs it.
+            kept: [B], samples that count, also in the mean confidence; None: all.
         """
-        if self.form != "confidence_weighted":
-            if self.form == "permuted":
-                check_logits(teacher_logits, "teacher_logits")
-                teacher_logits = _permuted(teacher_logits)
-            divergence = kd_loss(logits, teacher_logits, temperature=1.0, reduction="none")
-            return {"divergence": divergence}
         check_logits(logits)
         check_logits(teacher_logits, "teacher_logits", like=logits)
-        labels = _weighted_labels(teacher_logits, _needed(target))
-        return {"label": soft_target_cross_entropy(logits, labels)}
+        if self.form == "confidence_weighted":
+            if target is None:
+                raise ValueError("form='confidence_weighted' needs a target, got none")
+            check_target(target, teacher_logits)
+            columns = label_columns(target, in_float32(teacher_logits))._replace(kept=kept)
+            labels = _weighted_labels(teacher_logits, columns)
+            return {"label": soft_target_cross_entropy(logits, labels)}
+        if self.form == "permuted":
+            teacher_logits = _permuted(teacher_logits)
+        divergence = kd_loss(logits, teacher_logits, temperature=1.0, reduction="none")
+        return {"divergence": divergence}
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """What is learned from: the teacher's (shuffled) beliefs, or the weighted labels."""
         check_logits(teacher_logits, "teacher_logits")
         if self.form == "confidence_weighted":
-            labels = _weighted_labels(teacher_logits, target)
+            check_target(target, teacher_logits, self.ignore_index)
+            widened = in_float32(teacher_logits)
+            columns = label_columns(target, widened, ignore_index=self.ignore_index)
+            labels = _weighted_labels(teacher_logits, columns)
             return SoftLabels(labels, torch.zeros_like(labels))
         if self.form == "permuted":
             teacher_logits = _permuted(teacher_logits)
         return KDLoss(temperature=1.0).soft_labels(logits, teacher_logits, target)
+
+
+def _permuted(teacher_logits: Tensor) -> Tensor:
+    """Each row with its largest logit in place and the others in a random order."""
+    teacher_logits = teacher_logits.detach()
+    largest = teacher_logits.argmax(1, keepdim=True)
+    keys = torch.rand(teacher_logits.shape, device=teacher_logits.device)
+    # The largest logit comes first in both orders.
+    places = keys.scatter(1, largest, -1.0).argsort(1)
+    return torch.zeros_like(teacher_logits).scatter(
+        1, places, teacher_logits.sort(1, descending=True).values
+    )
+
+
+def _weighted_labels(teacher_logits: Tensor, labels: Labels) -> Tensor:
+    """Labels times the teacher's confidence, in units of its mean over the batch, [B, C]."""
+    teacher_logits = in_float32(teacher_logits.detach())
+    confidence = teacher_logits.softmax(1).amax(1, keepdim=True)
+    every = Labels(labels.classes[:, :1], torch.ones_like(confidence), labels.kept)
+    weight = confidence / column_means(confidence, every)
+    return weight * spread(labels, labels.values, teacher_logits)

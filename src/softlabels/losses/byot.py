@@ -9,8 +9,8 @@ from torch import Tensor
 
 from softlabels.inputs import AuxBranches, Features, Input, Logits, Target
 from softlabels.losses._checks import check_logits
-from softlabels.losses._features import check_stages, the_only
-from softlabels.losses._method import Method, Temperature, Weight
+from softlabels.losses._features import the_only
+from softlabels.losses._method import Method, Stages, Temperature, Weight
 from softlabels.losses._non_target import in_float32
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
@@ -68,7 +68,7 @@ class BYOTLoss(Method, name="byot"):
     branch_weight: Weight = 1.0
     kd_weight: Weight = 1.0
     feature_weight: Weight = 0.05
-    stages: tuple[str, ...] = ("stages",)
+    stages: Stages = ("stages",)
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -79,10 +79,6 @@ class BYOTLoss(Method, name="byot"):
             "branches": AuxBranches(stages=self.stages),
             "last_map": Features(of="student", stages=("last",), form="map"),
         }
-
-    def check_settings(self) -> None:
-        """Raise ValueError for no stages."""
-        check_stages(self.stages)
 
     def terms(
         self,

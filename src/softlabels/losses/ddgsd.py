@@ -62,7 +62,7 @@ class DDGSDLoss(Method, name="ddgsd"):
         >>> import torch
         >>> first, second = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.5]])
         >>> features = torch.ones(1, 4)
-        >>> DDGSDLoss()(first, features, second, features, torch.tensor([0]))
+        >>> DDGSDLoss()(first, [features], second, [features], torch.tensor([0]))
         tensor(0.8720)
     """
 

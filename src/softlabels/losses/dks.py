@@ -10,8 +10,7 @@ from torch import Tensor
 
 from softlabels.inputs import AuxBranches, Input, Logits, Target
 from softlabels.losses._checks import check_logits
-from softlabels.losses._features import check_stages
-from softlabels.losses._method import Method, Share, Temperature, Weight
+from softlabels.losses._method import Method, Share, Stages, Temperature, Weight
 from softlabels.losses._non_target import in_float32
 from softlabels.losses.byot import split_branches
 from softlabels.losses.kd import kd_loss
@@ -70,7 +69,7 @@ class DKSLoss(Method, name="dks"):
     smoothing: Share = 1e-8
     branch_weight: Weight = 1.0
     kd_weight: Weight = 1.0
-    stages: tuple[str, ...] = ("stages",)
+    stages: Stages = ("stages",)
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -80,10 +79,6 @@ class DKSLoss(Method, name="dks"):
             "target": Target(),
             "branches": AuxBranches(stages=self.stages),
         }
-
-    def check_settings(self) -> None:
-        """Raise ValueError for no stages."""
-        check_stages(self.stages)
 
     def terms(
         self, logits: Tensor, target: Tensor, branches: Sequence[Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch.nn import functional
 
 from softlabels.inputs import Features, Input, Logits, Target
 from softlabels.losses._checks import check_logits
-from softlabels.losses._features import check_maps, check_stages, paired_maps
+from softlabels.losses._features import check_maps, paired_maps
 from softlabels.losses._frskd_adapters import FRSKDAdapters
-from softlabels.losses._method import Count, Method, Shapes, Temperature, Weight
+from softlabels.losses._method import Count, Method, Shapes, Stages, Temperature, Weight
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
 
@@ -72,7 +71,7 @@ class FRSKDLoss(Method, name="frskd"):
     attention_weight: Weight = 100.0
     branch_width: Count = 2
     branch_depth: Count = 2
-    stages: tuple[str, ...] = ("stages",)
+    stages: Stages = ("stages",)
 
     of_batch = True
 
@@ -85,15 +84,11 @@ class FRSKDLoss(Method, name="frskd"):
             "maps": Features(of="student", stages=self.stages, form="map"),
         }
 
-    def check_settings(self) -> None:
-        """Raise ValueError for no stages."""
-        check_stages(self.stages)
-
     def build_adapters(self, shapes: Shapes) -> FRSKDAdapters:
         """The branch, whose widths follow from those of `maps`."""
         return FRSKDAdapters(
-            [shape[1] for shape in cast("list[tuple[int, ...]]", shapes["maps"])],
-            cast("tuple[int, ...]", shapes["logits"])[1],
+            [shape[1] for shape in shapes["maps"]],
+            shapes["logits"][1],
             width=self.branch_width,
             depth=self.branch_depth,
         )

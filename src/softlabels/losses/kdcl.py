@@ -1,4 +1,4 @@
-"""KDCL, collaborative learning: two networks learn together from the ensemble of both."""
+"""KDCL, distillation via collaborative learning: two networks learn from their ensemble."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from softlabels.inputs import Logits, PeerLogits, Target
-from softlabels.losses._checks import (
-    check_logits,
-    check_target,
-)
+from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     SoftLabels,
@@ -25,38 +22,7 @@ from softlabels.losses.kd import KDLoss, kd_loss
 __all__ = ["KDCLEnsemble", "KDCLLoss"]
 
 KDCLEnsemble: TypeAlias = Literal["min_logit", "naive", "linear", "average"]
-_ENSEMBLES = ("min_logit", "naive", "linear", "average")
 _HALVINGS = 24  # of the range of a share; leaves what float32 can tell apart
-
-
-def _ensemble(logits: Tensor, peer_logits: Tensor, target: Tensor, ensemble: str) -> Tensor:
-    if ensemble == "average":
-        return (logits + peer_logits) / 2
-    if ensemble == "min_logit":
-        label = label_columns(target, logits, "largest").classes
-        return torch.minimum(
-            logits - logits.gather(1, label), peer_logits - peer_logits.gather(1, label)
-        )
-    labels = label_probabilities(target, logits)
-    if ensemble == "naive":
-        better = soft_target_cross_entropy(peer_logits, labels) < soft_target_cross_entropy(
-            logits, labels
-        )
-        return torch.where(better.unsqueeze(1), peer_logits, logits)
-    return _least_cross_entropy(logits, peer_logits, labels)
-
-
-def _least_cross_entropy(logits: Tensor, peer_logits: Tensor, labels: Tensor) -> Tensor:
-    """The convex combination with the least cross-entropy, which is convex in the peer's share."""
-    towards_peer = peer_logits - logits
-    share = torch.full_like(logits[:, :1], 0.5)
-    step = 0.25
-    for _ in range(_HALVINGS):
-        error = (logits + share * towards_peer).softmax(1) - labels
-        slope = (error * towards_peer).sum(1, keepdim=True)
-        share = torch.where(slope > 0, share - step, share + step)
-        step /= 2
-    return logits + share * towards_peer
 
 
 class KDCLLoss(Method, name="kdcl"):
@@ -90,18 +56,19 @@ class KDCLLoss(Method, name="kdcl"):
     `"average"`    their mean (not of the paper)
     =============  ==================================================================
 
-    Args:
-        ensemble: `"min_logit"`, `"naive"`, `"linear"` or `"average"`.
-        temperature: lambda, above 0.
-        distillation_weight: Of both divergences; 0 or more.
-
     Deviations: the paper shows each network another distortion of the images, here both see the
     same ones. KDCL-General, whose shares come from errors on held-out data, is left out. Not
     confirmed with the paper's text: that `"linear"` takes a combination of its own for each
     sample, and the defaults of `temperature` and `distillation_weight`.
+
     Numerics: log-softmax throughout, computed in float32 or wider, also under autocast; the share
     of `"linear"` is exact to 2^-25.
     Distributed: each sample by itself, no batch statistics.
+
+    Args:
+        ensemble: One of the table; without gradient.
+        temperature: lambda, above 0.
+        distillation_weight: w, of both divergences; 0 or more.
 
     Example:
         >>> import torch
@@ -114,18 +81,14 @@ class KDCLLoss(Method, name="kdcl"):
     temperature: Temperature = 2.0
     distillation_weight: Weight = 1.0
 
-    inputs: ClassVar = {
-        "logits": Logits(),
-        "peer_logits": PeerLogits(),
-        "target": Target(),
-    }
+    inputs: ClassVar = {"logits": Logits(), "peer_logits": PeerLogits(), "target": Target()}
 
     def terms(self, logits: Tensor, peer_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """`"student"` and `"peer"` (divergences), `"peer_cross_entropy"`.
 
         Args:
-            logits: [B, C], raw student logits. Gets the gradient.
-            peer_logits: [B, C], raw logits of the network that is trained along. Gets the gradient.
+            logits: [B, C], raw student logits. Get the gradient.
+            peer_logits: [B, C], raw logits of the network that is trained along. Get the gradient.
             target: [B] class indices, or [B, C] probabilities (mixup, cutmix). The label of
                 `"min_logit"` is the largest (ties: the lower class).
         """
@@ -134,11 +97,10 @@ class KDCLLoss(Method, name="kdcl"):
         check_target(target, logits)
         logits = in_float32(logits)
         peer_logits = in_float32(peer_logits).to(logits.dtype)
-        together = _ensemble(logits.detach(), peer_logits.detach(), target, self.ensemble)
-        temperature = self.temperature
+        ensemble = _ensemble(logits.detach(), peer_logits.detach(), target, self.ensemble)
         terms = {
             name: self.distillation_weight
-            * kd_loss(own, together, temperature=temperature, reduction="none")
+            * kd_loss(own, ensemble, temperature=self.temperature, reduction="none")
             for name, own in (("student", logits), ("peer", peer_logits))
         }
         labels = label_probabilities(target, logits)
@@ -149,7 +111,43 @@ class KDCLLoss(Method, name="kdcl"):
         """The ensemble's softened belief in the true class, and how it shares out the rest."""
         check_logits(logits)
         check_logits(peer_logits, "peer_logits", like=logits)
-        check_target(target, logits)
+        check_target(target, logits, self.ignore_index)
+        if target.dim() == 1 and self.ignore_index is not None:
+            target = torch.where(target == self.ignore_index, 0, target)
         both = in_float32(logits.detach()), in_float32(peer_logits.detach())
-        together = _ensemble(*both, target, self.ensemble)
-        return KDLoss(temperature=self.temperature).soft_labels(logits, together, target)
+        ensemble = _ensemble(*both, target, self.ensemble)
+        return KDLoss(temperature=self.temperature).soft_labels(logits, ensemble, target)
+
+
+def _ensemble(
+    logits: Tensor, peer_logits: Tensor, target: Tensor, ensemble: KDCLEnsemble
+) -> Tensor:
+    """The logits of E, [B, C], as the table of `KDCLLoss` says."""
+    if ensemble == "average":
+        return (logits + peer_logits) / 2
+    if ensemble == "min_logit":
+        label = label_columns(target, logits, "largest").classes
+        return torch.minimum(
+            logits - logits.gather(1, label), peer_logits - peer_logits.gather(1, label)
+        )
+    labels = label_probabilities(target, logits)
+    if ensemble == "naive":
+        better = soft_target_cross_entropy(peer_logits, labels) < soft_target_cross_entropy(
+            logits, labels
+        )
+        return torch.where(better.unsqueeze(1), peer_logits, logits)
+    return _least_cross_entropy(logits, peer_logits, labels)
+
+
+def _least_cross_entropy(logits: Tensor, peer_logits: Tensor, labels: Tensor) -> Tensor:
+    """The convex combination with the least cross-entropy, which is convex in the peer's share."""
+    # Bisection: the slope of the cross-entropy says on which side of a share its minimum lies.
+    towards_peer = peer_logits - logits
+    share = torch.full_like(logits[:, :1], 0.5)
+    step = 0.25
+    for _ in range(_HALVINGS):
+        error = (logits + share * towards_peer).softmax(1) - labels
+        slope = (error * towards_peer).sum(1, keepdim=True)
+        share = torch.where(slope > 0, share - step, share + step)
+        step /= 2
+    return logits + share * towards_peer

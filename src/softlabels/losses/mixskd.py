@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch.nn import functional
 
 from softlabels.inputs import AuxBranches, Features, FromBatch, Input, Logits, SecondPass, Target
 from softlabels.losses._checks import check_logits, values_can_be_read
-from softlabels.losses._features import check_stages
-from softlabels.losses._method import Method, Shapes, Temperature, Weight
+from softlabels.losses._method import Method, Shapes, Stages, Temperature, Weight
 from softlabels.losses._mixskd_adapters import Discriminators, MixSKDAdapters, interpolated
 from softlabels.losses._non_target import in_float32, label_probabilities
 from softlabels.losses.byot import split_branches
@@ -97,7 +95,7 @@ class MixSKDLoss(Method, name="mixskd"):
     feature_weight: Weight = 1.0
     discriminator_weight: Weight = 1.0
     discriminators: Discriminators = "adversarial"
-    stages: tuple[str, ...] = ("stages",)
+    stages: Stages = ("stages",)
 
     of_batch = True
 
@@ -118,18 +116,12 @@ class MixSKDLoss(Method, name="mixskd"):
             "mixup_weight": FromBatch("mixup_weight"),
         }
 
-    def check_settings(self) -> None:
-        """Raise ValueError for no stages."""
-        check_stages(self.stages)
-
     def build_adapters(self, shapes: Shapes) -> MixSKDAdapters:
         """The aggregating classifier and the discriminators, as wide as the exits' maps."""
-        branches = cast("list[tuple[int, ...]]", shapes["branches"])
-        last_map = cast("list[tuple[int, ...]]", shapes["last_map"])
-        maps = [*branches[len(branches) // 2 :], *last_map]
+        maps = [*split_branches(shapes["branches"])[1], *shapes["last_map"]]
         return MixSKDAdapters(
             [shape[1] for shape in maps],
-            cast("tuple[int, ...]", shapes["logits"])[1],
+            shapes["logits"][1],
             discriminators=self.discriminators,
             fixed_classifier=self.mixed_label_weight == 0,
         )

@@ -1,8 +1,7 @@
-"""OLS, online label smoothing: a soft label for each class that the network makes itself."""
+"""OLS, online label smoothing: soft labels of the classes from last epoch's predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeAlias, cast
 
 import torch
@@ -10,14 +9,11 @@ from torch import Tensor, nn
 
 from softlabels.inputs import Logits, Target
 from softlabels.losses._checks import check_logits
+from softlabels.losses._features import Values
 from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._method import Defaults, Method, Shapes, Share
 from softlabels.losses._non_target import SoftLabels, label_columns
-from softlabels.losses._soft_target import (
-    log_softened,
-    soft_target_cross_entropy,
-    taken_apart,
-)
+from softlabels.losses._soft_target import log_softened, soft_target_cross_entropy, taken_apart
 
 __all__ = ["InitialLabels", "OLSLoss"]
 
@@ -44,7 +40,7 @@ class _ClassLabels(MemoryBank):
         self.register_buffer("class_count", torch.zeros(num_classes, dtype=torch.float32))
         self.keep_confident = keep_confident
 
-    def forward(self, values: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
+    def forward(self, values: Values) -> dict[str, Tensor]:
         """Add the `soft_target` of the batch."""
         target = cast("Tensor", values["target"])
         if target.dim() == 1:
@@ -52,7 +48,7 @@ class _ClassLabels(MemoryBank):
         with torch.autocast(device_type=target.device.type, enabled=False):
             return {"soft_target": target.to(self.soft_labels.dtype) @ self.soft_labels}
 
-    def after_step(self, values: Mapping[str, Tensor | list[Tensor]]) -> None:
+    def after_step(self, values: Values) -> None:
         """Add the predictions that are right to the sums of their classes."""
         logits = cast("Tensor", values["logits"])
         probabilities = log_softened(logits).exp().to(self.class_sum)
@@ -95,13 +91,16 @@ class OLSLoss(Method, name="ols"):
     ========  ==================================================================
 
     The published objective is :math:`\alpha \cdot` the task's cross-entropy
-    :math:`+ (1 - \alpha) L`, with alpha 0.5 (`defaults`); the script for fine-grained classes has
-    both weights 1.
+    :math:`+ (1 - \alpha) L`, with alpha 0.5 (the defaults of both weights); the script for
+    fine-grained classes has both weights 1.
 
-    Its memory is the matrix of soft labels, used for a whole epoch, and the sums of the present
-    epoch. Deviations: labels may be mixed, which the published code does not take: the soft label
-    is then the mean of the rows, weighted with the labels, and a prediction counts for the class
-    with the largest label.
+    The memory is the matrix, used for a whole epoch, and the sums of the present epoch.
+
+    Deviations: labels may be mixed, which the published code does not take: the soft label is then
+    the mean of the rows, weighted with the labels, and a prediction counts for the class with the
+    largest label.
+    Numerics: log-softmax, computed in float32 or wider, also under autocast.
+    Distributed: each sample by itself, no batch statistics.
 
     Args:
         initial: The matrix of the first epoch. `"zeros"`, as in the script for CIFAR-100 and
@@ -110,10 +109,6 @@ class OLSLoss(Method, name="ols"):
         keep_confident: A class whose soft label has a value of at least this keeps it, unless
             none of its samples was predicted correctly; in [0, 1]. None: no such rule. The
             script for fine-grained classes has 0.88.
-
-    Deviations: none in the loss; those of the matrix are with `OLSLoss`.
-    Numerics: log-softmax, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -137,9 +132,9 @@ class OLSLoss(Method, name="ols"):
         """`"soft"`.
 
         Args:
-            logits: [B, C], raw logits. Gets the gradient.
-            soft_target: [B, C], the soft label of each sample; a row of zeros counts nothing. Gets
-                none.
+            logits: [B, C], raw logits. Get the gradient.
+            soft_target: [B, C], the soft label of each sample; a row of zeros counts nothing.
+                Gets none.
         """
         check_logits(logits)
         check_logits(soft_target, "soft_target", like=logits)

@@ -56,7 +56,7 @@ class PKTLoss(Method, name="pkt"):
     Example:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> PKTLoss()(features, features)
+        >>> PKTLoss()([features], [features])
         tensor(0.)
     """
 

@@ -71,7 +71,7 @@ class RKDLoss(Method, name="rkd"):
     Example:
         >>> import torch
         >>> features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-        >>> RKDLoss()(features, 4.0 * features)  # scale and shift do not matter
+        >>> RKDLoss()([features], [4.0 * features])  # scale and shift do not matter
         tensor(0.)
     """
 

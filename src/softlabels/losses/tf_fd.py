@@ -1,4 +1,4 @@
-"""Tf-FD, teacher-free feature distillation: salient channels and deep stages teach the others."""
+"""Tf-FD, teacher-free feature distillation: from salient channels, and from deeper stages."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from softlabels.inputs import Features, Input
-from softlabels.losses._features import check_maps, pooled_to, wide_maps
+from softlabels.losses._features import check_maps, pooled_to_each_other, wide_maps
 from softlabels.losses._method import Method, Stages, Weight
 
 __all__ = ["TfFDLoss"]
-
-
-def _between_halves(map: Tensor) -> Tensor:
-    salience = functional.normalize(map.detach().flatten(2), dim=2).mean((0, 2))
-    ordered = map.index_select(1, salience.argsort(descending=True))
-    half = map.shape[1] // 2
-    return (ordered[:, :half] - ordered[:, -half:]).square().mean()
-
-
-def _to_deeper(shallow: Tensor, deep: Tensor) -> Tensor:
-    width = min(shallow.shape[1], deep.shape[1])
-    shallow, deep = pooled_to(shallow, deep.shape[2:]), pooled_to(deep, shallow.shape[2:])
-    return (shallow[:, :width] - deep[:, :width]).square().mean()
 
 
 class TfFDLoss(Method, name="tf_fd"):
@@ -53,23 +40,24 @@ class TfFDLoss(Method, name="tf_fd"):
     In the second term the larger map is average-pooled to the size of the smaller, only the
     first channels that both have are compared, and the deeper map is constant.
 
-    Args:
-        intra_weight: Of the first term; 0 or more.
-        inter_weight: Of the second term; 0 or more.
-        stages: Which stages are read, shallow to deep.
-
     Deviations: the weights are those of the published command. The training script's own
     defaults are 4e-4 and 5e-3, and it divides both terms by 3: settings of a third give that.
     The snippet beside the code weighs both terms with the intra weight: not followed. With an
     odd number of channels, which that code cannot take, the middle one in order is left out of
     the first term.
+
     Numerics: in float32 or wider, also under autocast.
     Distributed: the order of the channels is that of the process's own batch.
+
+    Args:
+        intra_weight: Of the first term; 0 or more.
+        inter_weight: Of the second term; 0 or more.
+        stages: Which stages are read, shallow to deep.
 
     Example:
         >>> import torch
         >>> map = torch.tensor([[[[1.0]], [[3.0]]]])
-        >>> TfFDLoss()([map, torch.zeros(1, 2, 1, 1)], intra_weight=1, inter_weight=1)
+        >>> TfFDLoss(intra_weight=1, inter_weight=1)([map, torch.zeros(1, 2, 1, 1)])
         tensor(9.)
     """
 
@@ -81,11 +69,11 @@ class TfFDLoss(Method, name="tf_fd"):
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        """Maps of the student."""
+        """The maps of these stages."""
         return {"student_maps": Features(of="student", stages=self.stages, form="map")}
 
     def terms(self, student_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`"intra"` and `"inter"`, weighted scalars; `"inter"` is 0 for one map.
+        """`"intra"` and `"inter"`, which is 0 for one map.
 
         Args:
             student_maps: List of [B, D, H, W], shallow to deep; D, H and W may differ. Get the
@@ -104,3 +92,18 @@ class TfFDLoss(Method, name="tf_fd"):
             pairs = [_to_deeper(shallow, deep.detach()) for shallow, deep in combinations(maps, 2)]
             inter = torch.stack(pairs).sum()
         return {"intra": self.intra_weight * intra, "inter": self.inter_weight * inter}
+
+
+def _between_halves(map: Tensor) -> Tensor:
+    """The mean squared difference of the more and the less salient half of the channels."""
+    salience = functional.normalize(map.detach().flatten(2), dim=2).mean((0, 2))
+    ordered = map.index_select(1, salience.argsort(descending=True))
+    half = map.shape[1] // 2
+    return (ordered[:, :half] - ordered[:, -half:]).square().mean()
+
+
+def _to_deeper(shallow: Tensor, deep: Tensor) -> Tensor:
+    """The mean squared difference of two maps, where they have the same channels and size."""
+    width = min(shallow.shape[1], deep.shape[1])
+    shallow, deep = pooled_to_each_other(shallow, deep)
+    return (shallow[:, :width] - deep[:, :width]).square().mean()

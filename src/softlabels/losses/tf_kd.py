@@ -1,4 +1,4 @@
-"""Tf-KD, teacher-free distillation: KD from a virtual teacher that the labels make."""
+"""Tf-KD, teacher-free distillation: a virtual teacher that is made from the labels, no network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from softlabels.inputs import Logits, Target
-from softlabels.losses._checks import (
-    check_logits,
-    check_target,
-)
+from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._method import Defaults, Method, Share, Temperature, Weight
 from softlabels.losses._non_target import (
     Labels,
@@ -23,13 +20,6 @@ from softlabels.losses._non_target import (
 from softlabels.losses.kd import kd_loss
 
 __all__ = ["TfKDLoss"]
-
-
-def _virtual_teacher(labels: Labels, logits: Tensor, correct_probability: float) -> Tensor:
-    """u, [B, C]."""
-    elsewhere = (1 - correct_probability) / (logits.shape[1] - 1)
-    label = spread(labels, labels.values, logits.detach())
-    return elsewhere + (correct_probability - elsewhere) * label
 
 
 class TfKDLoss(Method, name="tf_kd"):
@@ -56,18 +46,19 @@ class TfKDLoss(Method, name="tf_kd"):
     ==========  ==================================================================
 
     The published objective is :math:`(1 - \alpha) \cdot` cross-entropy :math:`+ \alpha L`; alpha
-    0.1 is `TfKDLoss.defaults.weight`, 0.9 its `task_weight`.
-
-    Args:
-        temperature: tau, above 0; unitless. 20 for most networks, 40 for DenseNet-121.
-        multiplier: m, 0 or more. 100 for ResNet-18 on CIFAR-100, 1 for others.
-        correct_probability: a, in [0, 1].
+    0.1 is the default weight, 0.9 that of the task's loss.
 
     Deviations: none from the published code, whose divergence is a mean over samples *and*
     classes (hence 1 / C), with the student not softened and no factor tau^2; the paper writes
     a sum over classes, both softened. Set `multiplier` to C for the sum.
     Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself, no batch statistics.
+
+    Args:
+        temperature: tau, of the virtual teacher, above 0; unitless. 20 for most networks, 40 for
+            DenseNet-121.
+        multiplier: m, 0 or more. 100 for ResNet-18 on CIFAR-100, 1 for others.
+        correct_probability: a, in [0, 1].
 
     Example:
         >>> import torch
@@ -87,27 +78,31 @@ class TfKDLoss(Method, name="tf_kd"):
         """`"virtual"`.
 
         Args:
-            logits: [B, C], raw logits. Gets the gradient.
+            logits: [B, C], raw logits. Get the gradient.
             target: [B] class indices, or [B, C] probabilities, for which u is the mean of the
                 virtual teachers of the classes.
         """
-        check_logits(logits)
-        check_target(target, logits)
-        logits = in_float32(logits)
-        labels = label_columns(target, logits, "all")
-        virtual = _virtual_teacher(labels, logits, self.correct_probability)
-        divergence = kd_loss(logits, virtual / self.temperature, temperature=1.0, reduction="none")
+        virtual = self._virtual_teacher(logits, target)[0] / self.temperature
+        divergence = kd_loss(logits, virtual, temperature=1.0, reduction="none")
         return {"virtual": (self.multiplier / logits.shape[1]) * divergence}
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """The softened virtual teacher: a little more on the true class, the rest spread evenly."""
-        check_logits(logits)
-        check_target(target, logits, self.ignore_index)
-        logits = in_float32(logits.detach())
-        labels = label_columns(target, logits, "all", self.ignore_index)
-        virtual = _virtual_teacher(labels, logits, self.correct_probability)
+        virtual, labels = self._virtual_teacher(logits, target, self.ignore_index)
         softened = (virtual / self.temperature).softmax(1)
         return SoftLabels(
             spread(labels, softened.gather(1, labels.classes), softened),
             non_target_weights(softened, labels).normalized(),
         )
+
+    def _virtual_teacher(
+        self, logits: Tensor, target: Tensor, ignore_index: int | None = None
+    ) -> tuple[Tensor, Labels]:
+        """u, [B, C], and the labels that it is made from."""
+        check_logits(logits)
+        check_target(target, logits, ignore_index)
+        logits = in_float32(logits.detach())
+        labels = label_columns(target, logits, "all", ignore_index)
+        elsewhere = (1 - self.correct_probability) / (logits.shape[1] - 1)
+        label = spread(labels, labels.values, logits)
+        return elsewhere + (self.correct_probability - elsewhere) * label, labels

@@ -52,7 +52,7 @@ class WSLDLoss(Method, name="wsld"):
                     constant for the gradient
     ==============  =============================================================
 
-    The published weight alpha is not part of it (`WSLDLoss.recommended_weight`); it is *added*
+    The published weight alpha is not part of it (`WSLDLoss.defaults.weight`); it is *added*
     to the task's own loss (cross-entropy).
 
     Args:
