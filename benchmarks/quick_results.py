@@ -39,7 +39,8 @@ def main() -> int:
         console=Console(stderr=True),
     ).results
     before = {v["name"]: v["against_baseline"] for v in committed["variants"]}
-    now = {v["name"]: v["against_baseline"] for v in found["variants"]}
+    variants = found.model_dump(mode="json")["variants"]
+    now = {v["name"]: v["against_baseline"] for v in variants}
     outside = 0
     for name in VARIANTS:
         low, high = before[name]["top1"]["t"]

@@ -21,7 +21,7 @@ from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import reads_teacher
 from softlabels.inputs import PeerLogits, SecondPass
 from softlabels.losses import METHODS
-from softlabels.training.config import resolve, task_weight_of, warmup_of, weight_of
+from softlabels.training.config import resolve
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -229,10 +229,10 @@ def test_a_methods_page_has_the_settings_of_the_code(kind):
 def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     method, summary = METHODS[kind], summary_of(kind)
     weight, task_weight = re.findall(r"`(?:method_|task.)weight` ([\w.-]+)", summary["weights"])
-    assert float(weight) == weight_of(method)
-    assert task_weight == str(task_weight_of(method))
-    assert ("rises over the run" in summary["weights"]) == (warmup_of(method) == "run")
-    assert warmup_of(method) in (0, "run")  # others would have to be told
+    assert float(weight) == method.defaults.weight
+    assert task_weight == str(method.defaults.task_weight)
+    assert ("rises over the run" in summary["weights"]) == (method.defaults.warmup == "run")
+    assert method.defaults.warmup in (0, "run")  # others would have to be told
     kinds = [
         inner
         for kind in method().inputs.values()
@@ -242,7 +242,7 @@ def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     assert named == {type(kind).__name__ for kind in kinds}
 
     of_method, *of_task = overview()[kind][2].split(", task ")
-    assert float(of_method.removesuffix(" at the end")) == weight_of(method)
+    assert float(of_method.removesuffix(" at the end")) == method.defaults.weight
     told = of_task[0] if of_task else "1"
     assert told == "the rest" if task_weight == "rest" else float(told) == float(task_weight)
 
@@ -297,7 +297,7 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     distiller, method = space["distiller"], METHODS[kind]
     assert type(distiller.method) is method
     assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
-    weight, task_weight = weight_of(method), task_weight_of(method)
+    weight, task_weight = method.defaults.weight, method.defaults.task_weight
     assert distiller.method_weight == weight
     rest = 1 - weight if task_weight == "rest" else task_weight
     assert distiller.task_weight == pytest.approx(rest)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -22,12 +21,12 @@ from softlabels.data.augment import Affine, Compose, Noise
 from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.sources.glyphs import glyphs100
-from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.inputs import Input, PeerLogits, TeacherLogits
 from softlabels.io.weights import load_weights
-from softlabels.losses import METHODS
+from softlabels.losses import METHODS, Method
+from softlabels.losses._method import setting_fields
 from softlabels.models import build_model
-from softlabels.training.config import task_weight_of, weight_of
 
 STUDENT = "trainable.student."  # how the names of its parameters begin
 TEACHER_WEIGHTS = "recipes/glyphs100/teacher.safetensors"
@@ -222,17 +221,17 @@ def batches(
 # Building and feeding
 
 
-def method_of(kind: str, num_samples: int, **settings: Any) -> nn.Module:
+def method_of(kind: str, num_samples: int, **settings: Any) -> Method:
     """A method with its published settings."""
     method = METHODS[kind]
-    if "num_samples" in inspect.signature(method).parameters:
+    if "num_samples" in setting_fields(method):
         settings["num_samples"] = num_samples
     return method(**settings)
 
 
 def teacher_signals(kind: str) -> list[Input]:
     """What a method reads from a teacher."""
-    inputs: Mapping[str, Input] = METHODS[kind]().inputs
+    inputs = checked_inputs(METHODS[kind]())
     return [kind for kind in inputs.values() if reads_teacher(kind)]
 
 
@@ -265,8 +264,7 @@ def built(
         teacher = copy.deepcopy(teacher)  # it may be moved to another precision
     if any(isinstance(kind, PeerLogits) for kind in method.inputs.values()):
         peer = family.student(2)
-    weight = weight_of(method)
-    task_weight = task_weight_of(method)
+    weight, task_weight = method.defaults.weight, method.defaults.task_weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)  # of the heads
         return Distiller(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 import softlabels
 from softlabels.cli import main
 from softlabels.inputs import Logits
-from softlabels.losses import KDLoss, WeightedSum
+from softlabels.losses import KDLoss, Method, WeightedSum
 from softlabels.training import trainer
 from softlabels.training.config import (
     Config,
@@ -36,32 +37,37 @@ OWN_METHODS = '''
 import torch
 from torch import nn
 from softlabels.inputs import Logits
+from softlabels.losses import Method
 
 
-class Flat(nn.Module):
+class Flat(Method):
     """Pulls the logits to zero.
 
     Args:
         power: Exponent of their size.
     """
 
+    power: float = 2.0
+
     inputs = {"logits": Logits()}
 
-    def __init__(self, *, power: float = 2.0) -> None:
-        super().__init__()
-        self.power = power
-
-    def forward(self, logits):
-        return logits.abs().pow(self.power).mean()
+    def terms(self, logits):
+        return {"size": logits.abs().pow(self.power).mean(1)}
 
 
-class Odd(nn.Module):
+class Odd(Flat):
     """Has a setting that no command line can hold."""
 
-    inputs = {"logits": Logits()}
+    parts: torch.Generator | None = None
 
-    def __init__(self, *, parts: torch.Generator = None) -> None:
-        super().__init__()
+
+class Reads(Method):
+    """Reads what is no input."""
+
+    inputs = {"logits": "logits"}
+
+    def terms(self, logits):
+        return {"size": logits.mean(1)}
 
 
 class Network(nn.Module):
@@ -69,16 +75,17 @@ class Network(nn.Module):
 '''
 
 
-class Steep(nn.Module):
-    """As no settings build it: its argument has no name of its own."""
+class Steep(Method):
+    """As no settings build it: its argument is none of its fields."""
+
+    inputs: ClassVar = {"logits": Logits()}
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
-        self.inputs = {"logits": Logits()}
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.factor * logits.square().mean()
+    def terms(self, logits: Tensor) -> dict[str, Tensor]:
+        return {"size": self.factor * logits.square().mean(1)}
 
 
 @pytest.fixture
@@ -120,8 +127,9 @@ def test_its_settings_are_options(own, capsys):
         ({"kind": "{own}:Flat", "pover": 1}, "unknown setting 'method.pover': expected power"),
         ({"kind": "{own}:Flat", "power": "x"}, "method.power: .*valid number"),
         ({"kind": "{own}:Odd"}, "Odd: its settings must be numbers, texts"),
-        ({"kind": "{own}:Network"}, "Network' is no method: expected a class with `inputs`"),
-        ({"kind": "{own}:Flatt"}, "unknown function .*'Flatt'; near: Flat"),
+        ({"kind": "{own}:Reads"}, r"Reads.inputs must map names to inputs"),
+        ({"kind": "{own}:Network"}, "Network' is no method"),
+        ({"kind": "{own}:Flatt"}, "unknown method .*'Flatt'; near: Flat"),
         ({"kind": "nowhere_at_all:Flat"}, "nowhere_at_all"),
         ({"kind": "os:system"}, "of Python's own library"),
     ],
@@ -165,7 +173,12 @@ def test_another_object_does_not_go_on_in_the_folder(own, tmp_path):
 
 def test_what_no_settings_build_is_not_repeated_without_it(tmp_path):
     result = train(tmp_path / "run", Steep(1.0))
-    assert recorded(result.folder) == {"kind": f"object:{__name__}:Steep", "factor": 1.0}
+    assert recorded(result.folder) == {
+        "kind": f"object:{__name__}:Steep",
+        "factor": 1.0,
+        "ignore_index": None,
+        "reduction": "mean",
+    }
     record = load_recipe(str(result.folder / "config.yaml"))
     with pytest.raises(ConfigError, match=r"the run's method was an object, .*:Steep.*again"):
         resolve(record)

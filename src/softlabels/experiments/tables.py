@@ -124,13 +124,15 @@ def _figures(folder: RunFolder, runs: Path, agreement: float | None) -> RunFigur
     final, best, fitted = summary.final, summary.best, analysis.temperature
     if agreement is None and analysis.teacher is not None:
         agreement = analysis.teacher.agreement
+    keys = ("top1", "group_top1", "nll", "ece")
+    shown: dict[str, float] = {key: final[key] for key in keys if key in final}
     lines = [line.scalars for line in read_lines(folder.metrics, Metrics)]
     evaluated = [scalars for scalars in lines if "eval/top1" in scalars]
     figures = {
         "seed": summary.seed,
         "folder": str(folder.path.relative_to(runs)),
         "commit": Environment.read(folder.environment).commit,
-        **{key: final[key] for key in ("top1", "group_top1", "nll", "ece") if key in final},
+        **shown,
         "best_top1": best["top1"],
         "best_epoch": best["epoch"],
         "fitted_ece": None if fitted is None else fitted.ece,

@@ -106,12 +106,8 @@ class WeightedSum(Method):
         }
 
     def settings(self) -> dict[str, Any]:
-        """Weights and teachers, and of each method its class's name and settings."""
-        methods = {
-            name: {"class": type(method).__qualname__, **method.settings()}
-            for name, method in self.members().items()
-        }
-        return {"methods": methods, "weights": self.weights, "teachers": self.teachers}
+        """What it was made from."""
+        return {"methods": self.members(), "weights": self.weights, "teachers": self.teachers}
 
     def has_adapters(self) -> bool:
         """Whether one of the methods may have any."""

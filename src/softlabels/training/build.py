@@ -14,7 +14,7 @@ from softlabels.data import DataInfo, DataSource, open_source
 from softlabels.data.mixup import MixupCutmix
 from softlabels.data.randomness import seeded
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import PeerLogits, TeacherLogits
@@ -170,7 +170,7 @@ def build_distiller(
         if config.student.weights is not None:
             load_weights(student, _file(config.student.weights))
         try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
-    inputs = [] if method is None else method.inputs.values()
+    inputs = checked_inputs(method).values()
     peer = None
     if any(isinstance(kind, PeerLogits) for kind in inputs):
         if config.peer.name is None and own_student:

@@ -322,6 +322,7 @@ def checked(config: Config, method: Method | None = None) -> Config:
     """
     try:
         built = build_method(config) if method is None else method
+        reads = any(map(reads_teacher, checked_inputs(built).values()))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:
@@ -332,7 +333,7 @@ def checked(config: Config, method: Method | None = None) -> Config:
         raise ConfigError(
             f"a method reads teacher {most}, counted from 0, got {1 + len(config.further_teachers)}"
         )
-    _check_teachers(config, _reads_teacher(built))
+    _check_teachers(config, reads)
     if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
         raise ConfigError(
             f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "

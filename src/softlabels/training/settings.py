@@ -190,6 +190,11 @@ def settings_class(kind: str) -> type[MethodSettings]:
     if kind in METHOD_SETTINGS:
         return METHOD_SETTINGS[kind]
     cls = method_class(kind)
+    if cls.__init__ is not Method.__init__:
+        raise ValueError(
+            f"{kind:.200} has a constructor of its own: its settings are known only where they are "
+            "annotated fields of the class"
+        )
     try:
         return _method_settings(kind, cls)
     except PydanticUserError as error:
@@ -222,7 +227,7 @@ def settings_of_method(method: Method) -> MethodSettings:
     taken = inspect.signature(cls.__init__).parameters
     others = {name: getattr(method, name) for name in taken if name in vars(method)}
     parts = {name: part for name, part in method.named_children() if name not in others}
-    told = {name: _told(value) for name, value in {**given, **others, **parts}.items()}
+    told = {name: _told(value) for name, value in {**parts, **others, **given}.items()}
     return UnknownMethod.model_validate({**told, "kind": f"{OBJECT}{kind}"})
 
 

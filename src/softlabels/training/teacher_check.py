@@ -11,7 +11,7 @@ from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.experiments.analyze import teacher_name
 from softlabels.taps import undisturbed
@@ -79,8 +79,7 @@ def checked_teacher(
             not say that this is a warning.
     """
     teacher = distiller.teacher
-    method = distiller.method
-    inputs = [] if method is None else method.inputs.values()
+    inputs = checked_inputs(distiller.method).values()
     if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
     if not any(map(reads_teacher, inputs)):
