@@ -11,6 +11,7 @@ import torch
 from softlabels.analysis.gallery import make_gallery
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.experiments.analyze import analyze, teacher_name, write_analysis
+from softlabels.io.records import read_lines
 from softlabels.training.config import Config
 from softlabels.training.engine import Engine
 from softlabels.training.recorder import Recorder
@@ -21,7 +22,6 @@ from softlabels.training.schemas import (
     Summary,
     TeacherScore,
     Timing,
-    read_lines,
 )
 
 __all__ = ["finish", "peak_memory"]

@@ -23,7 +23,8 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from softlabels.training.schemas import Metrics, Record, Timing
+from softlabels.io.records import Record
+from softlabels.training.schemas import Metrics, Timing
 
 __all__ = ["Tracker"]
 
