@@ -154,7 +154,7 @@ def test_methods_lists_all(capsys):
         (["train", "--student.weights", "/no/weights.pt"], "/no/weights.pt"),
         (["train", "--optimizer.name", "sdg"], "optimizer.name must be a name"),
         (["eval", "/no/run"], "/no/run"),
-        (["eval"], "Missing"),
+        (["eval"], "missing STUDENT"),
         (["predict", "/no/run"], "expected one or more images"),
         (["predict", "/no/run", "/no/image.png"], "/no/image.png does not exist"),
         (["config", "display"], "expected `config show`"),

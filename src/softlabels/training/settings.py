@@ -115,16 +115,17 @@ def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, s
     }
 
 
+_KIND = "The method, which `softlabels methods` lists; or module:Class, one of your own."
+
+
 class MethodSettings(Section):
     """Base of the methods' settings; `kind` tells them apart."""
 
-    kind: str = Field(
-        description=f"One of {', '.join(METHODS)}, or module:Class for a method of your own."
-    )
+    kind: str = Field(description=_KIND)
 
 
 def _method_settings(kind: str, method: type[nn.Module]) -> type[MethodSettings]:
-    fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    fields: dict[str, Any] = {"kind": (Literal[kind], Field(kind, description=_KIND))}
     for name, (annotation, default, text) in _keyword_settings(method).items():
         if name != "reduction":  # a step's loss is a batch mean
             fields[name] = (annotation, Field(default, description=text))
@@ -134,7 +135,7 @@ def _method_settings(kind: str, method: type[nn.Module]) -> type[MethodSettings]
 class NoMethod(MethodSettings):
     """Train with the task's own loss alone."""
 
-    kind: Literal["none"] = "none"
+    kind: Literal["none"] = Field("none", description=_KIND)
 
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
