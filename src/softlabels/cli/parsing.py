@@ -184,10 +184,14 @@ def _options(settings: BaseModel, prefix: str = "--") -> Iterator[tuple[str, Fie
 
 def _description(settings: BaseModel, options: Mapping[str, tuple[FieldInfo, Any]]) -> str:
     """The first part of the help: what the command takes, and the options that most runs give."""
+    from softlabels.training.settings import DATA_SETTINGS
+
+    path = DATA_SETTINGS["folder"].model_fields["path"]
+    options = {"--data.path": (path, None), **options}  # what is embedded has none
     about = (
         f"{inspect.getdoc(type(settings))} RECIPE is a YAML file or the name of a recipe in the "
-        "package (`softlabels recipes` lists them); options override it. The groups below have "
-        "the options of the chosen method and of the chosen source of data alone."
+        "package (`softlabels recipes` lists them); options override it. The groups have the "
+        "options of the chosen method and of the chosen source of data alone."
     )
     lines = [_wrapped("  ", about, indent=2), "", "most used:"]
     for flag, short in _MOST_USED.items():
