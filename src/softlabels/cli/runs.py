@@ -12,6 +12,7 @@ __all__ = ["cache_teacher", "demo", "reproduce", "train"]
 def train(arguments: list[str]) -> int:
     """Train a student."""
     from softlabels.experiments.smoke import TrainConfig, smoke
+    from softlabels.experiments.train import ReportWriter
     from softlabels.training.trainer import run
 
     config = configured(arguments, "train", TrainConfig.of)
@@ -25,7 +26,7 @@ def train(arguments: list[str]) -> int:
             )
         return 0
     settings = config.plain()
-    result = run(settings, console=progress_console())
+    result = run(settings, observers=[ReportWriter()], console=progress_console())
     if not is_main_process():
         return 0
     echo(metrics_line(result.final))

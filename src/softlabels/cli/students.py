@@ -58,7 +58,7 @@ def analyze(arguments: list[str]) -> int:
         Args:
             run: The run's folder.
         """
-        from softlabels.experiments.analyze import analyze_run
+        from softlabels.experiments.analyze_run import analyze_run
         from softlabels.training.run_folder import RunFolder
 
         folder = RunFolder(Path(run))
