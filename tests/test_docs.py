@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import runpy
 import shlex
@@ -18,9 +17,10 @@ from torch import nn
 from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
 from softlabels.cli import main
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.inputs import PeerLogits, SecondPass
 from softlabels.losses import METHODS
+from softlabels.losses._method import setting_fields
 from softlabels.training.config import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -173,8 +173,9 @@ def overview():
 
 
 def settings_of(kind):
-    parameters = inspect.signature(METHODS[kind].__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    common = ("ignore_index", "reduction")  # which every method has
+    fields = setting_fields(METHODS[kind])
+    return {name: field.default for name, field in fields.items() if name not in common}
 
 
 def example_space(kind=None):
@@ -204,18 +205,16 @@ def example_space(kind=None):
     }
 
 
-def test_every_method_has_a_page_and_a_row_in_the_order_of_the_table():
+def test_every_method_has_a_page_and_a_row():
     assert sorted(path.stem for path in page_of("kd").parent.glob("*.md")) == sorted(METHODS)
-    assert [*overview()] == [*METHODS]
+    assert sorted(overview()) == sorted(METHODS)
     assert f"{len(METHODS)} methods" in OVERVIEW.read_text()
 
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_methods_page_has_the_settings_of_the_code(kind):
     method = METHODS[kind]
-    assert summary_of(kind)["names"].startswith(
-        f"kind `{kind}`, module `{method.__name__}`, function `{kind}_loss`"
-    )
+    assert summary_of(kind)["names"].startswith(f"kind `{kind}`, class `{method.__name__}`")
     stated = {}
     for cells in rows(page_of(kind).read_text()):
         if len(cells) == 3 and cells[0].startswith("`"):
@@ -235,7 +234,7 @@ def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     assert method.defaults.warmup in (0, "run")  # others would have to be told
     kinds = [
         inner
-        for kind in method().inputs.values()
+        for kind in checked_inputs(method()).values()
         for inner in ((kind, kind.of) if isinstance(kind, SecondPass) else (kind,))
     ]
     named = set(re.findall(r"`([A-Z]\w+)", summary["reads"]))
@@ -306,7 +305,9 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     number, _, other = forwards.partition(" + ")
     assert counts["student"] == int(number[0])
     assert counts["teacher"] == int(other in ("T", "R"))
-    assert (other == "P") == any(isinstance(s, PeerLogits) for s in method().inputs.values())
+    assert (other == "P") == any(
+        isinstance(s, PeerLogits) for s in checked_inputs(method()).values()
+    )
     learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
         p.numel() for p in distiller.student.parameters()
     )
@@ -317,7 +318,7 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_overview_says_which_networks_a_method_takes(kind):
     needs = overview()[kind][-1]
-    inputs = METHODS[kind]().inputs.values()
+    inputs = checked_inputs(METHODS[kind]()).values()
     settings = {"num_samples": 10} if "num_samples" in settings_of(kind) else {}
 
     def build(student, teacher):

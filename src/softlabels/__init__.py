@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from softlabels.distill.teacher_cache import (
         TeacherCache as TeacherCache,
     )
+    from softlabels.experiments.train import (
+        train as train,
+    )
     from softlabels.losses import (
         KDLoss as KDLoss,
     )
@@ -58,9 +61,6 @@ if TYPE_CHECKING:
     from softlabels.taps import (
         FeatureTap as FeatureTap,
     )
-    from softlabels.training import (
-        train as train,
-    )
 
 __version__ = "0.1.0"
 
@@ -85,7 +85,7 @@ _LAZY = {
     "FeatureTap": "taps",
     "Teacher": "distill",
     "TeacherCache": "distill",
-    "train": "training",
+    "train": "experiments.train",
 }
 
 __all__ = [

@@ -85,6 +85,32 @@ def test_help_shows_the_chosen_method_alone_with_the_recipes_values(capsys):
     assert "--method.power" not in text
 
 
+def test_help_shows_the_chosen_datas_settings_alone(capsys):
+    assert main(["train", "--data.source", "cifar100", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--data.flip" in text
+    assert "--data.num-fonts" not in text
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep", "cache-teacher"])
+def test_help_begins_with_the_settings_that_most_runs_give(capsys, command):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    first = text[: text.index("--help ")]
+    for flag in ("--data", "--student", "--method", "--teacher", "--epochs", "--lr", "--output"):
+        assert f" {flag}" in first
+    assert "--channels-last" not in first
+    assert all(len(line) <= 80 for line in first.splitlines())
+
+
+def test_short_options_set_the_same_as_long_ones(capsys):
+    assert main(["config", "show", "--lr", "0.3", "--student=timm:resnet8", "--method", "ols"]) == 0
+    short = capsys.readouterr().out
+    long = ["--optimizer.lr", "0.3", "--student.name", "timm:resnet8", "--method.kind", "ols"]
+    assert main(["config", "show", *long]) == 0
+    assert capsys.readouterr().out == short
+
+
 def test_train_writes_a_run(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["method"] == "uskd"
@@ -147,6 +173,12 @@ def test_methods_lists_all(capsys):
         (["train", "--epochs", "0"], "epochs: Input should be greater than or equal to 1"),
         (["train", "--epochs", "few"], "epochs"),
         (["train", "--nope", "1"], "--nope"),
+        (["train", "--epoch", "1"], "'--epoch': expected --epochs"),
+        (["train", "--further-methods", "nkd"], "--further-methods is set in a recipe"),
+        (["train", "--lr", "-1"], "optimizer.lr: Input should be greater than 0, got -1"),
+        (["train", "--precision", "fp8"], "--precision must be one of no, bf16, fp16, got 'fp8'"),
+        (["train", "--optimizer.lr"], "--optimizer.lr needs a value"),
+        (["train", "--data.source", "cifar100", "--data.num-fonts", "3"], "--data.num-fonts"),
         (["train", "--data.path", "/no/such/place"], "/no/such/place does not exist"),
         (["train", "--data.source", "glyph"], "glyphs100"),
         (["train", "--student.name", "timm:resnet8x5"], "model 'resnet8x5'; near: resnet8x4"),
@@ -154,7 +186,7 @@ def test_methods_lists_all(capsys):
         (["train", "--student.weights", "/no/weights.pt"], "/no/weights.pt"),
         (["train", "--optimizer.name", "sdg"], "optimizer.name must be a name"),
         (["eval", "/no/run"], "/no/run"),
-        (["eval"], "Missing"),
+        (["eval"], "missing STUDENT"),
         (["predict", "/no/run"], "expected one or more images"),
         (["predict", "/no/run", "/no/image.png"], "/no/image.png does not exist"),
         (["config", "display"], "expected `config show`"),

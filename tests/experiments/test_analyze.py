@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import softlabels
+from softlabels.analysis.analyze import Analyzed, analyze
 from softlabels.cli import main
 from softlabels.data import Batch, DataInfo
 from softlabels.data.randomness import permutation
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.experiments.analyze import Analyzed, analyze, analyze_run
+from softlabels.experiments.analyze_run import analyze_run
 from softlabels.training.metrics import evaluate
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def sampled(num_images, num_classes, temperature, seed=0):
 
 def test_temperature_is_fitted_on_each_half_and_measured_on_the_other():
     logits, target = sampled(600, 8, temperature=2.5)
-    found = look(logits, Numbers(target, 8)).analysis.dump()["temperature"]
+    found = look(logits, Numbers(target, 8)).content["temperature"]
 
     wide, order = logits.astype(np.float64), permutation(0, 0, 600).numpy()
     halves, fitted = [order[::2], order[1::2]], []
@@ -124,7 +125,7 @@ def test_a_temperature_repairs_what_is_too_sure_of_itself():
     before = evaluate(
         Table(logits), source.test_batches(batch_size=9, device=CPU), source.info, CPU
     )
-    after = look(logits, source).analysis.dump()["temperature"]
+    after = look(logits, source).content["temperature"]
     assert after["nll"] < before["nll"] - 0.3
     assert after["ece"] < before["ece"] / 2
 
@@ -133,18 +134,18 @@ def test_both_halves_have_all_classes_where_classes_take_turns():
     # Only images of class 1 are judged wrongly: a half without them would go to the lowest end.
     target = np.arange(200) % 2
     logits = np.stack([np.full(200, 3.0), np.zeros(200)], 1)
-    found = look(logits, Numbers(target, 2)).analysis.dump()["temperature"]
+    found = look(logits, Numbers(target, 2)).content["temperature"]
     assert found["nll"] == pytest.approx(math.log(2), rel=0.02)
 
 
 def test_of_a_large_test_set_a_fixed_part_is_held_for_the_temperature():
     logits, target = sampled(90, 4, temperature=2.0)
     source = Numbers(target, 4)
-    whole, part = (look(logits, source, memory=m).analysis.dump() for m in (90 * 16, 50 * 16))
+    whole, part = (look(logits, source, memory=m).content for m in (90 * 16, 50 * 16))
     assert "fitted_on" not in whole["temperature"]
     assert part["temperature"]["fitted_on"] == 50
     chosen = permutation(0, 0, 90)[:50].sort().values.numpy()
-    alone = look(logits[chosen], Numbers(target[chosen], 4)).analysis.dump()["temperature"]
+    alone = look(logits[chosen], Numbers(target[chosen], 4)).content["temperature"]
     assert part["temperature"] == {**alone, "fitted_on": 50}
     assert {**part, "temperature": None} == {**whole, "temperature": None}
 
@@ -152,7 +153,7 @@ def test_of_a_large_test_set_a_fixed_part_is_held_for_the_temperature():
 def test_bins_of_the_confidence_add_up_to_the_error_of_calibration():
     logits, target = sampled(300, 6, temperature=2.0)
     source = Numbers(target, 6)
-    bins = look(logits, source).analysis.dump()["reliability"]
+    bins = look(logits, source).content["reliability"]
     metrics = evaluate(
         Table(logits), source.test_batches(batch_size=50, device=CPU), source.info, CPU
     )
@@ -171,7 +172,7 @@ def test_bins_of_the_confidence_add_up_to_the_error_of_calibration():
 
 
 def test_a_confidence_of_one_is_in_the_last_bin():
-    bins = look([[100.0, 0.0], [0.0, 100.0]], Numbers([0, 0], 2)).analysis.dump()["reliability"]
+    bins = look([[100.0, 0.0], [0.0, 100.0]], Numbers([0, 0], 2)).content["reliability"]
     assert bins["count"] == [0] * 14 + [2]
     assert (bins["confidence"][14], bins["accuracy"][14]) == (1.0, 0.5)
 
@@ -180,7 +181,7 @@ def test_accuracy_of_classes_and_confusions_by_hand():
     targets = [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
     predicted = [0, 1, 1, 2, 1, 0, 1, 1, 1, 2]
     source = Numbers(targets, 4)
-    content = look(np.eye(4)[predicted] * 5, source).analysis.dump()
+    content = look(np.eye(4)[predicted] * 5, source).content
     assert content["images"] == 10
     assert content["class_names"] == ["class 0", "class 1", "class 2", "class 3"]
     assert content["groups"] is None
@@ -191,7 +192,7 @@ def test_accuracy_of_classes_and_confusions_by_hand():
 def test_zipf_is_that_of_the_evaluation_and_has_the_curve():
     logits, target = sampled(40, 120, temperature=1.0)
     source = Numbers(target, 120)
-    zipf = look(logits, source).analysis.dump()["zipf"]
+    zipf = look(logits, source).content["zipf"]
     metrics = evaluate(
         Table(logits), source.test_batches(batch_size=7, device=CPU), source.info, CPU
     )
@@ -200,15 +201,15 @@ def test_zipf_is_that_of_the_evaluation_and_has_the_curve():
     assert zipf["ranks"] == [1, 32]
     ranked = -np.sort(-softmax(logits.astype(np.float64)), axis=1)
     np.testing.assert_allclose(zipf["mean_sorted_softmax"], ranked.mean(0)[:100], rtol=1e-5)
-    assert look(logits[:, :9], Numbers([0] * 40, 9)).analysis.dump()["zipf"]["ranks"] == [1, 9]
+    assert look(logits[:, :9], Numbers([0] * 40, 9)).content["zipf"]["ranks"] == [1, 9]
 
 
 def test_predictions_are_in_the_order_of_the_test_set_whatever_comes_first():
     logits, target = sampled(30, 5, temperature=1.0)
     straight = look(logits, Numbers(target, 5))
     mixed = look(logits, Numbers(target, 5, order=permutation(3, 0, 30)))
-    assert {**mixed.analysis.dump(), "zipf": None} == {**straight.analysis.dump(), "zipf": None}
-    assert mixed.analysis.zipf.r2 == pytest.approx(straight.analysis.zipf.r2, rel=1e-12)
+    assert {**mixed.content, "zipf": None} == {**straight.content, "zipf": None}
+    assert mixed.content["zipf"]["r2"] == pytest.approx(straight.content["zipf"]["r2"], rel=1e-12)
     arrays = mixed.predictions
     assert arrays.keys() == {"index", "target", "predicted", "confidence"}
     assert {name: array.dtype.name for name, array in arrays.items()} == {
@@ -229,7 +230,7 @@ def test_agreement_with_a_teacher_by_hand():
     network = np.eye(3)[[0, 1, 2, 0]]
     teacher = Teacher(Table(np.eye(3)[[0, 2, 2, 1]]))
     found = look(network, Numbers([0, 1, 1, 1], 3), teacher=teacher, teacher_name="wise")
-    assert found.analysis.dump()["teacher"] == {"name": "wise", "top1": 50, "agreement": 50}
+    assert found.content["teacher"] == {"name": "wise", "top1": 50, "agreement": 50}
     np.testing.assert_array_equal(found.predictions["teacher_predicted"], [0, 2, 2, 1])
     assert found.predictions["teacher_predicted"].dtype == np.int32
 
@@ -239,7 +240,7 @@ def test_several_teachers_answer_together():
     found = look(
         [[0.0, 0.0, 9.0]], Numbers([2], 3), teacher=Teachers([Table(first), Table(second)])
     )
-    assert found.analysis.teacher.agreement == 0  # the mean of the predictions: class 0 or 1
+    assert found.content["teacher"]["agreement"] == 0  # the mean of the predictions: class 0 or 1
     assert found.predictions["teacher_predicted"].tolist() in ([0], [1])
 
 
@@ -253,7 +254,7 @@ def test_several_teachers_answer_together():
 )
 def test_a_teacher_of_other_classes_is_not_asked(teacher):
     found = look(np.eye(3), Numbers([0, 1, 2], 3), teacher=teacher)
-    assert found.analysis.teacher is None
+    assert found.content["teacher"] is None
     assert "teacher_predicted" not in found.predictions
 
 
@@ -291,7 +292,7 @@ class Wide(nn.Module):
 
 def picture(vectors, targets, num_classes, groups=None):
     source = Numbers(targets, num_classes, groups)
-    return look(Wide(vectors, num_classes), source).analysis.dump()["features"]
+    return look(Wide(vectors, num_classes), source).content["features"]
 
 
 def test_features_are_principal_components_with_a_fixed_sign():
@@ -348,8 +349,8 @@ def test_features_without_a_plane_are_left_out(vectors):
 def test_a_network_without_a_linear_classifier_has_no_features():
     network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     found = look(network, Numbers([0, 1, 2], 3))
-    assert found.analysis.features is None
-    assert found.analysis.images == 3
+    assert found.content["features"] is None
+    assert found.content["images"] == 3
 
 
 # What is hard
@@ -370,7 +371,7 @@ def test_a_network_without_a_linear_classifier_has_no_features():
 def test_hard_answers_give_json_that_others_read(rows, targets):
     source = Numbers(targets, len(rows[0]))
     found = look(rows, source)
-    content = json.loads(json.dumps(found.analysis.dump(), allow_nan=False))
+    content = json.loads(json.dumps(found.content, allow_nan=False))
     finite = bool(np.isfinite(rows).all())
     assert content["images"] == len(targets)
     assert (content["temperature"] is not None) == (finite and len(targets) >= 4)

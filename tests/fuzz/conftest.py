@@ -73,6 +73,6 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fast_runs() -> Iterator[None]:
     """The report, the largest part of a tiny run, has cases of its own; so has git's answer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softlabels.training.trainer.write_report", lambda *_a, **_k: None)
+        patch.setattr("softlabels.experiments.train.write_report", lambda *_a, **_k: None)
         patch.setattr("softlabels.training.run_folder._commit", lambda: None)
         yield

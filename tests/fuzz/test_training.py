@@ -24,8 +24,8 @@ from shared.fuzzing import (
     texts,
 )
 from shared.tiny_runs import SIDE, train_arguments
+from softlabels import train
 from softlabels.data import Batch, DataInfo
-from softlabels.training import train
 from softlabels.training.errors import NonFiniteLossError
 
 NUM_CLASSES = 3

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shared.tiny_runs import write_pictures
-from softlabels.training import train
+from softlabels import train
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.errors import NonFiniteLossError
 

@@ -33,8 +33,8 @@ from softlabels.training.config import Config, resolve
 from softlabels.training.engine import Engine
 from softlabels.training.errors import InterruptGuard
 from softlabels.training.metrics import evaluate
-from softlabels.training.optim import build_optimizer
-from softlabels.training.schedule import build_schedule
+from softlabels.training.observers import Observer
+from softlabels.training.optim import build_optimizer, build_schedule
 
 pytestmark = pytest.mark.distributed
 
@@ -222,7 +222,7 @@ def batch_norm_config(folder: Path) -> Config:
     )
 
 
-class Noting:
+class Noting(Observer):
     """Keeps what the engine tells."""
 
     def __init__(self) -> None:
@@ -233,8 +233,6 @@ class Noting:
 
     def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
         self.told.append(scalars)
-
-    def store(self) -> None: ...
 
 
 def batch_norm_run(folder: Path) -> dict[str, Any]:
@@ -252,7 +250,7 @@ def batch_norm_run(folder: Path) -> dict[str, Any]:
     engine = Engine(distiller, optimizer, schedule, source, accelerator, config, None)
     fixed = engine.evaluate()  # of the untrained student, the same everywhere
     noting = Noting()
-    engine.fit(noting, InterruptGuard())
+    engine.fit([noting], InterruptGuard())
 
     batch = next(
         source.train_batches(

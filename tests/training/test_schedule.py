@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softlabels.training.config import ConfigError, resolve
-from softlabels.training.schedule import build_schedule
+from softlabels.training.optim import build_schedule
 from softlabels.training.settings import ScheduleSettings
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from softlabels.io.records import read_lines
 from softlabels.training.run_records import read_run
-from softlabels.training.schemas import Environment, Metrics, Summary, TeacherScore, read_lines
+from softlabels.training.schemas import Environment, Metrics, Summary, TeacherScore
 
 RESULTS = Path(__file__).parents[2] / "results"
 

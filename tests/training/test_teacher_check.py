@@ -29,7 +29,6 @@ from softlabels.inputs import Features, Logits
 from softlabels.io.weights import load_weights
 from softlabels.losses import Method
 from softlabels.models import build_model
-from softlabels.training import trainer
 from softlabels.training.cache_teacher import build_cache
 from softlabels.training.config import resolve
 from softlabels.training.errors import Interrupted
@@ -83,7 +82,9 @@ def run(
     printed = io.StringIO()
     values = {**FAST, "epochs": 1, "method": method, "progress": True, **more}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "Console", lambda **_: Console(file=printed, width=500))
+        patch.setattr(
+            "softlabels.experiments.train.Console", lambda **_: Console(file=printed, width=500)
+        )
         softlabels.train(
             source, output=str(output), teacher=teacher, **{**values, "progress": True}
         )

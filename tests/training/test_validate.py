@@ -245,7 +245,9 @@ class Watching(InMemorySource):
 )
 def test_what_a_method_keeps_is_told_before_training(tmp_path, settings, told, monkeypatch):
     printed = io.StringIO()
-    monkeypatch.setattr(trainer, "Console", lambda **_: Console(file=printed, width=500))
+    monkeypatch.setattr(
+        "softlabels.experiments.train.Console", lambda **_: Console(file=printed, width=500)
+    )
     source = Watching(noise(**{**DATA, "num_train": 600, "num_classes": 200}), printed)
     if settings["method"] == "ps_kd" or "further_methods" in settings:
         source = Watching(noise(**{**DATA, "num_train": 400, "num_classes": 300}), printed)

@@ -4,11 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from softlabels.cli.parsing import configured, console
+from softlabels.cli.parsing import configured
+from softlabels.io.console import echo, progress_console
 
 __all__ = ["compare"]
-
-_SHORT_OPTIONS = {"--student": "--student.name", "--teacher": "--teacher.name"}
 
 
 def compare(arguments: list[str]) -> int:
@@ -24,7 +23,7 @@ def compare(arguments: list[str]) -> int:
         given = read_comparison(name)
         return load_recipe(name) if given is None else given.values
 
-    config = configured([*map(_spelled_out, arguments)], "compare", CompareConfig.of, load)
+    config = configured(arguments, "compare", CompareConfig.of, load)
     result = run_comparison(
         config.comparison(given),
         output=Path(config.output or "runs/compare"),
@@ -32,13 +31,7 @@ def compare(arguments: list[str]) -> int:
         jobs=config.jobs,
         threads=config.threads,
         command=shlex.join(["softlabels", "compare", *arguments]),
-        console=console(),
+        console=progress_console(),
     )
-    print(f"everything is in {result.folder} (report.html, comparison.md, .csv and .json)")
+    echo(f"everything is in {result.folder} (report.html, comparison.md, .csv and .json)")
     return 0
-
-
-def _spelled_out(argument: str) -> str:
-    """An option in the form that the settings have it: `--student X` is `--student.name X`."""
-    flag, equals, value = argument.partition("=")
-    return f"{_SHORT_OPTIONS.get(flag, flag)}{equals}{value}"

@@ -1,69 +1,117 @@
-"""What the commands share: how arguments are read, and how a line is printed."""
+"""What the commands share: how arguments are read, and how mistakes in them are told."""
 
-import contextlib
-import functools
+from __future__ import annotations
+
+import difflib
 import inspect
-import io
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = [
-    "UsageError",
-    "call",
-    "configured",
-    "console",
-    "metrics_line",
-    "printable",
-    "put",
-    "speaks",
-]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+__all__ = ["UsageError", "call", "configured", "is_main_process", "metrics_line"]
 
 Result = TypeVar("Result")
+_WIDTH = 80
+
+# The settings that most runs give, in the order of the help, some with a shorter option.
+_MOST_USED = {
+    "--data.path": "--data",
+    "--student.name": "--student",
+    "--method.kind": "--method",
+    "--teacher.name": "--teacher",
+    "--epochs": "",
+    "--batch-size": "",
+    "--optimizer.lr": "--lr",
+    "--precision": "",
+    "--seed": "",
+    "--output": "",
+}
+_LONG_FORMS = {short: long for long, short in _MOST_USED.items() if short}
 
 
 class UsageError(ValueError):
     """The command line does not fit."""
 
 
-def _tyro(target: Callable[..., Result], arguments: list[str], prog: str, **options: Any) -> Result:
-    """Let tyro parse; its error, a box of lines, becomes one line."""
+def call(command: Callable[..., int], arguments: list[str], prog: str) -> int:
+    """Parse the arguments of a command, then run it.
+
+    Raises:
+        UsageError: Arguments that the command does not take.
+    """
+    known = [f"--{name.replace('_', '-')}" for name in inspect.signature(command).parameters]
+    return _parsed(command, arguments, prog, known)
+
+
+def _parsed(
+    target: Callable[..., Result], arguments: list[str], prog: str, known: list[str], **options: Any
+) -> Result:
+    """What tyro makes of the arguments; its error becomes one line.
+
+    A version of tyro without its hook for errors prints them in its own way, and exits with 2 too.
+    """
     import tyro
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            result: Result = tyro.cli(target, args=arguments, prog=f"softlabels {prog}", **options)
-            return result
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_unboxed(complaint.getvalue(), prog)) from stop
+    errors = getattr(tyro, "_errors", None)
+
+    def refuse(event: Any) -> None:
+        if message := _in_words(event, known):
+            raise UsageError(
+                f"{message} (softlabels {prog.split(' [')[0]} --help lists the options)"
+            )
+
+    with nullcontext() if errors is None else errors.on_parse_error(refuse):
+        result: Result = tyro.cli(target, args=arguments, prog=f"softlabels {prog}", **options)
+    return result
 
 
-def call(command: Callable[..., int], arguments: list[str], prog: str) -> int:
-    """Parse the arguments of a command, then run it, outside of what `_tyro` catches."""
+def _in_words(event: Any, known: list[str]) -> str | None:
+    """One line about one of tyro's errors; None for a kind that it has not had so far."""
+    argument = getattr(event, "argument", None)
+    flag = "" if argument is None else argument.lowered.name_or_flags[-1]
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            return _of_unknown(event.tokens[0], known)
+        case "MissingArgs":
+            names = [missing.arg.field.intern_name for missing in event.missing_arguments]
+            return f"missing {', '.join(names).upper()}"
+        case "InvalidChoice":
+            return f"{flag} must be one of {', '.join(event.choices)}, got {event.value!r:.80}"
+        case "BadValue":
+            return f"{flag} needs a value: {argument.lowered.metavar}"
+        case "InstantiationFailure":
+            return _of_value(event, flag)
+    return None
 
-    @functools.wraps(command)
-    def bound(*positional: Any, **named: Any) -> inspect.BoundArguments:
-        return inspect.signature(command).bind(*positional, **named)
 
-    given = _tyro(bound, arguments, prog)
-    return command(*given.args, **given.kwargs)
+def _of_unknown(token: str, known: list[str]) -> str:
+    if token in known:  # lists of sections have no options
+        return f"{token} is set in a recipe, not by an option"
+    near = difflib.get_close_matches(token, known, n=3, cutoff=0.75)
+    expected = f": expected {' or '.join(near)}" if near else ""
+    return f"unknown {'option' if token.startswith('-') else 'argument'} {token!r:.80}{expected}"
 
 
-def _unboxed(text: str, prog: str) -> str:
-    """The message in one of tyro's boxes, without borders and what is below its first rule."""
-    inside = [line.strip("│╭╮╰╯ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
-    message: list[str] = []
-    for line in inside[1:] or inside:
-        if line and set(line) <= set("─"):
-            break
-        if line.strip("─"):
-            message.append(line)
-    words = re.sub(r"\s*\[type=.*?errors\.pydantic\.dev\S*", "", " ".join(message))
-    words = re.sub(r"Error parsing \S+: \d+ validation errors? for \S+ (\S+)", r"\1:", words)
-    return f"{words} (softlabels {prog} --help lists the options)"
+def _of_value(event: Any, flag: str) -> str:
+    if flag:
+        reason = event.message.splitlines()[0].rstrip(".!")
+        return f"{flag} takes {event.argument.lowered.metavar}: {reason}"
+    from pydantic import ValidationError
+
+    from softlabels.training.config import explain
+
+    error = sys.exc_info()[1]
+    section = getattr(error, "arg", "")
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    told = event.message if error is None else explain(error)
+    return f"{section}.{told}" if section else told
 
 
 def configured(
@@ -83,8 +131,8 @@ def configured(
     import tyro
 
     from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
-    from softlabels.training.settings import METHOD_SETTINGS
 
+    arguments = [*map(_long_form, arguments)]
     values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         values = (load or load_recipe)(arguments[0])
@@ -95,20 +143,23 @@ def configured(
         values = with_method(values, given["--method.kind"])
     values = with_data(values, given.get("--data.source"), given.get("--data.path"))
     default = extended(parse(values))
-    config = _tyro(
+    options = {flag: (field, value) for flag, field, value in _options(default)}
+    config = _parsed(
         type(default),
         arguments,
         f"{prog} [RECIPE]",
+        [*options, *_LONG_FORMS],
         default=default,
-        description=(
-            f"{inspect.getdoc(type(default))} RECIPE is a YAML file or the name of a recipe in "
-            "the package (`softlabels config` lists them); options override it. --method.kind is "
-            f"one of {', '.join(METHOD_SETTINGS)}, or module:Class for one of your own; the help "
-            "then shows that method's options, and with --data.source those of that source."
-        ),
+        description=_description(default, options),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return checked(config)
+
+
+def _long_form(argument: str) -> str:
+    """An option in the form that the settings have it: `--lr 1` is `--optimizer.lr 1`."""
+    flag, equals, value = argument.partition("=")
+    return f"{_LONG_FORMS.get(flag, flag)}{equals}{value}"
 
 
 def _values_of(arguments: list[str], flags: Sequence[str]) -> dict[str, str]:
@@ -121,33 +172,56 @@ def _values_of(arguments: list[str], flags: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def console() -> Any:
-    """Where progress is shown: the error stream."""
-    from rich.console import Console
+def _options(settings: BaseModel, prefix: str = "--") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Each option of a configuration, with its field and its value."""
+    for name, field in type(settings).model_fields.items():
+        flag, value = f"{prefix}{name.replace('_', '-')}", getattr(settings, name)
+        if hasattr(value, "model_fields_set"):
+            yield from _options(value, f"{flag}.")
+        else:
+            yield flag, field, value
 
-    return Console(stderr=True)
+
+def _description(settings: BaseModel, options: Mapping[str, tuple[FieldInfo, Any]]) -> str:
+    """The first part of the help: what the command takes, and the options that most runs give."""
+    from softlabels.training.settings import DATA_SETTINGS
+
+    path = DATA_SETTINGS["folder"].model_fields["path"]
+    options = {"--data.path": (path, None), **options}  # what is embedded has none
+    about = (
+        f"{inspect.getdoc(type(settings))} RECIPE is a YAML file or the name of a recipe in the "
+        "package (`softlabels recipes` lists them); options override it. The groups have the "
+        "options of the chosen method and of the chosen source of data alone."
+    )
+    lines = [_wrapped("  ", about, indent=2), "", "most used:"]
+    for flag, short in _MOST_USED.items():
+        field, value = options[flag]
+        default = "" if value is None else f" (default: {value})"
+        names = f"{short}, {flag}" if short else flag
+        lines.append(_wrapped(f"  {names:<26}  ", f"{field.description}{default}", indent=30))
+    return "\n".join(lines)
 
 
-def speaks() -> bool:
+def _wrapped(start: str, text: str, indent: int) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * indent,  # tyro keeps the breaks before indented lines alone
+        break_on_hyphens=False,
+    )
+
+
+def is_main_process() -> bool:
     """Whether this is the one process of a run that prints its results."""
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
 
 
-def metrics_line(metrics: dict[str, float]) -> str:
+def metrics_line(metrics: Mapping[str, float]) -> str:
     """The metrics of an evaluation."""
     parts = [f"top-1 {metrics['top1']:.2f} %", f"top-5 {metrics['top5']:.2f} %"]
     if "group_top1" in metrics:
         parts.append(f"group {metrics['group_top1']:.2f} %")
     return ", ".join([*parts, f"NLL {metrics['nll']:.3f} nats", f"ECE {metrics['ece']:.2f} %"])
-
-
-def printable(text: str) -> str:
-    """Text of a file as a terminal may show it: without orders to it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def put(line: str) -> None:
-    """Print a line whose file names may be no Unicode; in JSON too, the escape stays valid."""
-    print(line.encode("utf-8", "backslashreplace").decode())

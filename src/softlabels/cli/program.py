@@ -11,45 +11,47 @@ from softlabels.cli import compare as comparing
 from softlabels.cli import runs, students
 from softlabels.cli import show as shown
 from softlabels.cli import sweep as sweeping
-from softlabels.cli.parsing import UsageError, printable
+from softlabels.cli.parsing import UsageError
+from softlabels.io.console import printable
 
 __all__ = ["main"]
 
 _TRACEBACK = "SOFTLABELS_TRACEBACK"
 _LONGEST_MESSAGE = 2000
 
-_COMMANDS = {
-    "train": "train a classifier, from a recipe or from settings",
-    "cache-teacher": "store a teacher's answers, so that training needs no teacher",
-    "eval": "measure a trained student on a test set",
-    "analyze": "write the statistics of a finished run's answers that its report shows",
-    "predict": "classify images with a trained student",
-    "export": "write a trained student for others, as safetensors or ONNX, with a model card",
-    "demo": "train one small student four ways on the embedded data, and compare",
-    "compare": "train several methods over the same seeds, and say what differs",
-    "sweep": "search a method's weights and temperature on images that are held out",
-    "reproduce": "train the rows of a published table, and compare with the paper",
-    "recipes": "list the recipes; `recipes show NAME` prints one",
-    "taps": "say where a network's features are read, and how its positions vote",
-    "methods": "list the methods, what they read, and their settings",
-    "config": "`config show`: print a resolved configuration",
-}
-
-_RUNS: dict[str, Callable[[list[str]], int]] = {
-    "train": runs.train,
-    "cache-teacher": runs.cache_teacher,
-    "eval": students.evaluate,
-    "analyze": students.analyze,
-    "predict": students.predict,
-    "export": students.export,
-    "demo": runs.demo,
-    "compare": comparing.compare,
-    "sweep": sweeping.sweep,
-    "reproduce": runs.reproduce,
-    "recipes": shown.recipes,
-    "taps": shown.taps,
-    "methods": shown.methods,
-    "config": shown.config,
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (runs.train, "train a classifier, from a recipe or from settings"),
+    "cache-teacher": (
+        runs.cache_teacher,
+        "store a teacher's answers, so that training needs no teacher",
+    ),
+    "eval": (students.evaluate, "measure a trained student on a test set"),
+    "analyze": (
+        students.analyze,
+        "write the statistics of a finished run's answers that its report shows",
+    ),
+    "predict": (students.predict, "classify images with a trained student"),
+    "export": (
+        students.export,
+        "write a trained student for others, as safetensors or ONNX, with a model card",
+    ),
+    "demo": (runs.demo, "train one small student four ways on the embedded data, and compare"),
+    "compare": (
+        comparing.compare,
+        "train several methods over the same seeds, and say what differs",
+    ),
+    "sweep": (
+        sweeping.sweep,
+        "search a method's weights and temperature on images that are held out",
+    ),
+    "reproduce": (
+        runs.reproduce,
+        "train the rows of a published table, and compare with the paper",
+    ),
+    "recipes": (shown.recipes, "list the recipes; `recipes show NAME` prints one"),
+    "taps": (shown.taps, "say where a network's features are read, and how its positions vote"),
+    "methods": (shown.methods, "list the methods, what they read, and their settings"),
+    "config": (shown.config, "`config show`: print a resolved configuration"),
 }
 
 
@@ -61,7 +63,7 @@ def _overview() -> str:
         "network itself (USKD), or from Zipf's law (Zipf's LS).",
         "",
         "commands:",
-        *(f"  {name:14} {text}" for name, text in _COMMANDS.items()),
+        *(f"  {name:14} {text}" for name, (_, text) in _COMMANDS.items()),
         "",
         "softlabels COMMAND --help tells the options of a command; softlabels --version the",
         "version. For a start: softlabels demo",
@@ -150,7 +152,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
         print(f"softlabels {__version__}")
         return 0
-    if name not in _RUNS:
-        near = difflib.get_close_matches(name, _RUNS, n=2)
-        raise UsageError(f"no such command: expected {', '.join(near or _RUNS)}")
-    return _RUNS[name](arguments)
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, n=2)
+        raise UsageError(f"no such command: expected {', '.join(near or _COMMANDS)}")
+    return _COMMANDS[name][0](arguments)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from softlabels.cli.parsing import UsageError, call, configured, console, metrics_line, speaks
+from softlabels.cli.parsing import UsageError, call, configured, is_main_process, metrics_line
+from softlabels.io.console import echo, progress_console
 
 __all__ = ["cache_teacher", "demo", "reproduce", "train"]
 
@@ -11,25 +12,26 @@ __all__ = ["cache_teacher", "demo", "reproduce", "train"]
 def train(arguments: list[str]) -> int:
     """Train a student."""
     from softlabels.experiments.smoke import TrainConfig, smoke
+    from softlabels.experiments.train import ReportWriter
     from softlabels.training.trainer import run
 
     config = configured(arguments, "train", TrainConfig.of)
     if config.smoke:
-        _, exported = smoke(config.plain(), console=console())
+        _, exported = smoke(config.plain(), console=progress_console())
         if exported is not None:
-            print(
+            echo(
                 f"smoke: two steps, an evaluation and an export ran; the exported student is "
                 f"within {exported.largest_difference or 0.0:.1g} of the trained one. Accuracies "
                 "mean nothing here"
             )
         return 0
     settings = config.plain()
-    result = run(settings, console=console())
-    if not speaks():
+    result = run(settings, observers=[ReportWriter()], console=progress_console())
+    if not is_main_process():
         return 0
-    print(metrics_line(result.final))
+    echo(metrics_line(result.final))
     page = "report.html, " if settings.report else ""
-    print(f"everything is in {result.folder} ({page}student.safetensors)")
+    echo(f"everything is in {result.folder} ({page}student.safetensors)")
     return 0
 
 
@@ -47,23 +49,23 @@ def cache_teacher(arguments: list[str]) -> int:
         draws=config.draws,
         top=config.top,
         images_per_file=config.images_per_file,
-        console=console(),
+        console=progress_console(),
     )
-    if not speaks():
+    if not is_main_process():
         return 0
     error, views = cache.error, cache.num_images * cache.num_draws
-    print(
+    echo(
         f"{cache.num_images:,} images x {cache.num_draws} draws, {cache.top} of "
         f"{cache.num_classes} classes: {cache.num_bytes / 1e6:,.2f} MB, "
         f"{cache.num_bytes / views:g} MB per million images and draw"
     )
-    print(
+    echo(
         f"against the full answers: KL mean {error['mean_kl']:.2g}, largest {error['max_kl']:.2g} "
         f"nats; the first class agrees in {error['top1_agreement']:.2%}"
     )
     if error["unreadable"]:
-        print(f"{error['unreadable']} views have no answer: their images could not be read")
-    print(f"train with --teacher.cache {path}")
+        echo(f"{error['unreadable']} views have no answer: their images could not be read")
+    echo(f"train with --teacher.cache {path}")
     return 0
 
 
@@ -102,10 +104,10 @@ def demo(arguments: list[str]) -> int:
             seed=seed,
             jobs=jobs,
             rounds=steps,
-            console=console(),
+            console=progress_console(),
             num_fonts=fonts,
         )
-        print(f"report: {report}")
+        echo(f"report: {report}")
         return 0
 
     return call(demo, arguments, "demo")
@@ -165,9 +167,9 @@ def reproduce(arguments: list[str]) -> int:
             threads=threads,
             processes=processes,
             smoke=smoke,
-            console=console(),
+            console=progress_console(),
         )
-        print(f"results: {Path(output, table)}.json and .md")
+        echo(f"results: {Path(output, table)}.json and .md")
         return 0
 
     return call(reproduce_table, arguments, "reproduce")

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from softlabels.cli.parsing import UsageError, call, metrics_line, printable, put
+from softlabels.cli.parsing import UsageError, call, metrics_line
+from softlabels.io.console import echo, printable
 
 __all__ = ["analyze", "evaluate", "export", "predict"]
 
@@ -41,7 +42,7 @@ def evaluate(arguments: list[str]) -> int:
 
         _check_batch_size(batch_size)
         metrics = evaluate_file(student, path=path, source=source, batch_size=batch_size)
-        print(json.dumps(metrics) if format == "json" else metrics_line(metrics))
+        echo(json.dumps(metrics) if format == "json" else metrics_line(metrics))
         return 0
 
     return call(evaluate_student, arguments, "eval")
@@ -57,12 +58,12 @@ def analyze(arguments: list[str]) -> int:
         Args:
             run: The run's folder.
         """
-        from softlabels.experiments.analyze import analyze_run
+        from softlabels.experiments.analyze_run import analyze_run
         from softlabels.training.run_folder import RunFolder
 
         folder = RunFolder(Path(run))
         analyze_run(folder.path)
-        put(printable(f"{folder.analysis}, with {folder.predictions.name}"))
+        echo(printable(f"{folder.analysis}, with {folder.predictions.name}"))
         return 0
 
     return call(analyze_student, arguments, "analyze")
@@ -109,16 +110,16 @@ def predict(arguments: list[str]) -> int:
                     zip(item.classes, item.probabilities, strict=True), 1
                 ):
                     writer.writerow([item.path, rank, name, f"{value:.6f}"])
-            put(table.getvalue().rstrip("\r\n"))
+            echo(table.getvalue().rstrip("\r\n"))
             return 0
         for item in predictions:
             pairs = zip(item.classes, item.probabilities, strict=True)
             if format == "json":
                 classes = [{"class": name, "probability": value} for name, value in pairs]
-                put(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
+                echo(json.dumps({"image": str(item.path), "classes": classes}, ensure_ascii=False))
             else:
                 shares = ", ".join(f"{name} {value:.1%}" for name, value in pairs)
-                put(printable(f"{item.path}: {shares}"))
+                echo(printable(f"{item.path}: {shares}"))
         return 0
 
     return call(classify, arguments, "predict")
@@ -162,11 +163,11 @@ def export(arguments: list[str]) -> int:
             opset=opset,
             overwrite=overwrite,
         )
-        put(f"{exported.file}, with {exported.card.name}")
+        echo(f"{exported.file}, with {exported.card.name}")
         if exported.largest_difference is None:
-            print("its tensors equal those of the run; the network was not built")
+            echo("its tensors equal those of the run; the network was not built")
         else:
-            print(f"largest difference to the trained network: {exported.largest_difference:.2g}")
+            echo(f"largest difference to the trained network: {exported.largest_difference:.2g}")
         return 0
 
     return call(export_student, arguments, "export")

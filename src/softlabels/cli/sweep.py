@@ -1,6 +1,7 @@
 """The command that searches settings: `sweep`."""
 
-from softlabels.cli.parsing import configured, console
+from softlabels.cli.parsing import configured
+from softlabels.io.console import echo, progress_console
 
 __all__ = ["sweep"]
 
@@ -24,14 +25,14 @@ def sweep(arguments: list[str]) -> int:
         jobs=config.jobs,
         threads=config.threads,
         metric=config.metric,
-        console=console(),
+        console=progress_console(),
     )
     record, best = result.record, result.best
-    print(
+    echo(
         f"best: trial {best.number}, top-1 {best.mean('top1'):.2f} % and NLL "
         f"{best.mean('nll'):.3f} nats on {record.validation_images:,} validation images; the "
         f"settings as given have rank {rank_of(record, 0) or 'none'} of {len(record.trials)}"
     )
-    print(f"settings: {flags(best)}")
-    print(f"results: {result.folder / 'sweep.md'}; softlabels train {result.folder / 'best.yaml'}")
+    echo(f"settings: {flags(best)}")
+    echo(f"results: {result.folder / 'sweep.md'}; softlabels train {result.folder / 'best.yaml'}")
     return 0

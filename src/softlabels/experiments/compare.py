@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from softlabels.data import DataSource
-from softlabels.experiments.analyze import analyze_run
+from softlabels.experiments.analyze_run import analyze_run
 from softlabels.experiments.comparison import Comparison, PlannedVariant, planned
 from softlabels.experiments.comparison_record import ComparisonRecord
 from softlabels.experiments.launcher import launch_runs

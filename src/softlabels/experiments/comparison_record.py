@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from softlabels.experiments.statistics import Paired, Spread
-from softlabels.training.schemas import Environment, NamedScore, Record
+from softlabels.io.records import Record
+from softlabels.training.schemas import Environment, NamedScore
 
 __all__ = ["ComparisonRecord", "Difference", "RunFigures", "VariantRecord"]
 

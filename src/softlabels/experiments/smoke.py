@@ -10,6 +10,7 @@ from rich.console import Console
 
 from softlabels.data import DataInfo
 from softlabels.data.sources.by_name import FIXED_FACTS
+from softlabels.experiments.train import ReportWriter
 from softlabels.export.export import Exported, export_run
 from softlabels.training.build import with_defaults
 from softlabels.training.config import Config
@@ -62,7 +63,8 @@ def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResul
         output = config.output or str(Path(temporary, "run"))
         accelerator = start(config)
         small = shrunk(config, processes=accelerator.num_processes)
-        result = run(small.model_copy(update={"output": output}), console=console)
+        small = small.model_copy(update={"output": output})
+        result = run(small, observers=[ReportWriter()], console=console)
         if not accelerator.is_main_process:
             return result, None
         builds_itself = (config.student.name or "timm:").partition(":")[0] in _PUBLIC

@@ -19,6 +19,7 @@ from softlabels.experiments.comparison_record import (
     VariantRecord,
 )
 from softlabels.experiments.statistics import LEAST_SEEDS, Spread, Verdict, paired, spread
+from softlabels.io.records import read_lines
 from softlabels.training.run_folder import RunFolder, fixed_settings
 from softlabels.training.schemas import (
     Analysis,
@@ -26,7 +27,6 @@ from softlabels.training.schemas import (
     Metrics,
     NamedScore,
     Summary,
-    read_lines,
 )
 
 __all__ = ["cells", "csv_text", "markdown", "notes", "results_of"]
@@ -128,7 +128,7 @@ def _figures(folder: RunFolder, runs: Path, agreement: float | None) -> RunFigur
     shown: dict[str, float] = {key: final[key] for key in keys if key in final}
     lines = [line.scalars for line in read_lines(folder.metrics, Metrics)]
     evaluated = [scalars for scalars in lines if "eval/top1" in scalars]
-    figures = {
+    figures: dict[str, Any] = {
         "seed": summary.seed,
         "folder": str(folder.path.relative_to(runs)),
         "commit": Environment.read(folder.environment).commit,

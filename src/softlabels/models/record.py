@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from softlabels.io.records import problem_of
 from softlabels.io.weights import read_metadata
 
 __all__ = ["METADATA_KEY", "FileRecord", "SizeLimit", "find_record", "read_record", "weights_file"]
@@ -112,10 +113,8 @@ def read_record(path: str | os.PathLike[str]) -> FileRecord:
     try:
         return FileRecord.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "whole"
         raise ValueError(
-            f"the header of {path} has a damaged model record: {where:.80}: {first['msg']:.200}"
+            f"the header of {path} has a damaged model record: {problem_of(error)}"
         ) from error
 
 

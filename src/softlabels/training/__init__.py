@@ -1,6 +1,7 @@
-"""The trainer: from a configuration to a folder with everything in it. Needs softlabels[train]."""
+"""One run, from a configuration to a trained network. Needs softlabels[train]."""
 
 from softlabels.training.config import Config, ConfigError
-from softlabels.training.trainer import TrainResult, run, train
+from softlabels.training.observers import Observer
+from softlabels.training.trainer import TrainResult, run
 
-__all__ = ["Config", "ConfigError", "TrainResult", "run", "train"]
+__all__ = ["Config", "ConfigError", "Observer", "TrainResult", "run"]

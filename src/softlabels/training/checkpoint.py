@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from softlabels.io.files import remove_leftovers, replace_file
+from softlabels.io.records import problem_of
 from softlabels.io.weights import UNREADABLE, read_plain
 
 __all__ = ["CheckpointFolder", "OptimizerState", "Progress", "Stateful", "restore", "state_of"]
@@ -73,10 +74,8 @@ class Progress(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"]))
             raise ValueError(
-                f"the checkpoint's progress does not fit: {where:.80}: {first['msg']}"
+                f"the checkpoint's progress does not fit: {problem_of(error)}"
             ) from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,33 +31,13 @@ from softlabels.training.epoch_weights import set_weights
 from softlabels.training.errors import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
 from softlabels.training.metrics import evaluate
+from softlabels.training.observers import Observer
 from softlabels.training.precise_bn import recompute_statistics
 
-__all__ = ["Engine", "Observer"]
+__all__ = ["Engine"]
 
 _STOP = "stop"
 _OF_EVERY_BATCH = ("index", "draw")
-
-
-class Observer(Protocol):
-    """What the engine tells of a run."""
-
-    def step(
-        self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
-    ) -> None:
-        """A step is done; `scalars` is not empty at every `log_every`-th."""
-        ...
-
-    def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
-        """An epoch is trained; `scalars` is empty if it was not evaluated.
-
-        `epoch` counts the finished ones.
-        """
-        ...
-
-    def store(self) -> None:
-        """Write down the state, so that the run can go on from here."""
-        ...
 
 
 def _details(output: StepOutput) -> dict[str, Tensor]:
@@ -155,11 +135,11 @@ class Engine:
             return averaged
         return self.distiller.student
 
-    def fit(self, observer: Observer, interrupt: InterruptGuard) -> None:
+    def fit(self, observers: Sequence[Observer], interrupt: InterruptGuard) -> None:
         """Train up to the configured epoch, evaluating as often as configured and at the end.
 
         Args:
-            observer: Told of steps and epochs, and when to store the state.
+            observers: Told of steps and epochs, and when to store the state.
             interrupt: Asked after each step.
 
         Raises:
@@ -167,21 +147,24 @@ class Engine:
             Interrupted: The user asked to stop; the state is stored.
         """
         while self.finished_epochs < self.config.epochs:
-            self._train_epoch(self.finished_epochs, observer, interrupt)
+            self._train_epoch(self.finished_epochs, observers, interrupt)
             scalars: dict[str, float] = {}
             if self._evaluates(self.finished_epochs + 1):
                 self._recompute_statistics(self.finished_epochs)
                 scalars = self.evaluate()
             self.distiller.after_epoch()
             self.finished_epochs += 1
-            observer.epoch(self.finished_epochs, self.step, scalars)
-            observer.store()
+            for observer in observers:
+                observer.epoch(self.finished_epochs, self.step, scalars)
+            _store(observers)
 
     def _evaluates(self, epoch: int) -> bool:
         """Whether the student is evaluated after an epoch, counted from 1."""
         return epoch == self.config.epochs or epoch % self.config.eval_every == 0
 
-    def _train_epoch(self, epoch: int, observer: Observer, interrupt: InterruptGuard) -> None:
+    def _train_epoch(
+        self, epoch: int, observers: Sequence[Observer], interrupt: InterruptGuard
+    ) -> None:
         """Train from the present step to the end of an epoch."""
         self.distiller.train()
         set_weights(self.distiller, self.config, epoch)
@@ -198,14 +181,15 @@ class Engine:
                 self.step += 1
                 scalars = self._logged(details) if due else {}
                 now = time.perf_counter()
-                observer.step(epoch, self.step, len(batch.target), now - since, scalars)
+                for observer in observers:
+                    observer.step(epoch, self.step, len(batch.target), now - since, scalars)
                 since = now
                 if self._stops(interrupt, any_asked, due):
-                    observer.store()
+                    _store(observers)
                     raise Interrupted(number=interrupt.asked or signal.SIGTERM)
                 every = self.config.checkpoint.every
                 if every is not None and self.step % every == 0 and not ends:
-                    observer.store()
+                    _store(observers)
 
     def _stops(self, interrupt: InterruptGuard, any_asked: Tensor, due: bool) -> bool:
         """Whether a signal came; on several processes all must stop at the same step."""
@@ -404,6 +388,11 @@ class Engine:
             self.accelerator.autocast,
         )
         return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _store(observers: Sequence[Observer]) -> None:
+    for observer in observers:
+        observer.store()
 
 
 def _outside_of_memory(module: nn.Module) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabels.io.records import read_lines
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.schemas import (
     Analysis,
@@ -18,7 +19,6 @@ from softlabels.training.schemas import (
     Metrics,
     Summary,
     Timing,
-    read_lines,
 )
 
 __all__ = ["Curve", "RunRecord", "read_run"]

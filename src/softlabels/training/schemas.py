@@ -1,20 +1,18 @@
-"""What the files of a run's folder hold: one schema for who writes a file and who reads it."""
+"""What the files of a run's folder hold: a schema of each, for the writer and for the reader."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import core_schema
 from typing_extensions import Self
 
-from softlabels.io.files import write_json
+from softlabels.io.records import Record
 
 __all__ = [
     "Analysis",
@@ -26,86 +24,16 @@ __all__ = [
     "GalleryImage",
     "Metrics",
     "Numbers",
-    "Record",
     "Reliability",
     "Summary",
     "TeacherScore",
     "Temperature",
     "Timing",
     "Zipf",
-    "problem_of",
-    "read_lines",
 ]
 
 _MOST_POINTS = 400
-_SAYS_ALL = ("value_error", "json_invalid", "missing")  # what is no value of the file
 _SHARE_TOLERANCE = 1e-6  # rounding may lead a little beyond 0 and 1
-
-
-class Record(BaseModel):
-    """A JSON object that is written and read by one schema; keys that it does not know are ignored.
-
-    Fields that were left at their defaults are not written.
-    """
-
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file.
-
-        Raises:
-            FileNotFoundError: There is none.
-            ValueError: It does not fit; the message names the file and the field.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes(), strict=True)
-        except ValidationError as error:
-            raise ValueError(f"{path}: {problem_of(error)}") from error
-
-    @classmethod
-    def found(cls, path: Path) -> Self | None:
-        """The same; None where there is no file, or one that does not fit."""
-        try:
-            return cls.read(path)
-        except (OSError, ValueError):
-            return None
-
-    def dump(self) -> dict[str, Any]:
-        """The object that is written."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-    def write(self, path: Path) -> None:
-        """Write a file, whole or not at all."""
-        write_json(path, self.dump())
-
-
-def problem_of(error: ValidationError) -> str:
-    """One line about the first thing that does not fit a schema."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = "".join(
-        f"{part:.80}." if isinstance(part, str) else f"{part}." for part in first["loc"]
-    )
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in _SAYS_ALL else f", got {first['input']!r:.80}"
-    return f"{where[:-1]}: {message}{got}" if where else f"{message}{got}"
-
-
-_R = TypeVar("_R", bound=Record)
-
-
-def read_lines(path: Path, schema: type[_R]) -> list[_R]:
-    """The lines of a log; none where there is no file.
-
-    A line that does not fit is left out with a warning: a power cut may have left a part of it.
-    """
-    lines: list[_R] = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
-        try:
-            lines.append(schema.model_validate_json(line, strict=True))
-        except ValidationError:
-            warnings.warn(f"{path}, line {number} is unreadable and left out", stacklevel=2)
-    return lines
 
 
 # What is written while a run goes.
@@ -426,7 +354,8 @@ class Reliability(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        return _of_one_length(self, "confidence", "accuracy", "count")
+        _check_lengths(self, "confidence", "accuracy", "count")
+        return self
 
 
 class TaughtBy(NamedScore):
@@ -456,7 +385,8 @@ class Features(Record):
     def _check(self) -> Self:
         if len(self.classes) > _MOST_POINTS:
             raise ValueError(f"expected at most {_MOST_POINTS} points, got {len(self.classes)}")
-        return _of_one_length(self, "classes", "x", "y")
+        _check_lengths(self, "classes", "x", "y")
+        return self
 
 
 class Analysis(Record):
@@ -489,7 +419,7 @@ class Analysis(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _of_one_length(self, "class_names", "per_class", "groups")
+        _check_lengths(self, "class_names", "per_class", "groups")
         labels = {label for row in self.confusion for label in row[:2]}
         labels |= set() if self.features is None else set(self.features.classes.tolist())
         if labels and max(labels) >= len(self.class_names):
@@ -497,11 +427,10 @@ class Analysis(Record):
         return self
 
 
-def _of_one_length(record: _R, *names: str) -> _R:
-    """The record, whose columns of these names, as far as there are any, belong together."""
+def _check_lengths(record: Record, *names: str) -> None:
+    """Columns of these names, as far as there are any, belong together."""
     columns = {name: getattr(record, name) for name in names}
     lengths = {name: len(column) for name, column in columns.items() if column is not None}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"expected columns of one length: {told}")
-    return record

@@ -120,16 +120,17 @@ def _documented(target: Callable[..., Any]) -> dict[str, str]:
     }
 
 
+_KIND = "The method, which `softlabels methods` lists; or module:Class, one of your own."
+
+
 class MethodSettings(Section):
     """Base of the methods' settings; `kind` tells them apart."""
 
-    kind: str = Field(
-        description=f"One of {', '.join(METHODS)}, or module:Class for a method of your own."
-    )
+    kind: str = Field(description=_KIND)
 
 
 def _method_settings(kind: str, method: type[Method]) -> type[MethodSettings]:
-    fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    fields: dict[str, Any] = {"kind": (Literal[kind], Field(kind, description=_KIND))}
     texts = _documented(method)
     left_out = {"reduction"}  # a step's loss is a batch mean
     if not method.can_ignore():
@@ -143,7 +144,7 @@ def _method_settings(kind: str, method: type[Method]) -> type[MethodSettings]:
 class NoMethod(MethodSettings):
     """Train with the task's own loss alone."""
 
-    kind: Literal["none"] = "none"
+    kind: Literal["none"] = Field("none", description=_KIND)
 
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {

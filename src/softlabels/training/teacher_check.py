@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +13,12 @@ from softlabels.data import DataSource
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.experiments.analyze import teacher_name
 from softlabels.taps import undisturbed
 from softlabels.training.config import Config
 from softlabels.training.metrics import evaluate
 from softlabels.training.schemas import TeacherScore
 
-__all__ = ["checked_teacher", "near_chance"]
+__all__ = ["checked_teacher", "near_chance", "teacher_name"]
 
 _DEVIATIONS = 3.0
 
@@ -46,6 +45,18 @@ def near_chance(score: TeacherScore) -> bool:
 
 def _deviation(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / count)
+
+
+def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
+    """What a run calls its teacher: as the settings do, else by the networks' classes."""
+    if teacher is None:
+        return ""
+    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    names: Sequence[str | None]
+    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
+    if None in names or len(names) != len(every):
+        names = [type(each.model).__name__ for each in every]
+    return " + ".join(map(str, names))
 
 
 def checked_teacher(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +22,9 @@ from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import derive_seed
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.io.records import read_lines
 from softlabels.losses import Method
 from softlabels.models import model_metadata
-from softlabels.report import write_report
 from softlabels.training.build import (
     build_distiller,
     build_mixer,
@@ -31,7 +34,7 @@ from softlabels.training.build import (
     with_findings,
 )
 from softlabels.training.checkpoint import Progress, restore
-from softlabels.training.config import Config, resolve, with_method, with_object
+from softlabels.training.config import Config, with_object
 from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.engine import Engine
 from softlabels.training.errors import (
@@ -42,19 +45,22 @@ from softlabels.training.errors import (
     disk_full_as_run_error,
 )
 from softlabels.training.fingerprints import check_cache
-from softlabels.training.finish import finish
-from softlabels.training.optim import build_optimizer
+from softlabels.training.observers import Observer, Recorder, Tracker, TrainedRun, infinite_parts
+from softlabels.training.optim import build_optimizer, build_schedule
 from softlabels.training.precise_bn import check_precise_bn
-from softlabels.training.recorder import Recorder, infinite_parts
 from softlabels.training.run_folder import RunFolder, content_of, environment
-from softlabels.training.schedule import build_schedule
-from softlabels.training.schemas import Failure, TeacherScore
+from softlabels.training.schemas import (
+    Failure,
+    NamedScore,
+    Summary,
+    TeacherScore,
+    Timing,
+)
 from softlabels.training.settings import NoMethod, TeacherSettings
 from softlabels.training.teacher_check import checked_teacher
-from softlabels.training.tracking import Tracker
 from softlabels.training.validate import check_needs, memory_of
 
-__all__ = ["TrainResult", "run", "train"]
+__all__ = ["TrainResult", "peak_memory", "run"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ def run(
     teacher: nn.Module | None = None,
     method: Method | None = None,
     source: DataSource | None = None,
+    observers: Sequence[Observer] = (),
     console: Console | None = None,
 ) -> TrainResult:
     """Train as a configuration says, or go on where an earlier call stopped.
@@ -94,6 +101,7 @@ def run(
         teacher: Likewise.
         method: Likewise.
         source: Data in place of those that the settings name.
+        observers: Told of the run as it goes; of several generations, of each.
         console: Where progress is shown; None: nowhere.
 
     Raises:
@@ -109,14 +117,15 @@ def run(
                 f"generations {config.generations}: each begins with a new student that the last "
                 "one teaches, so student must be a name and teacher none"
             )
-        return _run_generations(config, method, source, console)
-    return _run_one(config, student, teacher, method, source, console)
+        return _run_generations(config, method, source, observers, console)
+    return _run_one(config, student, teacher, method, source, observers, console)
 
 
 def _run_generations(
     config: Config,
     method: Method | None,
     source: DataSource | None,
+    observers: Sequence[Observer],
     console: Console | None,
 ) -> TrainResult:
     opened = source is None
@@ -152,6 +161,7 @@ def _run_generations(
                 teacher,
                 None if number == 1 else method,
                 source,
+                observers,
                 console,
             )
             taught_by = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
@@ -167,6 +177,7 @@ def _run_one(
     teacher: nn.Module | None,
     method: Method | None,
     source: DataSource | None,
+    observers: Sequence[Observer],
     console: Console | None,
 ) -> TrainResult:
     accelerator = start(config)
@@ -206,7 +217,7 @@ def _run_one(
                 say=partial(_say, console),
             )
             from_main(accelerator, lambda: stack.enter_context(folder.held(config, data)))
-            return _fit(config, distiller, source, accelerator, folder, console, score)
+            return _fit(config, distiller, source, accelerator, folder, score, observers, console)
     except ChildProcessError as error:  # of the data's workers
         raise RunError(str(error)) from error
     finally:
@@ -246,8 +257,9 @@ def _fit(
     source: DataSource,
     accelerator: Accelerator,
     folder: RunFolder,
-    console: Console | None,
     teacher: TeacherScore | None,
+    observers: Sequence[Observer],
+    console: Console | None,
 ) -> TrainResult:
     torch.manual_seed(derive_seed(config.seed, "run"))
     info, label = source.info, config.label
@@ -303,7 +315,7 @@ def _fit(
     ):
         recorder = Recorder(engine, tracker, folder, metadata, progress, infinite)
         try:
-            engine.fit(recorder, interrupt)
+            engine.fit([recorder, *observers], interrupt)
         except Interrupted as error:
             raise Interrupted(
                 f"stopped by a signal after step {engine.step}, in epoch "
@@ -318,14 +330,32 @@ def _fit(
                 ).write(folder.failure)
             raise
     if accelerator.is_main_process:
-        finish(config, engine, recorder, folder, num_parameters, teacher)
-        if config.report:
-            write_report(
-                [folder.path],
-                folder.report,
-                title=f"{label} on {info.name}",
-                notes=[f"Assumed {key}: {reason}" for key, reason in config.assumed.items()],
-            )
+        memory = peak_memory(accelerator.device)  # of the training, not of what follows
+        trained = TrainedRun(config, engine, folder)
+        for observer in observers:
+            observer.trained(trained)
+        seconds = [line.seconds for line in read_lines(folder.timings, Timing)]
+        Summary(
+            label=label,
+            method=None if config.method.kind == "none" else config.method.kind,
+            model=config.student.name,
+            teacher=None if teacher is None else NamedScore(name=teacher.name, top1=teacher.top1),
+            data=info.name,
+            test_images=source.num_test,
+            seed=config.seed,
+            epochs=config.epochs,
+            final=recorder.final,
+            best=recorder.best,
+            seconds=recorder.seconds,
+            seconds_per_epoch=statistics.median(seconds) if seconds else None,
+            peak_memory=memory,
+            parameters=num_parameters,
+            assumed=config.assumed,
+            skipped_images=len(getattr(source, "skipped", {})),
+            complete=True,
+        ).write(folder.summary)
+        for observer in observers:
+            observer.completed(trained)
     skipped = len(getattr(source, "skipped", {}))
     if skipped:
         name = folder.skipped_images.name
@@ -377,73 +407,13 @@ def _say(console: Console | None, text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def train(
-    data: str | Path | Mapping[str, Any] | DataSource | None = None,
-    student: str | Mapping[str, Any] | nn.Module | None = None,
-    method: str | Mapping[str, Any] | Method | None = None,
-    teacher: str | Mapping[str, Any] | nn.Module | None = None,
-    *,
-    progress: bool = True,
-    **settings: Any,
-) -> TrainResult:
-    """Train a classifier: the Python form of `softlabels train`.
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has had so far, bytes.
 
     Args:
-        data: A folder, settings of the data, or a source of your own. None: glyphs100.
-        student: A model's name (`timm:NAME`, ...), settings, or a network of your own.
-        method: A method's name (`"uskd"`), settings with its `kind`, or a `Method`, whose
-            class and settings are recorded. None: cross-entropy alone.
-        teacher: A model's name, settings, or a network; needed by some methods. Settings may have
-            a network as the name: `{"name": network, "check": "warn"}`.
-        progress: Whether a progress bar is shown.
-        **settings: Any other setting of a run, as in a recipe: `epochs=20`,
-            `optimizer={"lr": 0.1}`, `output="runs/mine"`.
-
-    Returns:
-        Folder, metrics and the trained network.
-
-    Raises:
-        ValueError: A setting or an input that does not fit, before the first step.
-
-    Example:
-        softlabels.train(data="flowers/", student="timm:resnet18", method="uskd", epochs=30)
+        device: A CUDA device: what tensors took there; else the process' largest resident size.
     """
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    modules: dict[str, nn.Module] = {}
-    for part, given in (("student", student), ("teacher", teacher)):
-        if given is None:
-            continue
-        part_settings = dict(given) if isinstance(given, Mapping) else {"name": given}
-        name = part_settings.get("name")
-        if isinstance(name, nn.Module):
-            modules[part] = name
-            part_settings["name"] = f"object:{type(name).__name__}"
-        values[part] = part_settings
-    own = None
-    if isinstance(method, str):
-        values = with_method(values, method)
-    elif isinstance(method, Mapping):
-        values["method"] = dict(method)
-    elif method is not None:
-        if not isinstance(method, Method):
-            raise TypeError(
-                "method must be a name, settings or a softlabels.losses.Method, "
-                f"got {type(method).__name__}"
-            )
-        own = method
-    source: DataSource | None = None
-    if isinstance(data, str | Path):
-        values["data"] = {"path": str(data)}
-    elif isinstance(data, Mapping):
-        values["data"] = dict(data)
-    elif data is not None:
-        source = data
-        values["data"] = {"source": f"object:{type(data).__name__}"}
-    return run(
-        resolve(values, own),
-        student=modules.get("student"),
-        teacher=modules.get("teacher"),
-        method=own,
-        source=source,
-        console=Console(stderr=True) if progress else None,
-    )
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size

@@ -100,7 +100,7 @@ def test_lists_that_do_not_fit_are_told(folder, split, change, message):
             r"val\.json has a label for image 5\d \(val/.*jpg\); expected the file of each",
         ),
         (lambda f: (f / "val.json").unlink(), r"val\.json is missing; expected the lists of both"),
-        (lambda f: write_file(f / "val.json", "[1"), r"val\.json: the file: Invalid JSON"),
+        (lambda f: write_file(f / "val.json", "[1"), r"val\.json: Invalid JSON"),
         (
             lambda f: shutil.rmtree(f / "train_mini"),
             r"train_mini is no folder; expected images in it",

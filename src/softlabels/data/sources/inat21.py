@@ -17,6 +17,7 @@ from softlabels.data.listing import (
     list_folders,
 )
 from softlabels.data.sources.folder import FileSource
+from softlabels.io.records import problem_of
 
 _TRAIN: Sequence[Literal["train_mini", "train"]] = ("train_mini", "train")
 _VAL = "val"
@@ -97,10 +98,8 @@ def _read_list(root: Path, split: str) -> tuple[tuple[str, ...], ImageList]:
     try:
         content = _Annotations.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(
-            f"{file}: {place}: {first['msg']}; expected images, annotations and categories"
+            f"{file}: {problem_of(error)}; expected images, annotations and categories"
         ) from error
     categories = sorted(content.categories, key=lambda category: category.id)
     index_of = {category.id: index for index, category in enumerate(categories)}

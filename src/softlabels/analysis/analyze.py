@@ -1,12 +1,11 @@
-"""A look at a finished run's network: one pass over the test set, for a report."""
+"""A look at a trained network: one pass over the test set, for a report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,8 @@ from softlabels.analysis.zipf import FITTED_RANKS, MeanSortedSoftmax, zipf_fit
 from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import permutation
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.export.predict import load_student
-from softlabels.io.files import replace_file
-from softlabels.training.build import build_source, build_teacher
-from softlabels.training.config import Config, load_recipe, parse
-from softlabels.training.distributed import start
-from softlabels.training.run_folder import RunFolder
-from softlabels.training.schemas import Analysis
-from softlabels.training.settings import TeacherSettings
 
-__all__ = ["Analyzed", "analyze", "analyze_run", "teacher_name", "write_analysis"]
+__all__ = ["Analyzed", "analyze"]
 
 _MOST_CONFUSIONS = 5000
 _MEMORY = 2**30  # bytes
@@ -41,11 +32,11 @@ class Analyzed:
     """What a pass over the test set shows.
 
     Attributes:
-        analysis: Of analysis.json.
+        content: Of analysis.json.
         predictions: Of predictions.npz, by name; the images in the order of the test set.
     """
 
-    analysis: Analysis
+    content: dict[str, Any]
     predictions: dict[str, np.ndarray[Any, Any]]
 
 
@@ -126,7 +117,7 @@ def analyze(
     }
     if seen.taught is not None:
         predictions["teacher_predicted"] = seen.taught.int().numpy()
-    return Analyzed(_analysis(seen, source.info, teacher_name), predictions)
+    return Analyzed(_content(seen, source.info, teacher_name), predictions)
 
 
 def _seen(
@@ -190,7 +181,7 @@ def _fits(teacher: Teacher | Teachers, images: Tensor, info: DataInfo) -> bool:
     return all(each(images[:1]).shape[1] == info.num_classes for each in every)
 
 
-def _analysis(seen: _Seen, info: DataInfo, teacher_name: str) -> Analysis:
+def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
     correct = seen.predicted == seen.target
     temperature: dict[str, Any] | None = cross_fitted(seen.logits, seen.logits_target)
     if temperature is not None and len(seen.logits) < len(seen.index):
@@ -202,10 +193,10 @@ def _analysis(seen: _Seen, info: DataInfo, teacher_name: str) -> Analysis:
             "top1": _percent(seen.taught == seen.target),
             "agreement": _percent(seen.taught == seen.predicted),
         }
-    content = {
+    return {
         "images": len(seen.index),
-        "class_names": info.class_names,
-        "groups": info.groups,
+        "class_names": list(info.class_names),
+        "groups": None if info.groups is None else list(info.groups),
         "temperature": temperature,
         "zipf": _zipf(seen.mean_sorted),
         "reliability": reliability(seen.confidence, correct),
@@ -214,7 +205,6 @@ def _analysis(seen: _Seen, info: DataInfo, teacher_name: str) -> Analysis:
         "teacher": teacher,
         "features": seen.features,
     }
-    return Analysis.model_validate(content)
 
 
 def _percent(correct: Tensor) -> float | None:
@@ -244,77 +234,3 @@ def _confusion(target: Tensor, predicted: Tensor, num_classes: int) -> list[list
         [pair // num_classes, pair % num_classes, count]
         for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
     ]
-
-
-def write_analysis(folder: RunFolder, found: Analyzed) -> None:
-    """Write analysis.json and predictions.npz, each whole or not at all."""
-    with replace_file(folder.predictions) as file:
-        np.savez_compressed(file, **found.predictions)  # type: ignore[arg-type]  # by name
-    found.analysis.write(folder.analysis)
-
-
-def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
-    """What a run calls its teacher: as the settings do, else by the networks' classes."""
-    if teacher is None:
-        return ""
-    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
-    names: Sequence[str | None]
-    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
-    if None in names or len(names) != len(every):
-        names = [type(each.model).__name__ for each in every]
-    return " + ".join(map(str, names))
-
-
-def analyze_run(folder: Path) -> None:
-    """Write the analysis of a finished run, anew if there is one.
-
-    Student, data, and the teacher if its weights are in a file or published, are those that the
-    run's record names.
-
-    Args:
-        folder: The run's.
-
-    Raises:
-        FileNotFoundError: The student's or the teacher's file is gone.
-        ValueError: No finished run, or data or a teacher that cannot be opened.
-    """
-    run = RunFolder(folder)
-    if not run.is_complete():
-        raise ValueError(f"expected the folder of a finished run, {folder} holds none")
-    config = parse(load_recipe(str(run.config)))
-    network, _ = load_student(folder)
-    accelerator = start(config)  # device, precision and threads of the run
-    source = build_source(config)
-    try:
-        teacher = _teacher_of(config, folder, source.info)
-        found = analyze(
-            network.to(accelerator.device),
-            source,
-            batch_size=config.eval_batch_size,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-            teacher=None if teacher is None else teacher.to(accelerator.device),
-            teacher_name=teacher_name(config, teacher),
-        )
-    finally:
-        source.close()
-    write_analysis(run, found)
-
-
-def _teacher_of(config: Config, folder: Path, info: DataInfo) -> Teacher | Teachers | None:
-    """The live teacher of a run, if it can be built again."""
-    settings = [config.teacher, *config.further_teachers]
-    if config.generations > 1:
-        before = RunFolder(folder / f"generation-{config.generations - 1}")
-        settings = [TeacherSettings(name=f"file:{before.student}")]
-    if config.teacher.cache is not None or not all(map(_has_weights, settings)):
-        return None
-    every = [build_teacher(each, info) for each in settings]
-    return every[0] if len(every) == 1 else Teachers(every)
-
-
-def _has_weights(settings: TeacherSettings) -> bool:
-    name = settings.name
-    if name is None or name.startswith("object:"):
-        return False
-    return settings.weights is not None or settings.pretrained or name.startswith("file:")

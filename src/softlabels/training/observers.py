@@ -1,0 +1,335 @@
+"""Who is told of a run as it goes, and what is written down of it: metrics, times, weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as ProgressBar
+from torch.utils.tensorboard import SummaryWriter
+
+from softlabels.io.files import write_json
+from softlabels.io.records import Record
+from softlabels.io.weights import not_finite, save_weights
+from softlabels.training.checkpoint import Progress, state_of
+from softlabels.training.config import Config
+from softlabels.training.distributed import gathered
+from softlabels.training.errors import NonFiniteLossError
+from softlabels.training.run_folder import RunFolder
+from softlabels.training.schemas import Metrics, Timing
+
+if TYPE_CHECKING:
+    from softlabels.training.engine import Engine
+
+__all__ = ["Observer", "Recorder", "Tracker", "TrainedRun", "infinite_parts"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run after its last epoch.
+
+    Attributes:
+        config: Its settings.
+        engine: Has the trained network, the data and the device.
+        folder: Where its files are.
+    """
+
+    config: Config
+    engine: Engine
+    folder: RunFolder
+
+
+class Observer:
+    """Who is told of a run; each of the methods does nothing here.
+
+    `step`, `epoch` and `store` are called on every process, the others on the first one alone.
+    """
+
+    def step(
+        self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
+    ) -> None:
+        """A step is done; `scalars` is not empty at every `log_every`-th."""
+
+    def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
+        """An epoch is trained; `scalars` is empty if it was not evaluated.
+
+        `epoch` counts the finished ones.
+        """
+
+    def store(self) -> None:
+        """The state is to be written down, so that the run can go on from here."""
+
+    def trained(self, run: TrainedRun) -> None:
+        """The last epoch is done; after this the summary calls the run complete."""
+
+    def completed(self, run: TrainedRun) -> None:
+        """All of the run's own files are written."""
+
+
+class Recorder(Observer):
+    """Writes down what the engine tells, and stores weights and checkpoints.
+
+    Args:
+        engine: Whose states are stored.
+        tracker: Where scalars and progress go.
+        folder: The run's.
+        metadata: Header of the student's file.
+        progress: Where the run goes on from.
+        infinite_before: `infinite_parts` of the network as it was built.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tracker: Tracker,
+        folder: RunFolder,
+        metadata: Mapping[str, str],
+        progress: Progress,
+        infinite_before: set[str],
+    ) -> None:
+        self.engine = engine
+        self.tracker = tracker
+        self.folder = folder
+        self.metadata = metadata
+        self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
+        self.final = dict(progress.final)
+        self.best = dict(progress.best)
+        self._infinite_before = infinite_before
+        self.seconds = progress.seconds
+        self._of_epoch = progress.of_epoch
+        self._since = time.perf_counter()
+        self._images = 0
+
+    def step(
+        self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
+    ) -> None:
+        """Take down a step."""
+        images *= self.engine.accelerator.num_processes
+        self._of_epoch = (self._of_epoch[0] + seconds, self._of_epoch[1] + images)
+        self._images += images
+        now, speed = time.perf_counter(), None
+        if now - self._since > 1:
+            speed = f"{self._images / (now - self._since):,.0f} images/s"
+            self._since, self._images = now, 0
+        self.tracker.advance(speed=speed)
+        if scalars:
+            self.tracker.metrics(epoch, step, scalars)
+
+    def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
+        """Take down an epoch, and store the student."""
+        self._check_weights()
+        seconds, images = self._of_epoch
+        if scalars:
+            self.tracker.metrics(epoch, step, scalars)
+            self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
+        self.tracker.timing(epoch, step, seconds, images / seconds if seconds else 0.0)
+        self.seconds += seconds
+        self._of_epoch = (0.0, 0)
+        improved = bool(scalars) and self.final["top1"] > self.best.get("top1", -math.inf)
+        if improved:
+            self.best = {**self.final, "epoch": epoch}
+        if scalars:
+            self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
+        skipped = self._skipped_images()
+        if self.engine.accelerator.is_main_process:
+            save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
+            if improved:
+                save_weights(self.engine.network, self.folder.best_student, metadata=self.metadata)
+            if skipped:
+                write_json(self.folder.skipped_images, skipped)
+        self._since, self._images = time.perf_counter(), 0
+
+    def _skipped_images(self) -> dict[str, str]:
+        """Images that some process could not read, with the reasons."""
+        own = dict(getattr(self.engine.source, "skipped", {}))
+        by_process = gathered(self.engine.accelerator, own)
+        return {path: reason for found in by_process for path, reason in sorted(found.items())}
+
+    def _check_weights(self) -> None:
+        """Make sure that what is stored can be gone on with: a loss may be finite all the same."""
+        by_process = gathered(self.engine.accelerator, infinite_parts(self.engine))
+        bad = sorted({name for names in by_process for name in names} - self._infinite_before)
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise NonFiniteLossError(
+                f"the loss is finite, but {bad[0]}{more} of the network is not, after step "
+                f"{self.engine.step}; try a smaller learning rate or other images. The last "
+                "checkpoint is from before",
+                self.engine.step,
+                bad,
+            )
+
+    def store(self) -> None:
+        """Store a checkpoint."""
+        accelerator = self.engine.accelerator
+        parts = self.engine.stateful
+        progress = Progress(
+            step=self.engine.step,
+            finished_epochs=self.engine.finished_epochs,
+            final=self.final,
+            best=self.best,
+            seconds=self.seconds,
+            of_epoch=self._of_epoch,
+            lengths=self.tracker.lengths(),
+        )
+        # On every process: this looks at the losses since the last line, which tell more than
+        # the weights do.
+        state = state_of(progress.model_dump(), parts)
+        self._check_weights()
+        if accelerator.is_main_process:
+            self.checkpoints.save(self.engine.step, state)
+        accelerator.wait_for_everyone()
+
+
+def infinite_parts(engine: Engine) -> set[str]:
+    """Names of what is not finite in the trained network, and in the averaged one."""
+    names = {*not_finite(engine.core.state_dict())}
+    if engine.ema is not None:
+        names |= {f"ema.{name}" for name in not_finite(engine.ema.module.state_dict())}
+    return names
+
+
+class _JsonLines:
+    """A file of JSON objects, one a line, that can be cut back to an earlier length."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        path.touch()
+        size = path.stat().st_size
+        if size < length:
+            warnings.warn(
+                f"{path} has {size} bytes, the checkpoint was written after {length}: what is "
+                "missing stays missing",
+                stacklevel=2,
+            )
+        if size > length:
+            os.truncate(path, length)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Record) -> None:
+        self._file.write(json.dumps(line.dump()) + "\n")
+        self._file.flush()
+
+    def length(self) -> int:
+        """Bytes written so far, all of them on the disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tracker:
+    """Writes scalars to files and shows how far the run is; silent on all but one process.
+
+    `metrics.jsonl` holds what a run with the same configuration gives again; times go to
+    `timings.jsonl`.
+
+    Args:
+        folder: The run's folder; None: nothing is written (another process writes).
+        lengths: Bytes of each file that are kept, from a checkpoint; {} starts anew.
+        total_steps: Of the whole run.
+        console: Where progress is shown; None: nowhere.
+        label: Name of the run beside its bar.
+    """
+
+    FILES = ("metrics.jsonl", "timings.jsonl")
+
+    def __init__(
+        self,
+        folder: Path | None,
+        lengths: Mapping[str, int],
+        *,
+        total_steps: int,
+        console: Console | None,
+        label: str,
+        first_step: int = 0,
+    ) -> None:
+        self._files: dict[str, _JsonLines] = {}
+        self._writer: SummaryWriter | None = None
+        if folder is not None:
+            self._files = {n: _JsonLines(folder / n, lengths.get(n, 0)) for n in self.FILES}
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._progress = ProgressBar(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console or Console(quiet=True),
+            disable=console is None,
+        )
+        self._task: TaskID = self._progress.add_task(
+            label, total=total_steps, completed=first_step, speed="", news=""
+        )
+
+    def __enter__(self) -> Tracker:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+        for file in self._files.values():
+            file.close()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each file so far, for a checkpoint."""
+        return {name: file.length() for name, file in self._files.items()}
+
+    def metrics(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars that a repetition of the run gives again.
+
+        Args:
+            epoch: Finished epochs for an evaluation, else the running one, from 0.
+            step: Optimizer steps so far.
+            values: By `split/name`.
+        """
+        line = Metrics.model_validate({"epoch": epoch, "step": step, **values})
+        self._write("metrics.jsonl", line, step, values)
+
+    def timing(self, epoch: int, step: int, seconds: float, images_per_second: float) -> None:
+        """Write how long an epoch's training took."""
+        line = Timing(epoch=epoch, seconds=seconds, images_per_second=images_per_second)
+        curve = {"time/images_per_second": images_per_second}
+        self._write("timings.jsonl", line, step, curve)
+
+    def _write(self, name: str, line: Record, step: int, curves: Mapping[str, float]) -> None:
+        if self._writer is None:
+            return
+        self._files[name].write(line)
+        for curve, value in curves.items():
+            self._writer.add_scalar(curve, value, step)
+
+    def advance(self, steps: int = 1, speed: str | None = None, news: str | None = None) -> None:
+        """Move the bar; `speed` and `news` are shown beside it."""
+        fields = {"speed": speed, "news": news}
+        shown: dict[str, Any] = {name: text for name, text in fields.items() if text is not None}
+        self._progress.update(self._task, advance=steps, **shown)
