@@ -15,6 +15,7 @@ import yaml
 __all__ = [
     "MOST_BYTES",
     "ConfigError",
+    "flattened",
     "load_recipe",
     "merged",
     "parsed_text",
@@ -138,6 +139,17 @@ def load_recipe(name: str) -> dict[str, Any]:
             or a base that is none.
     """
     return _with_base(name, ())
+
+
+def flattened(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings of sections by dotted names, as on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
