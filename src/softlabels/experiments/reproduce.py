@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.planning import RunPlan
 from softlabels.experiments.smoke import shrunk
+from softlabels.io.console import say, show_table
 from softlabels.io.files import replace_file, write_json
 from softlabels.training.config import (
     Config,
@@ -212,9 +212,7 @@ def reproduce(
     }
     for recipe in planned:
         for key, reason in table_rows.config(recipe).assumed.items():
-            console.print(
-                f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
-            )
+            say(console, f"{recipe} assumes {key}: {reason}")
     launch_runs(
         *table_rows.plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes
     )
@@ -222,7 +220,8 @@ def reproduce(
     first = planned[names[0]][0].folder
     environment = Environment.read(first.environment).dump()
     _write(table, results, changes, smoke, environment, output)
-    console.print(_shown(table, results, smoke))
+    cells = [_cells(row) for row in results]
+    show_table(console, _HEADINGS, cells, title=table, caption=_note(results, smoke))
     return results
 
 
@@ -318,15 +317,6 @@ def _note(results: Sequence[Reproduced], smoke: bool) -> str:
     seeds = len(results[0].top1)
     count = "One seed: no spread." if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds."
     return f"Smoke runs: these figures mean nothing. {count}" if smoke else count
-
-
-def _shown(table: str, results: Sequence[Reproduced], smoke: bool) -> Table:
-    shown = Table(title=table, caption=_note(results, smoke))
-    for number, heading in enumerate(_HEADINGS):
-        shown.add_column(heading, justify="left" if number == 0 else "right")
-    for row in results:
-        shown.add_row(*_cells(row))
-    return shown
 
 
 def _write(
