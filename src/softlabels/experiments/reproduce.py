@@ -12,8 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from softlabels.experiments.launcher import PlannedRun, launch_runs
-from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs
 from softlabels.experiments.smoke import shrunk
 from softlabels.io.console import say, show_table
 from softlabels.io.files import replace_file, write_json
