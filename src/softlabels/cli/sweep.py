@@ -9,6 +9,7 @@ __all__ = ["sweep"]
 def sweep(arguments: list[str]) -> int:
     """Search a method's weights and temperature."""
     from softlabels.experiments.search_space import read_space
+
     try:
         from softlabels.experiments.sweep import run_sweep
     except ModuleNotFoundError as error:

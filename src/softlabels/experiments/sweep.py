@@ -144,7 +144,9 @@ def run_sweep(
         if record.trials:
             say(console, f"{len(record.trials)} trials are in {output} already")
         while (left := trials - len(record.trials)) > 0:
-            sweep.extend(min(jobs, left), jobs=jobs, threads=threads, console=console)
+            # A sweep that was killed within a round goes on with the rest of it.
+            count = min(jobs - len(record.trials) % jobs, left)
+            sweep.extend(count, jobs=jobs, threads=threads, console=console)
             record = sweep.record
     write_record(record, output)
     ranked = record.ranked
@@ -208,7 +210,9 @@ class _Sweep:
         if not trials:
             self._enqueue({key: value_of(config, key) for key in space})
         for trial in trials:  # what was being trained when the sweep was killed
-            if trial.state == TrialState.RUNNING:
+            if trial.state == TrialState.RUNNING and "outcome" in trial.user_attrs:
+                self._tell(trial)
+            elif trial.state == TrialState.RUNNING:
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 if "values" in trial.user_attrs or trial.params.keys() == space.keys():
                     self._enqueue(self._values(trial), trial.params)
@@ -275,7 +279,9 @@ class _Sweep:
             text = planned[0][1][0].folder.environment.read_text(encoding="utf-8")
             self._study.set_user_attr("environment", json.loads(text))
         for number, (trial, runs) in enumerate(planned, first):
-            self._tell(trial, runs, number, console)
+            trial.set_user_attr("outcome", self._outcome(runs))
+            self._tell(trial)
+            say(console, f"trial {number}: {_in_words(self.record.trials[number])}")
 
     def _asked(self, number: int) -> optuna.Trial:
         """The next of the queue, or a proposal: a function of the seed and the trials so far."""
@@ -300,28 +306,32 @@ class _Sweep:
                     trial.suggest_float(key, values.low, values.high, log=values.log)
         return trial
 
-    def _tell(
-        self, trial: optuna.Trial, runs: Sequence[PlannedRun], number: int, console: Console
-    ) -> None:
+    def _outcome(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
         metrics, seconds = dict[str, Any](), list[float]()
         if not any(run.folder.failure.is_file() for run in runs):
             summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
             metrics = {name: [s["final"][name] for s in summaries] for name in MEASURED}
             seconds = [summary["seconds"] for summary in summaries]
         folders = [run.folder.path.relative_to(self._output).as_posix() for run in runs]
-        trial.set_user_attr("outcome", {"runs": folders, "metrics": metrics, "seconds": seconds})
+        return {"runs": folders, "metrics": metrics, "seconds": seconds}
+
+    def _tell(self, trial: BaseTrial) -> None:
+        """Let the search learn from what came out of a trial."""
+        scores = trial.user_attrs["outcome"]["metrics"].get(self._new.metric)
         if trial.params.keys() != self._space.keys():
-            self._study.tell(trial, state=TrialState.FAIL)  # teaches nothing
-        elif metrics:
-            self._study.tell(trial, statistics.fmean(metrics[self._new.metric]))
+            self._study.tell(trial.number, state=TrialState.FAIL)  # teaches nothing
+        elif scores:
+            self._study.tell(trial.number, statistics.fmean(scores))
         else:
-            self._study.tell(trial, state=TrialState.PRUNED)  # worse than all that is complete
-        tried = ", ".join(f"{key} {shown(value)}" for key, value in self._values(trial).items())
-        words = "the loss was not finite"
-        if metrics:
-            top1, nll = (statistics.fmean(metrics[name]) for name in ("top1", "nll"))
-            words = f"top-1 {top1:.2f} %, NLL {nll:.3f} nats"
-        say(console, f"trial {number}: {words}, with {tried}")
+            self._study.tell(trial.number, state=TrialState.PRUNED)  # worse than all complete ones
+
+
+def _in_words(trial: Trial) -> str:
+    tried = ", ".join(f"{key} {shown(value)}" for key, value in trial.values.items())
+    top1, nll = trial.mean("top1"), trial.mean("nll")
+    if top1 is None or nll is None:
+        return f"the loss was not finite, with {tried}"
+    return f"top-1 {top1:.2f} %, NLL {nll:.3f} nats, with {tried}"
 
 
 def _opened(journal: Path, metric: Metric) -> optuna.Study:
