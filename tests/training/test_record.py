@@ -12,7 +12,7 @@ import yaml
 
 import softlabels
 from shared.data_files import write_idx
-from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.launcher import RunPlan
 from softlabels.training.config import resolve
 
 FAST = {
