@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from softlabels.io.console import say
 from softlabels.io.files import replace_file
 from softlabels.training.config import Config, dump
 from softlabels.training.errors import RunError
 from softlabels.training.run_folder import RunFolder, fixed_settings
 
-__all__ = ["PlannedRun", "RunPlan", "launch_runs", "say"]
+__all__ = ["PlannedRun", "RunPlan", "launch_runs"]
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -249,11 +250,6 @@ class _Overall:
             left = (time.perf_counter() - self._since) * (self._total - done) / done
             news += f", {timedelta(seconds=round(left))} left"
         self._progress.update(self._task, completed=done, news=news)
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, whatever it holds."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _num_cores() -> int:

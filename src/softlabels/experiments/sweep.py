@@ -20,7 +20,7 @@ from optuna.trial import BaseTrial, TrialState
 from rich.console import Console
 
 from softlabels.data.randomness import derive_seed
-from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs, say
+from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs
 from softlabels.experiments.search_space import (
     Range,
     Space,
@@ -31,6 +31,7 @@ from softlabels.experiments.search_space import (
 )
 from softlabels.experiments.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
 from softlabels.experiments.sweep_results import write_record, write_results
+from softlabels.io.console import say
 from softlabels.training.build import build_source
 from softlabels.training.config import Config, resolve
 from softlabels.training.errors import RunError
