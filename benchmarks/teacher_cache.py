@@ -101,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = resolve({**load_recipe(RECIPE), "threads": 1})
-    method = build_method(config.method)
+    method = build_method(config)
     assert isinstance(method, NKDLoss)
     source = build_source(config)
     with tempfile.TemporaryDirectory() as folder:
