@@ -27,7 +27,6 @@ from softlabels.io.records import read_lines
 from softlabels.models import model_metadata
 from softlabels.training.build import (
     build_distiller,
-    build_mixer,
     build_source,
     build_teacher,
     with_defaults,
@@ -57,6 +56,7 @@ from softlabels.training.schemas import (
     Timing,
 )
 from softlabels.training.settings import NoMethod, TeacherSettings
+from softlabels.training.task import ClassificationTask
 from softlabels.training.teacher_check import checked_teacher
 from softlabels.training.validate import check_needs, memory_of
 
@@ -70,7 +70,7 @@ class TrainResult:
     Attributes:
         folder: Everything that was written.
         final: Metrics after the last epoch, by name.
-        best: Metrics of the epoch with the best top-1, and `epoch`.
+        best: Metrics of the epoch that is best by the task's metric, and `epoch`.
         student: The plain trained network, on the CPU, in eval mode.
     """
 
@@ -290,7 +290,7 @@ def _fit(
         source,
         accelerator,
         config,
-        build_mixer(config, info),
+        ClassificationTask(config, info, distiller.extras),
     )
     infinite = infinite_parts(engine)  # masks; before a checkpoint is read, which may be anybody's
     progress = _resumed(engine, folder, console)
