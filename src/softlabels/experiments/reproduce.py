@@ -23,7 +23,7 @@ from softlabels.training.config import (
     recipe_names,
     resolve,
 )
-from softlabels.training.recipes import merged
+from softlabels.training.recipes import flattened, merged
 from softlabels.training.schemas import Environment, Summary
 from softlabels.training.settings import PaperSettings
 
@@ -218,9 +218,10 @@ def reproduce(
     results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
     environment = Environment.read(first.environment).dump()
-    _write(table, results, changes, smoke, environment, output)
+    note = _note(results, changes, smoke)
+    _write(table, results, changes, smoke, environment, note, output)
     cells = [_cells(row) for row in results]
-    show_table(console, _HEADINGS, cells, title=table, caption=_note(results, smoke))
+    show_table(console, _HEADINGS, cells, title=table, caption=note)
     return results
 
 
@@ -257,7 +258,7 @@ def _results(
 ) -> list[Reproduced]:
     results = []
     for name in names:
-        paper = _paper(name)
+        paper = rows.config(name).paper
         top1 = [_top1(run, paper) for run in planned[name]]
         gains: list[float] = []
         published: float | None = None
@@ -312,10 +313,17 @@ _HEADINGS = (
 )
 
 
-def _note(results: Sequence[Reproduced], smoke: bool) -> str:
+def _note(results: Sequence[Reproduced], changes: Mapping[str, Any], smoke: bool) -> str:
     seeds = len(results[0].top1)
     count = "One seed: no spread." if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds."
-    return f"Smoke runs: these figures mean nothing. {count}" if smoke else count
+    changed = ", ".join(f"{key}={_shown_value(value)}" for key, value in flattened(changes).items())
+    notes = ["Smoke runs: these figures mean nothing."] if smoke else []
+    notes += [count, *([f"Changed from the recipes: {changed}."] if changed else [])]
+    return " ".join(notes)
+
+
+def _shown_value(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _write(
@@ -324,6 +332,7 @@ def _write(
     changes: Mapping[str, Any],
     smoke: bool,
     environment: Mapping[str, Any],
+    note: str,
     output: Path,
 ) -> None:
     content = {
@@ -339,7 +348,7 @@ def _write(
     lines = [
         f"# {table}",
         "",
-        _note(results, smoke),
+        note,
         "",
         "| " + " | ".join(_HEADINGS) + " |",
         "| --- |" + " ---: |" * (len(_HEADINGS) - 1),
