@@ -205,5 +205,5 @@ def test_unknown_recipe_lists_near_ones():
 
 def test_description_of_a_method_names_what_it_reads():
     text = describe_method("uskd")
-    assert "WeakLogits" in text
+    assert "weak_logits" in text
     assert "weak_weight = 0.005" in text

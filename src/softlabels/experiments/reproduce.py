@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def recipes_of(table: str) -> list[str]:
 def describe_recipes(
     *, data: str | None = None, method: str | None = None, table: str | None = None
 ) -> list[str]:
-    """A line for each recipe: its name, what it runs, and what was published.
+    """What each recipe is called and runs, and what was published; at most 80 characters wide.
 
     Args:
         data: Only those on this data source.
@@ -112,7 +113,9 @@ def describe_recipes(
         if data in (None, config.data.source) and method in (None, config.label)
     ]
     width = max((len(name) for name, _ in kept), default=0)
-    return [f"{name:{width}}  {_in_words(config)}" for name, config in kept] or ["none"]
+    indent = " " * (width + 2)
+    texts = [f"{name:{width}}  {_in_words(config)}" for name, config in kept]
+    return [textwrap.fill(text, 80, subsequent_indent=indent) for text in texts] or ["none"]
 
 
 def _in_words(config: Config) -> str:

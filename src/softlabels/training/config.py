@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -272,26 +273,26 @@ def with_method_defaults(config: Config, method: nn.Module | None = None) -> Con
 
 
 def describe_method(kind: str) -> str:
-    """What a method reads and its settings, as lines of text."""
+    """What a method reads and its settings, as lines of at most 80 characters."""
     if kind == "none":
         return f"none\n  {inspect.getdoc(NoMethod)}"
     method = method_class(kind)
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
     inputs: Mapping[str, Input] = getattr(method(), "inputs", {})
-    weight = weight_of(method)
-    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, inputs.values()))}"]
-    lines.append(f"  method_weight: {weight:g} unless set")
+    lines = [summary, f"reads: {', '.join(inputs)}"]
+    lines.append(f"method_weight: {weight_of(method):g} unless set")
     warmup, of_task = warmup_of(method), task_weight_of(method)
     if warmup:
         over = "the run" if warmup == "run" else f"{warmup:g} epochs"
-        lines.append(f"  it rises over {over} unless method_warmup_epochs is set")
+        lines.append(f"it rises over {over} unless method_warmup_epochs is set")
     if of_task != 1.0:
         what = "1 - method_weight" if of_task == "rest" else f"{of_task:g}"
-        lines.append(f"  task.weight: {what} unless set")
+        lines.append(f"task.weight: {what} unless set")
     for name, field in settings_class(kind).model_fields.items():
         if name != "kind":
-            lines.append(f"  {name} = {field.default!r}: {field.description}")
-    return "\n".join(lines)
+            lines.append(f"{name} = {field.default!r}: {field.description}")
+    wrap = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent=" " * 6)
+    return "\n".join([kind, *map(wrap.fill, lines)])
 
 
 def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
