@@ -175,7 +175,7 @@ class Config(Section):
         """What a plot calls this run."""
         if self.method.kind != "none":
             kinds = [self.method.kind, *(further.kind for further in self.further_methods)]
-            return "+".join(re.split(r"[:.]", kind)[-1] for kind in kinds)
+            return "+".join(map(_short, kinds))
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
@@ -190,15 +190,22 @@ def build_method(config: Config) -> nn.Module | None:
     first = _built(config.method)
     if not config.further_methods and config.method_teacher is None:
         return first
-    methods, teachers = {config.method.kind: first}, dict[str, int]()
+    name = _short(config.method.kind)
+    methods, teachers = {name: first}, dict[str, int]()
     if config.method_teacher is not None:
-        teachers[config.method.kind] = config.method_teacher
+        teachers[name] = config.method_teacher
     for number, further in enumerate(config.further_methods, 2):
-        name = further.kind if further.kind not in methods else f"{further.kind}_{number}"
+        name = _short(further.kind)
+        name = name if name not in methods else f"{name}_{number}"
         methods[name] = _built(_settings_of(further))
         if further.teacher is not None:
             teachers[name] = further.teacher
     return WeightedSum(methods, teachers=teachers)
+
+
+def _short(kind: str) -> str:
+    """What a method is called: its kind, or the name of the user's class."""
+    return re.split(r"[:.]", kind)[-1]
 
 
 def _built(settings: MethodSettings) -> nn.Module:
