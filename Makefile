@@ -129,4 +129,4 @@ picture: ## Take the picture of the demo's report for the docs (needs chromium)
 	sh docs/picture.sh runs/demo/report.html docs/demo_report.png 1100 940
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage build dist

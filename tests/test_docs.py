@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import runpy
 import shlex
@@ -106,6 +107,14 @@ def test_links_lead_to_files_and_headings(page):
         assert linked.exists(), target
         if heading:
             assert heading in headings(linked), f"{target}#{heading}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_package_exist(page):
+    for name in re.findall(
+        r"\bsoftlabels(?:\.[A-Za-z_]+)+(?=[`( ]|$)", page.read_text(), re.MULTILINE
+    ):
+        pkgutil.resolve_name(name)
 
 
 def headings(page):

@@ -155,6 +155,12 @@ def test_config_show_is_a_recipe_that_trains_the_same(capsys, tmp_path):
     assert "temperature: 2.0" in text
 
 
+@pytest.mark.parametrize("command", ["methods", "recipes"])
+def test_lists_fit_a_terminal(capsys, command):
+    assert main([command]) == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
 def test_methods_lists_all(capsys):
     assert main(["methods"]) == 0
     text = capsys.readouterr().out

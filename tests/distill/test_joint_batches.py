@@ -20,6 +20,7 @@ from softlabels.losses import uskd_loss
 from softlabels.training.config import resolve
 from softlabels.training.engine import Engine
 from softlabels.training.errors import InterruptGuard
+from softlabels.training.task import ClassificationTask
 
 pytestmark = pytest.mark.distributed
 
@@ -90,9 +91,9 @@ def trained(grad_accum_steps: int = 1, parts: tuple[slice, slice] = UNEVEN) -> d
     )
     optimizer = torch.optim.SGD(distiller.parameters(), 0.5, momentum=0.9)
     schedule: Any = SimpleNamespace(step_update=lambda number: None)
-    engine = Engine(
-        distiller, optimizer, schedule, CutSource(parts), Accelerator(cpu=True), config, None
-    )
+    source = CutSource(parts)
+    task = ClassificationTask(config, source.info, distiller.extras)
+    engine = Engine(distiller, optimizer, schedule, source, Accelerator(cpu=True), config, task)
     engine.evaluate = dict  # what is under test is the training
     engine.fit([], InterruptGuard())
     return distiller.state_dict()

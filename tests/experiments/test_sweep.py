@@ -62,11 +62,26 @@ def trained(monkeypatch):
                 raise RunError(f"the run {run.name} ended with status 1")
             far = abs(math.log(lr / 0.2))
             final = {"top1": 80 - 10 * far + run.config.seed, "nll": 1 + far, "ece": 2.0}
-            summary = {"complete": True, "final": final, "seconds": 1.5}
+            summary = {
+                "label": "uskd",
+                "method": "uskd",
+                "model": "resnet8",
+                "data": "noise",
+                "seed": run.config.seed,
+                "epochs": 20,
+                "parameters": 9,
+                "seconds": 1.5,
+                "complete": True,
+                "final": final,
+            }
             run.folder.summary.write_text(json.dumps(summary))
 
     monkeypatch.setattr(sweep, "launch_runs", launch_runs)
     return runs
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
 
 
 def searched(output, *, space=LR, config=None, **more):
@@ -258,23 +273,44 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, trained):
     assert len(trained) == count + 7  # all is there
 
 
-def test_what_a_kill_leaves_is_used(tmp_path, trained):
-    """The record of the last trial is lost: its run is complete, and not trained again."""
-    whole = searched(tmp_path / "out")
-    file = tmp_path / "out/sweep.json"
-    content = json.loads(file.read_text())
-    content["trials"].pop()
-    file.write_text(json.dumps(content))
-    count = len(trained)
-    assert searched(tmp_path / "out").record == whole.record
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_kill_changes_nothing(tmp_path, trained, jobs):
+    """Wherever the journal ends, also within a line; runs that were complete are not repeated."""
+    whole = searched(tmp_path / "out", jobs=jobs)
+    journal = tmp_path / "out/journal.log"
+    content, count = journal.read_bytes(), len(trained)
+    for end in range(len(content) // 29, len(content), len(content) // 7):
+        journal.write_bytes(content[:end])
+        assert searched(tmp_path / "out", jobs=jobs).record == whole.record
     assert len(trained) == count
+    journal.write_bytes(content[:-400])
+    last = tmp_path / "out" / whole.record.trials[-1].runs[0]
+    shutil.rmtree(last)
+    assert searched(tmp_path / "out", jobs=jobs).record == whole.record
+    assert [run.folder.path for run in trained[count:]] == [last]
 
-    content["trials"] = content["trials"][:10]  # and one of the last two runs is gone
-    file.write_text(json.dumps(content))
-    last = whole.record.trials[-1].runs[0]
-    shutil.rmtree(tmp_path / "out" / last)
-    assert searched(tmp_path / "out").record == whole.record
-    assert [run.folder.path for run in trained[count:]] == [tmp_path / "out" / last]
+
+@pytest.mark.parametrize("end", ["ask", "train", "told"])
+def test_a_kill_while_the_given_settings_are_trained(tmp_path, trained, monkeypatch, end):
+    """They lie outside of the space, so that the search does not learn from them."""
+    config = resolve({**USKD, "optimizer": {"lr": 0.005}})
+    whole = searched(tmp_path / "whole", config=config, trials=4)
+    assert whole.record.trials[0].values == {"optimizer.lr": 0.005}
+    place = {"ask": (sweep.optuna.Study, "ask"), "train": (sweep, "launch_runs")}
+    with monkeypatch.context() as patch:
+        patch.setattr(*place.get(end, (sweep.optuna.Study, "tell")), killed)
+        with pytest.raises(KeyboardInterrupt):
+            searched(tmp_path / "out", config=config, trials=4)
+    assert tried(searched(tmp_path / "out", config=config, trials=4)) == tried(whole)
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
+    def launch_runs(*_, **__):
+        searched(tmp_path / "out")
+
+    monkeypatch.setattr(sweep, "launch_runs", launch_runs)
+    with pytest.raises(ValueError, match="in use by another sweep"):
+        searched(tmp_path / "out")
 
 
 def test_recorded_trials_need_no_folders(tmp_path, trained):
@@ -306,9 +342,10 @@ def test_folders_of_something_else_are_left_alone(tmp_path, trained):
     with pytest.raises(ValueError, match="exists and holds no sweep"):
         searched(tmp_path)
     (tmp_path / "mine.txt").unlink()
-    (tmp_path / "sweep.json").write_text('{"trials": 3}')
-    with pytest.raises(ValueError, match=r"sweep\.json is no record of a sweep"):
-        searched(tmp_path)
+    for damaged in ('{"trials": 3}\n', "[1]\n", "no JSON\nat all\n"):
+        (tmp_path / "journal.log").write_text(damaged)
+        with pytest.raises(ValueError, match=r"journal\.log is no record of a sweep"):
+            searched(tmp_path)
     assert not trained
 
 

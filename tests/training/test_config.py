@@ -17,6 +17,7 @@ from softlabels.training.config import (
     load_recipe,
     recipe_names,
     resolve,
+    with_method,
 )
 from softlabels.training.recipes import merged
 from softlabels.training.settings import DATA_SETTINGS, METHOD_SETTINGS, DataSettings
@@ -149,6 +150,39 @@ def test_what_does_not_fit_is_one_line_that_names_it(values, message):
     assert "\n" not in str(caught.value)
 
 
+ROW = {
+    "method": {"kind": "ols", "weight": 0.3},
+    "paper": {"table": "a table", "row": "a row", "top1": 80.0},
+    "assumed": {"epochs": "nobody says"},
+    "epochs": 3,
+}
+
+
+@pytest.mark.parametrize("method", ["uskd", {"kind": "zipf_ls"}, "none"], ids=str)
+def test_another_method_over_a_papers_row_is_not_that_row(tmp_path, method):
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(ROW))
+    over = {"base": "row.yaml", "method": method}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(over))
+    values = load_recipe(str(tmp_path / "mine.yaml"))
+    assert values == {"method": method, "epochs": 3}
+
+
+@pytest.mark.parametrize(
+    "over",
+    [{"epochs": 4}, {"method": {"kind": "ols"}}, {"method": "uskd", "paper": {"row": "another"}}],
+    ids=str,
+)
+def test_a_row_stays_one_with_its_method_or_with_words_of_its_own(over):
+    values = merged(ROW, over)
+    assert values["paper"]["table"] == "a table"
+    assert values["assumed"] == ROW["assumed"]
+
+
+def test_another_method_by_option_is_not_the_row_either():
+    assert with_method(ROW, "uskd") == {"method": {"kind": "uskd"}, "epochs": 3}
+    assert with_method(ROW, "ols") == ROW
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -171,5 +205,5 @@ def test_unknown_recipe_lists_near_ones():
 
 def test_description_of_a_method_names_what_it_reads():
     text = describe_method("uskd")
-    assert "WeakLogits" in text
+    assert "weak_logits" in text
     assert "weak_weight = 0.005" in text

@@ -28,6 +28,7 @@ def scaled(monkeypatch):
         return accelerator
 
     monkeypatch.setattr(processes, "Accelerator", build)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
 
 
 def train(source: InMemorySource, output, **settings) -> softlabels.training.TrainResult:

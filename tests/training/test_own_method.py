@@ -13,6 +13,7 @@ from torch import Tensor
 
 import softlabels
 from softlabels.cli import main
+from softlabels.export.export import export_run
 from softlabels.inputs import Logits
 from softlabels.losses import KDLoss, Method, WeightedSum
 from softlabels.training import trainer
@@ -160,6 +161,26 @@ def test_an_object_of_the_package_is_recorded_as_if_it_had_been_named():
         settings_of_method(KDLoss(temperature=2.0))
         == parse({"method": {"kind": "kd", "temperature": 2.0}}).method
     )
+
+
+def test_the_card_names_class_and_module(tmp_path):
+    result = train(tmp_path / "run", Steep(1.0))
+    card = export_run(result.folder).card.read_text()
+    assert "Steep (object:" in card
+    assert f"kind: object:{__name__}:Steep" in card
+    assert "factor: 1.0" in card
+
+
+def test_it_stands_beside_others(own):
+    config = resolve(
+        {
+            "method": "zipf_ls",
+            "further_methods": [{"kind": f"{own}:Flat", "settings": {"power": 3}}],
+        }
+    )
+    method = build_method(config)
+    assert [type(part).__name__ for part in method.methods.values()] == ["ZipfLSLoss", "Flat"]
+    assert config.label == "zipf_ls+Flat"
 
 
 def test_another_object_does_not_go_on_in_the_folder(own, tmp_path):

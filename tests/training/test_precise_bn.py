@@ -21,6 +21,7 @@ from softlabels.training.engine import Engine
 from softlabels.training.errors import Interrupted
 from softlabels.training.optim import build_optimizer, build_schedule
 from softlabels.training.precise_bn import recompute_statistics
+from softlabels.training.task import ClassificationTask
 
 
 def batches(count: int = 3) -> list[torch.Tensor]:
@@ -94,7 +95,8 @@ def engine_of(source, **settings) -> Engine:
     distiller = build_distiller(config, source.info)
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
     schedule = build_schedule(config.schedule, optimizer, epochs=1, steps_per_epoch=3)
-    return Engine(distiller, optimizer, schedule, source, Accelerator(cpu=True), config, None)
+    task = ClassificationTask(config, source.info, distiller.extras)
+    return Engine(distiller, optimizer, schedule, source, Accelerator(cpu=True), config, task)
 
 
 class NoSignal:

@@ -12,7 +12,8 @@ import yaml
 
 import softlabels
 from shared.data_files import write_idx
-from softlabels.experiments.planning import RunPlan
+from softlabels.cli import main
+from softlabels.experiments.launcher import RunPlan
 from softlabels.training.config import resolve
 
 FAST = {
@@ -66,6 +67,19 @@ def of_the_same_class(source):
     return type(source)(
         type(source._train)(changed, source._train.target), source._test, source.info
     )
+
+
+@pytest.mark.parametrize("command", ["train", "cache-teacher"])
+def test_half_precision_without_an_accelerator_is_refused(tmp_path, capsys, command):
+    given = ["--data.source", "noise", "--data.num-train", "16", "--epochs", "1",
+        "--precision", "fp16", "--device", "cpu"]  # fmt: skip
+    more = [] if command == "train" else ["--teacher.name", "timm:resnet8"]
+    assert main([command, *given, *more, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "precision" in line
+    assert "fp16" in line
+    assert "bf16" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_path_is_one_run_however_it_is_written(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from softlabels.training.errors import InterruptGuard
 from softlabels.training.metrics import evaluate
 from softlabels.training.observers import Observer
 from softlabels.training.optim import build_optimizer, build_schedule
+from softlabels.training.task import ClassificationTask
 
 pytestmark = pytest.mark.distributed
 
@@ -247,7 +248,8 @@ def batch_norm_run(folder: Path) -> dict[str, Any]:
     schedule = build_schedule(
         config.schedule, optimizer, epochs=config.epochs, steps_per_epoch=steps
     )
-    engine = Engine(distiller, optimizer, schedule, source, accelerator, config, None)
+    task = ClassificationTask(config, source.info, distiller.extras)
+    engine = Engine(distiller, optimizer, schedule, source, accelerator, config, task)
     fixed = engine.evaluate()  # of the untrained student, the same everywhere
     noting = Noting()
     engine.fit([noting], InterruptGuard())

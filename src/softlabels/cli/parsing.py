@@ -84,7 +84,7 @@ def _in_words(event: Any, known: list[str]) -> str | None:
         case "InvalidChoice":
             return f"{flag} must be one of {', '.join(event.choices)}, got {event.value!r:.80}"
         case "BadValue":
-            return f"{flag} needs a value: {argument.lowered.metavar}"
+            return f"{flag} needs a value: {event.argument.lowered.metavar}"
         case "InstantiationFailure":
             return _of_value(event, flag)
     return None

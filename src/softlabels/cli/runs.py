@@ -122,7 +122,7 @@ def reproduce(arguments: list[str]) -> int:
         rows: tuple[str, ...] = (),
         data_path: Annotated[str | None, tyro.conf.arg(name="data.path")] = None,
         seeds: int = 1,
-        change: tuple[str, ...] = (),
+        change: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
         output: str = "runs/reproduce",
         jobs: int = 1,
         threads: int | None = None,
@@ -141,7 +141,7 @@ def reproduce(arguments: list[str]) -> int:
             data_path: Folder of the data.
             seeds: Runs of each row, with seeds 0, 1, ...
             change: Settings that differ from all recipes, as KEY=VALUE: epochs=10
-                data.workers=8. They are recorded beside the results.
+                data.workers=8. They are recorded beside the results. May be given several times.
             output: Folder of the runs and the results.
             jobs: Runs at a time.
             threads: CPU threads of each process.
@@ -154,7 +154,7 @@ def reproduce(arguments: list[str]) -> int:
         for name, value in (("seeds", seeds), ("jobs", jobs), ("processes", processes)):
             if value < 1:
                 raise UsageError(f"{name} must be 1 or more, got {value}")
-        changes = settings_of(change)
+        changes = settings_of([text for texts in change for text in texts])
         if data_path is not None:
             changes.setdefault("data", {})["path"] = data_path
         run_rows(

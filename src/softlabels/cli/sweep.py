@@ -1,6 +1,6 @@
 """The command that searches settings: `sweep`."""
 
-from softlabels.cli.parsing import configured
+from softlabels.cli.parsing import UsageError, configured
 from softlabels.io.console import echo, progress_console
 
 __all__ = ["sweep"]
@@ -9,7 +9,13 @@ __all__ = ["sweep"]
 def sweep(arguments: list[str]) -> int:
     """Search a method's weights and temperature."""
     from softlabels.experiments.search_space import read_space
-    from softlabels.experiments.sweep import run_sweep
+
+    try:
+        from softlabels.experiments.sweep import run_sweep
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UsageError("sweep needs Optuna: pip install 'softlabels[sweep]'") from error
     from softlabels.experiments.sweep_results import flags, rank_of
     from softlabels.experiments.sweep_settings import SweepConfig
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from softlabels.data import DataSource
 from softlabels.experiments.analyze_run import analyze_run
@@ -16,6 +14,7 @@ from softlabels.experiments.comparison import Comparison, PlannedVariant, planne
 from softlabels.experiments.comparison_record import ComparisonRecord
 from softlabels.experiments.launcher import launch_runs
 from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
+from softlabels.io.console import say, show_table
 from softlabels.io.files import replace_file
 from softlabels.report import Variant, write_comparison
 from softlabels.training.build import build_distiller, build_source, with_defaults
@@ -90,9 +89,16 @@ def compare(
         command=command or f"softlabels compare {output / 'comparison.yaml'}",
     )
     _write(results, variants, output)
-    console.print(_shown(results))
+    rows = cells(results, brief=True)
+    show_table(
+        console,
+        [*rows[0]],
+        [[*row.values()] for row in rows],
+        title=results.title,
+        caption="more columns: comparison.md",
+    )
     for note in notes(results):
-        console.print(note, highlight=False, markup=False)
+        say(console, note)
     return Compared(results, output)
 
 
@@ -148,14 +154,3 @@ def _write(results: ComparisonRecord, variants: Sequence[PlannedVariant], output
         notes=notes(results),
         command=results.command,
     )
-
-
-def _shown(results: ComparisonRecord) -> Table:
-    rows = cells(results, brief=True)
-    caption = "more columns: comparison.md"
-    table = Table(title=results.title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    return table

@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from softlabels.experiments.launcher import PlannedRun
-from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.launcher import PlannedRun, RunPlan
 from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,

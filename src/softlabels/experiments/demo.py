@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from softlabels.data import Batch, DataSource
 from softlabels.distill.distiller import Distiller
 from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.timing import Ratio, interleaved, ratio
+from softlabels.io.console import say, show_table
 from softlabels.io.files import write_json
 from softlabels.report import write_report
 from softlabels.training.build import (
@@ -75,9 +75,9 @@ def run_demo(
     for config in configs.values():
         RunFolder(Path(config.output or "")).check(with_defaults(config, source.info))
     output.mkdir(parents=True, exist_ok=True)
-    console.print(
+    say(
+        console,
         f"{len(configs)} runs of {epochs} epochs on glyphs100, {jobs} at a time, into {output}",
-        highlight=False,
     )
     launch_runs(
         [PlannedRun(n, config, _arguments(n, options)) for n, config in configs.items()],
@@ -85,13 +85,18 @@ def run_demo(
         console=console,
         threads=1,
     )
-    console.print(f"step times, in turn, {rounds} rounds", highlight=False)
+    say(console, f"step times, in turn, {rounds} rounds")
     ratios = step_ratios(configs, source, rounds=rounds)
     summaries = {name: Summary.read(RunFolder(output / name).summary) for name in configs}
     results = {name: _result(summaries[name], ratios[name]) for name in configs}
     _write_results(output, results, command, summaries[RECIPES[0]].parameters)
-    console.print(_table(results))
-    console.print(f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}", highlight=False)
+    show_table(
+        console,
+        ("", "top-1 %", "group %", "NLL nats", "ECE %", "step time / cross-entropy"),
+        [row_of(name, values) for name, values in results.items()],
+        title="After the last epoch, 8,000 test images",
+    )
+    say(console, f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}")
     return write_report(
         [output / name for name in configs],
         output / "report.html",
@@ -191,16 +196,6 @@ def _write_results(
         "results": results,
     }
     write_json(output / "demo.json", content)
-
-
-def _table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title="After the last epoch, 8,000 test images")
-    headings = ("", "top-1 %", "group %", "NLL nats", "ECE %", "step time / cross-entropy")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
-    for name, values in results.items():
-        table.add_row(*row_of(name, values))
-    return table
 
 
 def row_of(name: str, values: Mapping[str, float]) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Several runs, each in processes of its own, some at a time."""
+"""Plans many runs, each once, and launches them, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from softlabels.training.config import Config
+from softlabels.io.console import say
+from softlabels.io.files import replace_file
+from softlabels.training.config import Config, dump
 from softlabels.training.errors import RunError
-from softlabels.training.run_folder import RunFolder
+from softlabels.training.run_folder import RunFolder, fixed_settings
 
-__all__ = ["PlannedRun", "launch_runs"]
+__all__ = ["PlannedRun", "RunPlan", "launch_runs"]
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -48,6 +51,74 @@ class PlannedRun:
     def log(self) -> Path:
         """What its process prints."""
         return self.folder.path.with_name(f"{self.folder.path.name}.log")
+
+
+class RunPlan:
+    """Runs below one folder; equal settings and seed are one run, whoever asks for it.
+
+    A run's folder is `STUDENT-LABEL-HASH/seed-SEED`, with a hash of its resolved settings. What was
+    complete before is found there again, and a changed setting leads elsewhere.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs: dict[Path, PlannedRun] = {}
+        self._rounds: dict[Path, int] = {}
+
+    def add(
+        self, name: str, config: Config, seed: int, *, taught_by: PlannedRun | None = None
+    ) -> PlannedRun:
+        """Plan a run, if it is not planned yet.
+
+        Args:
+            name: What is shown of it.
+            config: Its settings; seed and output are set here.
+            seed: Its seed.
+            taught_by: A planned run whose student is the teacher.
+        """
+        values = config.model_copy(update={"seed": 0})
+        by: str | None = None
+        if taught_by is not None:
+            weights = {"weights": str(taught_by.folder.student)}
+            config = config.model_copy(
+                update={"teacher": config.teacher.model_copy(update=weights)}
+            )
+            # The folder is named by what decides the teacher, not by where it lies.
+            by = str(taught_by.folder.path.relative_to(self._folder))
+        folder = self._folder / _folder_name(values, by) / f"seed-{seed}"
+        if folder not in self._runs:
+            config = config.model_copy(update={"seed": seed, "output": str(folder)})
+            file = folder.with_suffix(".yaml")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(file) as handle:
+                handle.write(dump(config).encode())
+            self._runs[folder] = PlannedRun(name, config, (str(file),))
+            before = -1 if taught_by is None else self._rounds[taught_by.folder.path]
+            self._rounds[folder] = before + 1
+        return self._runs[folder]
+
+    @property
+    def rounds(self) -> list[list[PlannedRun]]:
+        """All runs: first those without a planned teacher, then those that these teach, ..."""
+        numbers = range(max(self._rounds.values(), default=-1) + 1)
+        return [
+            [run for folder, run in self._runs.items() if self._rounds[folder] == number]
+            for number in numbers
+        ]
+
+
+def _folder_name(config: Config, taught_by: str | None) -> str:
+    """A folder's name: student, label, and a hash of what decides the numbers."""
+    values = fixed_settings(config)
+    if taught_by is not None:
+        values["teacher"]["weights"] = taught_by
+    text = json.dumps(values, sort_keys=True, default=str)
+    digest = blake2b(text.encode(), digest_size=4).hexdigest()
+    student = (config.student.name or "default").rpartition(":")[2].replace("/", "_")
+    return f"{student}-{config.label}-{digest}"
 
 
 def launch_runs(
@@ -84,7 +155,7 @@ def launch_runs(
         for runs in rounds
     ]
     if complete:
-        _say(console, f"complete already: {', '.join(run.name for run in complete)}")
+        say(console, f"complete already: {', '.join(run.name for run in complete)}")
     if not any(waiting):
         return
     if threads is None and jobs > 1:
@@ -96,14 +167,14 @@ def launch_runs(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        together = _Together(progress, [run for runs in waiting for run in runs])
+        overall = _Overall(progress, [run for runs in waiting for run in runs])
         for runs in waiting:
-            _train_round(runs, together, progress, jobs, threads, processes)
+            _run_round(runs, overall, progress, jobs, threads, processes)
 
 
-def _train_round(
+def _run_round(
     waiting: list[PlannedRun],
-    together: _Together,
+    overall: _Overall,
     progress: Progress,
     jobs: int,
     threads: int | None,
@@ -115,7 +186,7 @@ def _train_round(
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 task = progress.add_task(run.name, total=run.config.epochs, news="starts")
-                running.append(_Running(run, _started(run, threads, processes), task))
+                running.append(_Running(run, _launched(run, threads, processes), task))
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for one in list(running):
                 _show(progress, one)
@@ -128,9 +199,9 @@ def _train_round(
                 news = _show(progress, one)
                 progress.remove_task(one.task)
                 seconds = time.perf_counter() - one.since
-                _say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
-                together.ended(one.run)
-            together.show(running)
+                say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
+                overall.ended(one.run)
+            overall.show(running)
     finally:
         for one in running:
             one.process.terminate()
@@ -149,7 +220,7 @@ class _Running:
     done: float = 0.0
 
 
-class _Together:
+class _Overall:
     """The bar of all runs, with the time that is left.
 
     Args:
@@ -181,10 +252,6 @@ class _Together:
         self._progress.update(self._task, completed=done, news=news)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -192,7 +259,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _started(run: PlannedRun, threads: int | None, processes: int) -> subprocess.Popen[bytes]:
+def _launched(run: PlannedRun, threads: int | None, processes: int) -> subprocess.Popen[bytes]:
     limit = (
         {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     )

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from softlabels.experiments.launcher import PlannedRun, launch_runs
-from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs
 from softlabels.experiments.smoke import shrunk
+from softlabels.io.console import say, show_table
 from softlabels.io.files import replace_file, write_json
 from softlabels.training.config import (
     Config,
@@ -24,7 +24,7 @@ from softlabels.training.config import (
     recipe_names,
     resolve,
 )
-from softlabels.training.recipes import merged
+from softlabels.training.recipes import flattened, merged
 from softlabels.training.schemas import Environment, Summary
 from softlabels.training.settings import PaperSettings
 
@@ -87,7 +87,7 @@ def recipes_of(table: str) -> list[str]:
 def describe_recipes(
     *, data: str | None = None, method: str | None = None, table: str | None = None
 ) -> list[str]:
-    """A line for each recipe: its name, what it runs, and what was published.
+    """What each recipe is called and runs, and what was published; at most 80 characters wide.
 
     Args:
         data: Only those on this data source.
@@ -113,7 +113,9 @@ def describe_recipes(
         if data in (None, config.data.source) and method in (None, config.label)
     ]
     width = max((len(name) for name, _ in kept), default=0)
-    return [f"{name:{width}}  {_in_words(config)}" for name, config in kept] or ["none"]
+    indent = " " * (width + 2)
+    texts = [f"{name:{width}}  {_in_words(config)}" for name, config in kept]
+    return [textwrap.fill(text, 80, subsequent_indent=indent) for text in texts] or ["none"]
 
 
 def _in_words(config: Config) -> str:
@@ -212,17 +214,17 @@ def reproduce(
     }
     for recipe in planned:
         for key, reason in table_rows.config(recipe).assumed.items():
-            console.print(
-                f"{recipe} assumes {key}: {reason}", highlight=False, markup=False, soft_wrap=True
-            )
+            say(console, f"{recipe} assumes {key}: {reason}")
     launch_runs(
         *table_rows.plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes
     )
     results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
     environment = Environment.read(first.environment).dump()
-    _write(table, results, changes, smoke, environment, output)
-    console.print(_shown(table, results, smoke))
+    note = _note(results, changes, smoke)
+    _write(table, results, changes, smoke, environment, note, output)
+    cells = [_cells(row) for row in results]
+    show_table(console, _HEADINGS, cells, title=table, caption=note)
     return results
 
 
@@ -259,7 +261,7 @@ def _results(
 ) -> list[Reproduced]:
     results = []
     for name in names:
-        paper = _paper(name)
+        paper = rows.config(name).paper
         top1 = [_top1(run, paper) for run in planned[name]]
         gains: list[float] = []
         published: float | None = None
@@ -314,19 +316,17 @@ _HEADINGS = (
 )
 
 
-def _note(results: Sequence[Reproduced], smoke: bool) -> str:
+def _note(results: Sequence[Reproduced], changes: Mapping[str, Any], smoke: bool) -> str:
     seeds = len(results[0].top1)
     count = "One seed: no spread." if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds."
-    return f"Smoke runs: these figures mean nothing. {count}" if smoke else count
+    changed = ", ".join(f"{key}={_shown_value(value)}" for key, value in flattened(changes).items())
+    notes = ["Smoke runs: these figures mean nothing."] if smoke else []
+    notes += [count, *([f"Changed from the recipes: {changed}."] if changed else [])]
+    return " ".join(notes)
 
 
-def _shown(table: str, results: Sequence[Reproduced], smoke: bool) -> Table:
-    shown = Table(title=table, caption=_note(results, smoke))
-    for number, heading in enumerate(_HEADINGS):
-        shown.add_column(heading, justify="left" if number == 0 else "right")
-    for row in results:
-        shown.add_row(*_cells(row))
-    return shown
+def _shown_value(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _write(
@@ -335,6 +335,7 @@ def _write(
     changes: Mapping[str, Any],
     smoke: bool,
     environment: Mapping[str, Any],
+    note: str,
     output: Path,
 ) -> None:
     content = {
@@ -350,7 +351,7 @@ def _write(
     lines = [
         f"# {table}",
         "",
-        _note(results, smoke),
+        note,
         "",
         "| " + " | ".join(_HEADINGS) + " |",
         "| --- |" + " ---: |" * (len(_HEADINGS) - 1),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import BaseTrial, TrialState
 from rich.console import Console
 
 from softlabels.data.randomness import derive_seed
-from softlabels.experiments.launcher import PlannedRun, launch_runs
-from softlabels.experiments.planning import RunPlan
+from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs
 from softlabels.experiments.search_space import (
     Range,
     Space,
@@ -24,10 +30,10 @@ from softlabels.experiments.search_space import (
     with_values,
 )
 from softlabels.experiments.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
-from softlabels.experiments.sweep_results import write_results
-from softlabels.io.files import replace_file
+from softlabels.experiments.sweep_results import write_record, write_results
+from softlabels.io.console import say
 from softlabels.training.build import build_source
-from softlabels.training.config import Config, ConfigError, explain, resolve
+from softlabels.training.config import Config, resolve
 from softlabels.training.errors import RunError
 from softlabels.training.run_folder import fixed_settings
 from softlabels.training.settings import PaperSettings
@@ -37,7 +43,7 @@ __all__ = ["VALIDATION", "SweepResult", "run_sweep"]
 VALIDATION = 0.2
 """What is held out if the settings do not say."""
 
-_INSTALL = "softlabels sweep needs Optuna: pip install 'softlabels[sweep]'"
+_JOURNAL = "journal.log"
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def run_sweep(
             is never read.
         space: What may be tried, by setting; None: `default_space`.
         trials: How many settings are tried, with those of an earlier call.
-        output: Folder of the runs, sweep.json, sweep.csv, sweep.md and best.yaml.
+        output: Folder of the runs, journal.log (Optuna's record, with which a sweep goes on),
+            sweep.json, sweep.csv, sweep.md and best.yaml.
         seed: Of the proposals. The runs have the configuration's seed.
         startup: Trials that are drawn at random before the search learns from them.
         seeds: Runs of each trial, with seeds one after the other, the same for all trials.
@@ -94,109 +101,126 @@ def run_sweep(
         The trials, and the best of them.
 
     Raises:
-        ValueError: Settings, data or a space that do not fit, no Optuna, or `output` holds
-            something else.
+        ValueError: Settings, data or a space that do not fit, or `output` holds something else or
+            is in use.
         RunError: A run failed, or no trial has a finite loss. The same call goes on from there.
     """
-    for name, value in (("trials", trials), ("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
-    if startup < 0:
-        raise ValueError(f"startup must be 0 or more, got {startup}")
-    _optuna()
+    for name, value, least in (
+        ("trials", trials, 1),
+        ("seeds", seeds, 1),
+        ("jobs", jobs, 1),
+        ("startup", startup, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
     given = config.model_copy(update={"output": None, "paper": PaperSettings()})
-    config = _with_validation(given, console)
-    sweep = _Sweep(
-        config,
-        fitted_space(config, default_space(config) if space is None else space),
-        output,
+    config = given
+    if given.data.validation is None:
+        say(
+            console,
+            f"{VALIDATION:.0%} of the training set is held out for choosing (data.validation "
+            f"{VALIDATION:g}); the test set is not read",
+        )
+        config = _with_data(given, validation=VALIDATION)
+    # Nobody looks at the trials' galleries and pages.
+    config = config.model_copy(update={"gallery": 0, "report": False})
+    space = fitted_space(config, default_space(config) if space is None else space)
+    source = build_source(config)
+    source.close()
+    new = SweepRecord(
+        label=config.label,
+        data=source.info.name,
+        train_images=source.num_train,
+        validation_images=source.num_test,
         metric=metric,
-        seed=seed,
-        startup=startup,
+        space={key: _as_text(values) for key, values in space.items()},
         seeds=tuple(range(config.seed, config.seed + seeds)),
+        search_seed=seed,
+        startup=startup,
+        settings=_recorded(config),
     )
-    record = sweep.begun(console)
-    while len(record.trials) < trials:
-        count = min(jobs, trials - len(record.trials))
-        record = sweep.extended(record, count, jobs=jobs, threads=threads, console=console)
-        sweep.save(record)
+    with _held(output):
+        sweep = _Sweep(config, space, new, output)
+        record = sweep.record
+        if record.trials:
+            say(console, f"{len(record.trials)} trials are in {output} already")
+        while (left := trials - len(record.trials)) > 0:
+            # A sweep that was killed within a round goes on with the rest of it.
+            count = min(jobs - len(record.trials) % jobs, left)
+            sweep.extend(count, jobs=jobs, threads=threads, console=console)
+            record = sweep.record
+    write_record(record, output)
     ranked = record.ranked
     if not ranked:
         raise RunError(
             f"none of {len(record.trials)} trials has a finite loss: try a smaller learning rate "
             f"or another space ({output / 'sweep.json'})"
         )
-    best = with_values(_on_all_images(given), ranked[0].values)
+    best = with_values(_with_data(given, validation=None, train_share=None), ranked[0].values)
     write_results(record, best, output)
     return SweepResult(output, record, ranked[0], best)
-
-
-def _with_validation(config: Config, console: Console) -> Config:
-    if config.data.validation is not None:
-        return config
-    _say(
-        console,
-        f"{VALIDATION:.0%} of the training set is held out for choosing (data.validation "
-        f"{VALIDATION:g}); the test set is not read",
-    )
-    return _with_data(config, validation=VALIDATION)
-
-
-def _on_all_images(config: Config) -> Config:
-    return _with_data(config, validation=None, train_share=None)
 
 
 def _with_data(config: Config, **changes: float | None) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Make a sweep's folder, and keep other sweeps out of it."""
+    lock, journal = output / "sweep.lock", output / _JOURNAL
+    others = output.is_dir() and any(path != lock for path in output.iterdir())
+    if (output.exists() and not output.is_dir()) or (others and not journal.is_file()):
+        raise ValueError(f"{output} exists and holds no sweep: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"{output} is in use by another sweep: choose another --output") from error
+
+
 class _Sweep:
-    """Proposes trials and trains them.
+    """Proposes trials and trains them; an Optuna study holds what came out.
+
+    A trial's parameters are what the search learns from. Its attributes are `values`, what is tried
+    where that was not proposed just now, and `outcome`.
 
     Args:
-        config: What they share.
+        config: What the trials share.
         space: What may be tried; checked.
-        output: Folder of the sweep.
-        metric: What decides.
-        seed: Of the proposals.
-        startup: Trials that are drawn at random.
-        seeds: Of each trial's runs.
+        new: What the sweep is, without trials.
+        output: Its folder.
+
+    Raises:
+        ValueError: The folder holds another sweep, or a damaged one.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        space: Space,
-        output: Path,
-        *,
-        metric: Metric,
-        seed: int,
-        startup: int,
-        seeds: tuple[int, ...],
-    ) -> None:
-        # Nobody looks at the trials' galleries and pages.
-        self._config = config.model_copy(update={"gallery": 0, "report": False})
+    def __init__(self, config: Config, space: Space, new: SweepRecord, output: Path) -> None:
+        self._config = config
         self._space = space
+        self._new = new
         self._output = output
-        self._metric = metric
-        self._seed = seed
-        self._startup = startup
-        self._seeds = seeds
-        self._file = output / "sweep.json"
-
-    def begun(self, console: Console) -> SweepRecord:
-        """The record so far: of an earlier call, or a new one.
-
-        Raises:
-            ValueError: The data cannot be read, or the folder holds something else.
-        """
-        new = self._new_record()
-        earlier = self._earlier()
+        self._study = _opened(output / _JOURNAL, new.metric)
+        earlier = self._study.user_attrs.get("sweep")
         if earlier is None:
-            self.save(new)
-            return new
+            self._study.set_user_attr("sweep", new.model_dump(mode="json"))
+        else:
+            self._check(SweepRecord.model_validate(earlier))
+        trials = self._study.trials
+        if not trials:
+            self._enqueue({key: value_of(config, key) for key in space})
+        for trial in trials:  # what was being trained when the sweep was killed
+            if trial.state == TrialState.RUNNING and "outcome" in trial.user_attrs:
+                self._tell(trial)
+            elif trial.state == TrialState.RUNNING:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                if "values" in trial.user_attrs or trial.params.keys() == space.keys():
+                    self._enqueue(self._values(trial), trial.params)
+
+    def _check(self, earlier: SweepRecord) -> None:
         for name in ("settings", "space", "metric", "seeds", "search_seed", "startup"):
-            before, now = getattr(earlier, name), getattr(new, name)
+            before, now = getattr(earlier, name), getattr(self._new, name)
             if name == "settings":  # with the defaults of settings that are newer than the record
                 before = _recorded(resolve(before))
             if before != now:
@@ -208,135 +232,125 @@ class _Sweep:
                     f"{self._output} holds a sweep with another {name}{differing}: choose another "
                     "--output, or remove the folder"
                 )
-        if earlier.trials:
-            _say(console, f"{len(earlier.trials)} trials are in {self._file} already")
-        return earlier
 
-    def _new_record(self) -> SweepRecord:
-        source = build_source(self._config)
-        source.close()
-        return SweepRecord(
-            label=self._config.label,
-            data=source.info.name,
-            train_images=source.num_train,
-            validation_images=source.num_test,
-            metric=self._metric,
-            space={key: _as_text(values) for key, values in self._space.items()},
-            seeds=self._seeds,
-            search_seed=self._seed,
-            startup=self._startup,
-            settings=_recorded(self._config),
-        )
+    def _enqueue(self, values: dict[str, Any], params: dict[str, Any] | None = None) -> None:
+        if self._is_inside(values):
+            self._study.enqueue_trial(params or values, user_attrs={"values": values})
+        else:
+            self._study.enqueue_trial({}, user_attrs={"values": values})
 
-    def _earlier(self) -> SweepRecord | None:
-        if not self._file.is_file():
-            if self._output.exists() and (not self._output.is_dir() or any(self._output.iterdir())):
-                raise ValueError(
-                    f"{self._output} exists and holds no sweep: choose another --output"
-                )
-            return None
-        try:
-            return SweepRecord.model_validate_json(self._file.read_bytes())
-        except ValidationError as error:
-            raise ValueError(f"{self._file} is no record of a sweep: {explain(error)}") from error
+    def _is_inside(self, values: Mapping[str, Any]) -> bool:
+        return all(values[key] in self._space[key] for key in self._space)
 
-    def save(self, record: SweepRecord) -> None:
-        """Write the record, whole or not at all."""
-        self._output.mkdir(parents=True, exist_ok=True)
-        with replace_file(self._file) as file:
-            file.write((record.model_dump_json(indent=1) + "\n").encode())
+    def _values(self, trial: BaseTrial) -> dict[str, Any]:
+        """What a trial tries: numbers with few digits, unless they were given."""
+        given: dict[str, Any] | None = trial.user_attrs.get("values")
+        params = trial.params
+        return given or {
+            key: values.rounded(params[key]) if isinstance(values, Range) else params[key]
+            for key, values in self._space.items()
+        }
 
-    def extended(
-        self,
-        record: SweepRecord,
-        count: int,
-        *,
-        jobs: int,
-        threads: int | None,
-        console: Console,
-    ) -> SweepRecord:
-        """Propose so many trials, train them, and add them to the record."""
-        first = len(record.trials)
-        proposed: list[dict[str, Any]] = []
-        if first == 0:
-            proposed.append({key: value_of(self._config, key) for key in self._space})
-        proposed += self._proposals(record.trials, count - len(proposed))
-        plan = RunPlan(self._output / "trials")
-        planned = [
-            [plan.add(f"trial {number}", with_values(self._config, values), s) for s in self._seeds]
-            for number, values in enumerate(proposed, first)
+    @property
+    def record(self) -> SweepRecord:
+        """What the sweep is, and its trials so far."""
+        done = [
+            t for t in self._study.trials if t.state.is_finished() and "outcome" in t.user_attrs
         ]
+        trials = [
+            Trial(number=number, values=self._values(trial), **trial.user_attrs["outcome"])
+            for number, trial in enumerate(done)
+        ]
+        environment = self._study.user_attrs.get("environment", {})
+        return self._new.model_copy(update={"trials": tuple(trials), "environment": environment})
+
+    def extend(self, count: int, *, jobs: int, threads: int | None, console: Console) -> None:
+        """Propose so many trials, train them, and record what came out."""
+        first = len(self.record.trials)
+        plan = RunPlan(self._output / "trials")
+        planned: list[tuple[optuna.Trial, list[PlannedRun]]] = []
+        for number in range(first, first + count):
+            trial = self._asked(number)
+            config = with_values(self._config, self._values(trial))
+            runs = [plan.add(f"trial {number}", config, seed) for seed in self._new.seeds]
+            planned.append((trial, runs))
         for runs in plan.rounds:
             _train(runs, jobs=jobs, threads=threads, console=console)
-        added = [
-            self._trial(number, values, runs)
-            for number, (values, runs) in enumerate(zip(proposed, planned, strict=True), first)
-        ]
-        record = record.model_copy(update={"trials": (*record.trials, *added)})
-        if not record.environment:
-            text = planned[0][0].folder.environment.read_text(encoding="utf-8")
-            record = record.model_copy(update={"environment": json.loads(text)})
-        for trial in added:
-            _say(console, f"trial {trial.number}: {self._in_words(trial)}")
-        return record
+        if "environment" not in self._study.user_attrs:
+            text = planned[0][1][0].folder.environment.read_text(encoding="utf-8")
+            self._study.set_user_attr("environment", json.loads(text))
+        for number, (trial, runs) in enumerate(planned, first):
+            trial.set_user_attr("outcome", self._outcome(runs))
+            self._tell(trial)
+            say(console, f"trial {number}: {_in_words(self.record.trials[number])}")
 
-    def _proposals(self, trials: Sequence[Trial], count: int) -> list[dict[str, Any]]:
-        """What to try next: a function of the seed and the trials so far."""
-        if count == 0:
-            return []
-        optuna = _optuna()
-        distributions = {key: _distribution(values) for key, values in self._space.items()}
+    def _asked(self, number: int) -> optuna.Trial:
+        """The next of the queue, or a proposal: a function of the seed and the trials so far."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(
-                n_startup_trials=self._startup,
+            self._study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=self._new.startup,
                 multivariate=True,
                 constant_liar=True,  # what is proposed together keeps apart
-                seed=derive_seed(self._seed, "sweep", len(trials)) % 2**32,
+                seed=derive_seed(self._new.search_seed, "sweep", number) % 2**32,
             )
-        study = optuna.create_study(
-            sampler=sampler, direction="maximize" if self._metric == "top1" else "minimize"
+        trial = self._study.ask()
+        # The settings as given may lie outside of the space, and teach nothing about it then.
+        given = trial.user_attrs.get("values")
+        if given is None or self._is_inside(given):
+            for key, values in self._space.items():
+                if not isinstance(values, Range):
+                    trial.suggest_categorical(key, values)
+                elif values.whole:
+                    trial.suggest_int(key, int(values.low), int(values.high), log=values.log)
+                else:
+                    trial.suggest_float(key, values.low, values.high, log=values.log)
+        return trial
+
+    def _outcome(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+        metrics, seconds = dict[str, Any](), list[float]()
+        if not any(run.folder.failure.is_file() for run in runs):
+            summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
+            metrics = {name: [s["final"][name] for s in summaries] for name in MEASURED}
+            seconds = [summary["seconds"] for summary in summaries]
+        folders = [run.folder.path.relative_to(self._output).as_posix() for run in runs]
+        return {"runs": folders, "metrics": metrics, "seconds": seconds}
+
+    def _tell(self, trial: BaseTrial) -> None:
+        """Let the search learn from what came out of a trial."""
+        scores = trial.user_attrs["outcome"]["metrics"].get(self._new.metric)
+        if trial.params.keys() != self._space.keys():
+            self._study.tell(trial.number, state=TrialState.FAIL)  # teaches nothing
+        elif scores:
+            self._study.tell(trial.number, statistics.fmean(scores))
+        else:
+            self._study.tell(trial.number, state=TrialState.PRUNED)  # worse than all complete ones
+
+
+def _in_words(trial: Trial) -> str:
+    tried = ", ".join(f"{key} {shown(value)}" for key, value in trial.values.items())
+    top1, nll = trial.mean("top1"), trial.mean("nll")
+    if top1 is None or nll is None:
+        return f"the loss was not finite, with {tried}"
+    return f"top-1 {top1:.2f} %, NLL {nll:.3f} nats, with {tried}"
+
+
+def _opened(journal: Path, metric: Metric) -> optuna.Study:
+    """The study in a journal, which is new or of an earlier call."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if journal.is_file():  # a kill or a full disk may leave half of a line
+        content = journal.read_bytes()
+        os.truncate(journal, content.rfind(b"\n") + 1)
+    try:
+        backend = JournalFileBackend(str(journal), JournalFileOpenLock(str(journal)))
+        return optuna.create_study(
+            storage=JournalStorage(backend),
+            study_name="sweep",
+            direction="maximize" if metric == "top1" else "minimize",
+            load_if_exists=True,
         )
-        states = optuna.trial.TrialState
-        for trial in trials:
-            # The settings as given may lie outside of the space, and teach nothing about it then.
-            if all(trial.values[key] in values for key, values in self._space.items()):
-                score = trial.mean(self._metric)
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params=trial.values,
-                        distributions=distributions,
-                        value=score,
-                        # What is pruned counts as worse than all that is complete.
-                        state=states.PRUNED if score is None else states.COMPLETE,
-                    )
-                )
-        asked = [study.ask(distributions).params for _ in range(count)]
-        return [{key: self._rounded(key, params[key]) for key in self._space} for params in asked]
-
-    def _rounded(self, key: str, value: Any) -> Any:
-        values = self._space[key]
-        return values.rounded(value) if isinstance(values, Range) else value
-
-    def _trial(self, number: int, values: Mapping[str, Any], runs: Sequence[PlannedRun]) -> Trial:
-        folders = tuple(run.folder.path.relative_to(self._output).as_posix() for run in runs)
-        if any(run.folder.failure.is_file() for run in runs):
-            return Trial(number=number, values=dict(values), runs=folders, metrics={}, seconds=())
-        summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
-        return Trial(
-            number=number,
-            values=dict(values),
-            runs=folders,
-            metrics={name: tuple(s["final"][name] for s in summaries) for name in MEASURED},
-            seconds=tuple(summary["seconds"] for summary in summaries),
-        )
-
-    def _in_words(self, trial: Trial) -> str:
-        tried = ", ".join(f"{key} {shown(value)}" for key, value in trial.values.items())
-        top1, nll = trial.mean("top1"), trial.mean("nll")
-        if top1 is None or nll is None:
-            return f"the loss was not finite, with {tried}"
-        return f"top-1 {top1:.2f} %, NLL {nll:.3f} nats, with {tried}"
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{journal} is no record of a sweep: {error!r:.200}") from error
 
 
 def _recorded(config: Config) -> dict[str, Any]:
@@ -357,28 +371,5 @@ def _train(runs: Sequence[PlannedRun], *, jobs: int, threads: int | None, consol
             return
 
 
-def _distribution(values: Range | Sequence[Any]) -> Any:
-    distributions = _optuna().distributions
-    if not isinstance(values, Range):
-        return distributions.CategoricalDistribution(values)
-    kind = distributions.IntDistribution if values.whole else distributions.FloatDistribution
-    return kind(*values.ends, log=values.log)
-
-
 def _as_text(values: Range | Sequence[Any]) -> str:
     return str(values) if isinstance(values, Range) else ", ".join(map(str, values))
-
-
-def _optuna() -> Any:
-    """The library, which is optional, without its own words about each trial."""
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise ConfigError(_INSTALL) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is, whatever it holds."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -16,11 +16,17 @@ from softlabels.experiments.sweep_record import MEASURED, SweepRecord, Trial, sh
 from softlabels.io.files import replace_file
 from softlabels.training.config import Config, dump
 
-__all__ = ["flags", "rank_of", "write_results"]
+__all__ = ["flags", "rank_of", "write_record", "write_results"]
 
 _UNITS = {"top1": "top-1 %", "nll": "NLL nats", "ece": "ECE %"}
 _DECIMALS = {"top1": 2, "nll": 4, "ece": 2}
 _IN_WORDS = {"top1": "highest top-1", "nll": "lowest NLL"}
+
+
+def write_record(record: SweepRecord, output: Path) -> None:
+    """Write sweep.json."""
+    with replace_file(output / "sweep.json") as file:
+        file.write((record.model_dump_json(indent=1) + "\n").encode())
 
 
 def write_results(record: SweepRecord, best: Config, output: Path) -> None:

@@ -20,6 +20,7 @@ from softlabels.experiments.comparison_record import (
 )
 from softlabels.experiments.statistics import LEAST_SEEDS, Spread, Verdict, paired, spread
 from softlabels.io.records import read_lines
+from softlabels.training.recipes import flattened
 from softlabels.training.run_folder import RunFolder, fixed_settings
 from softlabels.training.schemas import (
     Analysis,
@@ -178,16 +179,8 @@ def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, float]:
 
 def _differing(variant: PlannedVariant, baseline: PlannedVariant) -> dict[str, Any]:
     """The settings of a variant that the baseline does not have, by their paths."""
-    ours, theirs = (_flat(fixed_settings(v.config)) for v in (variant, baseline))
+    ours, theirs = (flattened(fixed_settings(v.config)) for v in (variant, baseline))
     return {key: ours[key] for key in ours if key not in theirs or ours[key] != theirs[key]}
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{before}{key}"
-        found.update(_flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return found
 
 
 def _values(runs: Sequence[RunFigures], key: str) -> list[float] | None:

@@ -9,17 +9,13 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from softlabels.analysis.analyze import analyze
-from softlabels.analysis.gallery import make_gallery
 from softlabels.data import DataSource
-from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.experiments.analyze_run import write_analysis
 from softlabels.losses import Method
 from softlabels.report import write_report
 from softlabels.training.config import resolve, with_method
 from softlabels.training.observers import Observer, TrainedRun
 from softlabels.training.schemas import Gallery
-from softlabels.training.teacher_check import teacher_name
 from softlabels.training.trainer import TrainResult, run
 
 __all__ = ["ReportWriter", "train"]
@@ -30,33 +26,11 @@ class ReportWriter(Observer):
 
     def trained(self, run: TrainedRun) -> None:
         """Write the gallery and the analysis."""
-        config, engine, folder = run.config, run.engine, run.folder
-        device = engine.accelerator.device
-        if config.gallery:
-            gallery = make_gallery(
-                engine.distiller,
-                engine.network,
-                engine.source,
-                num_images=config.gallery,
-                batch_size=config.eval_batch_size,
-                device=device,
-            )
-            Gallery.model_validate(gallery).write(folder.gallery)
-        if config.analysis:
-            asked = engine.distiller.teacher
-            live = (
-                asked if isinstance(asked, Teacher | Teachers) else None
-            )  # a cache has no answers
-            analysis = analyze(
-                engine.network,
-                engine.source,
-                batch_size=config.eval_batch_size,
-                device=device,
-                autocast=engine.accelerator.autocast,
-                teacher=live,
-                teacher_name=teacher_name(config, live),
-            )
-            write_analysis(folder, analysis)
+        if run.config.gallery:
+            gallery = run.engine.task.gallery(run.engine)
+            Gallery.model_validate(gallery).write(run.folder.gallery)
+        if run.config.analysis:
+            write_analysis(run.folder, run.engine.task.analyze(run.engine))
 
     def completed(self, run: TrainedRun) -> None:
         """Write the report, which shows the summary too."""

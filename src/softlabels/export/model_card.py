@@ -259,7 +259,7 @@ def _training(config: Config, run: Summary | None) -> dict[str, str]:
     warmup = f"{schedule.warmup_epochs:g} epochs" if schedule.warmup_epochs else ""
     warmup = f"{schedule.warmup_steps} steps" if schedule.warmup_steps else warmup
     facts = {
-        "method": config.label,
+        "method": config.label + (f" ({config.method.kind})" if ":" in config.method.kind else ""),
         "epochs": str(config.epochs),
         "batch size": str(config.batch_size),
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, momentum "

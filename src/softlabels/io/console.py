@@ -30,7 +30,7 @@ def show_table(
     rows: Iterable[Sequence[str]],
     *,
     title: str,
-    caption: str | None = None,
+    caption: str = "",
 ) -> None:
     """Show a table: names in the first column, numbers in the others.
 
@@ -45,7 +45,7 @@ def show_table(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title), caption=escape(caption), box=SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import yaml
-
 from softlabels.report.canvas import decimals, printable
 from softlabels.report.entries import Entry, has_seeds, join
+from softlabels.training.recipes import ConfigError, flattened, parsed_text
 from softlabels.training.run_records import RunRecord
 
-_MOST_SETTINGS, _DEEPEST = 2_000, 20
 _OF_A_RUN = ("seed", "output")  # settings that differ between the runs of one variant
 _TOO_LONG_FOR_MANY = ("command",)
 
@@ -84,23 +82,13 @@ def different_settings(entries: Sequence[Entry]) -> list[Fact]:
 
 
 def _settings(text: str) -> dict[str, str]:
-    """The leaves of a configuration by their path; none where it cannot be read."""
+    """The settings of a configuration by their path; none where it cannot be read."""
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        values = flattened(parsed_text(text, "config.yaml"))
+    except ConfigError:
         return {}  # it is shown as it stands
-    found: dict[str, str] = {}
-
-    def walk(value: object, path: str, depth: int) -> None:
-        if isinstance(value, dict) and value and depth < _DEEPEST:
-            for key, inner in value.items():
-                if len(found) < _MOST_SETTINGS:
-                    walk(inner, f"{path}.{key}" if path else str(key), depth + 1)
-        elif path:
-            found[printable(path)] = printable("none" if value is None else f"{value!s:.200}")
-
-    walk(content, "", 0)
-    return found
+    shown = {key: "none" if value is None else f"{value!s:.200}" for key, value in values.items()}
+    return {printable(key): printable(value) for key, value in shown.items()}
 
 
 def _all(of: Callable[[RunRecord], object]) -> Callable[[Entry], str]:

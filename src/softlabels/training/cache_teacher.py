@@ -35,6 +35,7 @@ from softlabels.distill.cache_format import (
 )
 from softlabels.distill.teacher import Teacher
 from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.io.console import say
 from softlabels.io.files import remove_leftovers
 from softlabels.training.build import build_source, build_teacher
 from softlabels.training.config import Config
@@ -316,9 +317,7 @@ class _Builder:
         try:
             self.folder.read(self.manifest, draw, chunk)
         except ValueError as error:
-            if self.console is not None:
-                text = f"made again: {error}"
-                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, f"made again: {error}")
             return False
         return True
 

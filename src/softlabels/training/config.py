@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -170,7 +171,7 @@ class Config(Section):
         """What a plot calls this run."""
         if self.method.kind != "none":
             kinds = [self.method.kind, *(further.kind for further in self.further_methods)]
-            return "+".join(re.split(r"[:.]", kind)[-1] for kind in kinds)
+            return "+".join(map(_short, kinds))
         return "label_smoothing" if self.task.label_smoothing else "cross_entropy"
 
 
@@ -185,15 +186,22 @@ def build_method(config: Config) -> Method | None:
     first = _built(config.method)
     if not config.further_methods and config.method_teacher is None:
         return first
-    methods, teachers = {config.method.kind: first}, dict[str, int]()
+    name = _short(config.method.kind)
+    methods, teachers = {name: first}, dict[str, int]()
     if config.method_teacher is not None:
-        teachers[config.method.kind] = config.method_teacher
+        teachers[name] = config.method_teacher
     for number, further in enumerate(config.further_methods, 2):
-        name = further.kind if further.kind not in methods else f"{further.kind}_{number}"
+        name = _short(further.kind)
+        name = name if name not in methods else f"{name}_{number}"
         methods[name] = _built(_settings_of(further))
         if further.teacher is not None:
             teachers[name] = further.teacher
     return WeightedSum(methods, teachers=teachers)
+
+
+def _short(kind: str) -> str:
+    """What a method is called: its kind, or the name of the user's class."""
+    return re.split(r"[:.]", kind)[-1]
 
 
 def _built(settings: MethodSettings) -> Method:
@@ -255,26 +263,26 @@ def with_method_defaults(config: Config, method: Method | None = None) -> Config
 
 
 def describe_method(kind: str) -> str:
-    """What a method reads and its settings, as lines of text."""
+    """What a method reads and its settings, as lines of at most 80 characters."""
     if kind == "none":
         return f"none\n  {inspect.getdoc(NoMethod)}"
     method = method_class(kind)
     summary = (inspect.getdoc(inspect.getmodule(method)) or "").partition("\n")[0]
     built, defaults = method(), method.defaults
-    read = [*built.inputs.values(), *built.adapter_inputs.values()]
-    lines = [kind, f"  {summary}", f"  reads: {', '.join(map(str, read))}"]
-    lines.append(f"  method_weight: {defaults.weight:g} unless set")
+    lines = [summary, f"reads: {', '.join([*built.inputs, *built.adapter_inputs])}"]
+    lines.append(f"method_weight: {defaults.weight:g} unless set")
     if defaults.warmup:
         over = "the run" if defaults.warmup == "run" else f"{defaults.warmup:g} epochs"
-        lines.append(f"  it rises over {over} unless method_warmup_epochs is set")
+        lines.append(f"it rises over {over} unless method_warmup_epochs is set")
     if defaults.task_weight != 1.0:
         rest = defaults.task_weight == "rest"
         what = "1 - method_weight" if rest else f"{defaults.task_weight:g}"
-        lines.append(f"  task.weight: {what} unless set")
+        lines.append(f"task.weight: {what} unless set")
     for name, field in settings_class(kind).model_fields.items():
         if name != "kind":
-            lines.append(f"  {name} = {field.default!r}: {field.description}")
-    return "\n".join(lines)
+            lines.append(f"{name} = {field.default!r}: {field.description}")
+    wrap = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent=" " * 6)
+    return "\n".join([kind, *map(wrap.fill, lines)])
 
 
 def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -21,14 +21,23 @@ Result = TypeVar("Result")
 
 
 def start(config: Config) -> Accelerator:
-    """Device, precision, threads and processes, as a configuration and torchrun say."""
+    """Device, precision, threads and processes, as a configuration and torchrun say.
+
+    Raises:
+        ValueError: Half precision without an accelerator, which would be float32 in silence.
+    """
+    # Where there is no accelerator, it has to be told: else each process would run alone.
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and config.precision == "fp16":
+        raise ValueError(
+            "precision must be bf16 or no on a CPU, which has no gradient scaler, got fp16"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     # accelerate keeps the first precision of a process; a second run may want another.
     AcceleratorState._reset_state()
     return Accelerator(
-        # Where there is no accelerator, it has to be told: else each process would run alone.
-        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision=config.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))],
     )

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from softlabels.data import Batch, DataSource
-from softlabels.data.mixup import MIXUP_EXTRAS, MixupCutmix, mixup_extras
 from softlabels.data.randomness import derive_seed
-from softlabels.distill.distiller import Distiller, StepOutput
+from softlabels.distill.distiller import Distiller
 from softlabels.losses import MemoryBank
 from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
@@ -30,21 +29,13 @@ from softlabels.training.distributed import gathered
 from softlabels.training.epoch_weights import set_weights
 from softlabels.training.errors import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
-from softlabels.training.metrics import evaluate
 from softlabels.training.observers import Observer
 from softlabels.training.precise_bn import recompute_statistics
+from softlabels.training.task import StepLoss, Task
 
 __all__ = ["Engine"]
 
 _STOP = "stop"
-_OF_EVERY_BATCH = ("index", "draw")
-
-
-def _details(output: StepOutput) -> dict[str, Tensor]:
-    """The terms of a step's loss after their weights, and their shares of the gradient."""
-    terms = {f"term/{name}": term.detach() for name, term in output.terms.items()}
-    shares = {f"gradient_share/{name}": share for name, share in output.gradient_shares().items()}
-    return {**terms, **shares}
 
 
 def _averaged(shares: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
@@ -65,7 +56,7 @@ class Engine:
         source: Training and test data.
         accelerator: Device, precision and processes.
         config: The run's settings.
-        mixer: Mixup and cutmix, or None.
+        task: What a batch, a step and an evaluation are.
 
     Attributes:
         step: Optimizer steps so far.
@@ -81,12 +72,12 @@ class Engine:
         source: DataSource,
         accelerator: Accelerator,
         config: Config,
-        mixer: MixupCutmix | None,
+        task: Task,
     ) -> None:
         self.source = source
         self.accelerator = accelerator
         self.config = config
-        self.mixer = mixer
+        self.task = task
         self.schedule = schedule
         self.core = distiller.trainable
         # Before wrapping: the copy must hold plain modules with a tap of their own.
@@ -98,7 +89,6 @@ class Engine:
         # the gradients of a small student.
         accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
         self._buffers = _outside_of_memory(self.core)
-        self._further = [name for name in distiller.extras if name not in _OF_EVERY_BATCH]
         distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
         self.distiller = distiller
         self.step = 0
@@ -170,8 +160,7 @@ class Engine:
         set_weights(self.distiller, self.config, epoch)
         first = self.step - epoch * self.steps_per_epoch
         since = time.perf_counter()
-        further = [name for name in self._further if name not in MIXUP_EXTRAS]
-        with closing(self._batches(self.config.seed, epoch, first, further)) as batches:
+        with closing(self._batches(self.config.seed, epoch, first, self.task.extras)) as batches:
             for index, batch in enumerate(batches, first):
                 ends = index + 1 == self.steps_per_epoch
                 due = (self.step + 1) % self.config.log_every == 0 or ends
@@ -180,9 +169,9 @@ class Engine:
                 )
                 self.step += 1
                 scalars = self._logged(details) if due else {}
-                now = time.perf_counter()
+                now, num_samples = time.perf_counter(), self.task.num_samples(batch)
                 for observer in observers:
-                    observer.step(epoch, self.step, len(batch.target), now - since, scalars)
+                    observer.step(epoch, self.step, num_samples, now - since, scalars)
                 since = now
                 if self._stops(interrupt, any_asked, due):
                     _store(observers)
@@ -217,11 +206,6 @@ class Engine:
             **extras,
         )
 
-    def _laid_out(self, images: Tensor) -> Tensor:
-        if not self.config.channels_last:
-            return images
-        return images.contiguous(memory_format=torch.channels_last)
-
     def _recompute_statistics(self, epoch: int) -> None:
         """PreciseBN for the network that is evaluated, over whole batches, at most an epoch's.
 
@@ -235,7 +219,7 @@ class Engine:
         with closing(self._batches(seed, epoch, 0)) as batches:
             recompute_statistics(
                 self.network,
-                (self._laid_out(batch.images) for batch in islice(batches, wanted)),
+                (self.task.inputs(batch) for batch in islice(batches, wanted)),
                 cast("Callable[[Tensor], Tensor] | None", mean),
                 self.accelerator.autocast,
             )
@@ -252,12 +236,7 @@ class Engine:
         seed, rank = self.config.seed, self.accelerator.process_index
         # Dropout and the like are a function of the place in the run: a resume needs no state.
         torch.manual_seed(derive_seed(seed, "model", epoch, index, rank))
-        if self.mixer is not None:
-            batch = self.mixer(batch, seed=seed, epoch=epoch, step=index)
-        if MIXUP_EXTRAS & {*self._further}:
-            alpha = self.config.mix.further_alpha
-            batch = mixup_extras(batch, alpha=alpha, seed=seed, epoch=epoch, step=index)
-        batch.images = self._laid_out(batch.images)
+        batch = self.task.prepare(batch, epoch=epoch, step=index)
         # A forward changes buffers too; a step that is skipped puts them back.
         before = [b.clone() for b in self._buffers] if self._may_skip else []
         parts, details, finite, share = self._backward(batch, detailed=detailed)
@@ -292,43 +271,29 @@ class Engine:
 
         Returns:
             The loss and its parts, and details of its terms, averaged over the micro-batches;
-            for each image whether its logits are finite, [B]; and how much this process' samples
-            count, 1 where all processes have as many.
+            for each sample whether its predictions are finite, [B]; and how much this process'
+            samples count, 1 where all processes have as many.
         """
-        self.distiller.detailed = detailed
-        num_samples = len(batch.target)
+        num_samples = self.task.num_samples(batch)
         num_parts = min(self.config.grad_accum_steps, num_samples)
         mean_samples = self._samples_a_process(num_samples)
-        extras = {"index": batch.index, **({} if batch.draw is None else {"draw": batch.draw})}
-        extras.update(batch.extras)
-        shares: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]] = []
-        finite: list[Tensor] = []
-        for number, (images, target, *values) in enumerate(
-            zip(
-                batch.images.tensor_split(num_parts),
-                batch.target.tensor_split(num_parts),
-                *(extra.tensor_split(num_parts) for extra in extras.values()),
-                strict=True,
-            )
-        ):
+        shares: list[tuple[float, StepLoss]] = []
+        for number, part in enumerate(self.task.split(batch, num_parts)):
             is_last = number == num_parts - 1
             waits: Any = (
                 nullcontext() if is_last else self.accelerator.no_sync(self.distiller.trainable)
             )
+            size = self.task.num_samples(part)
             with waits:
-                with self.accelerator.autocast():
-                    output = self.distiller(
-                        images, target, **dict(zip(extras, values, strict=True))
-                    )
-                of_terms = _details(output) if detailed else {}
-                self.accelerator.backward(len(target) / mean_samples * output.loss)
-            parts = {"loss": output.loss.detach(), **output.totals()}
-            shares.append((len(target) / num_samples, parts, of_terms))
-            finite.append(output.logits.detach().isfinite().all(1))
+                step = self.task.step(
+                    self.distiller, part, self.accelerator.autocast, detailed=detailed
+                )
+                self.accelerator.backward(size / mean_samples * step.loss)
+            shares.append((size / num_samples, step))
         return (
-            _averaged([(share, of_part) for share, of_part, _ in shares]),
-            _averaged([(share, of_part) for share, _, of_part in shares]),
-            torch.cat(finite),
+            _averaged([(share, step.scalars) for share, step in shares]),
+            _averaged([(share, step.details) for share, step in shares]),
+            torch.cat([step.finite for _, step in shares]),
             num_samples / mean_samples,
         )
 
@@ -380,12 +345,8 @@ class Engine:
             world_size=self.accelerator.num_processes,
             device=self.accelerator.device,
         )
-        metrics = evaluate(
-            self.network,
-            batches,
-            self.source.info,
-            self.accelerator.device,
-            self.accelerator.autocast,
+        metrics = self.task.evaluate(
+            self.network, batches, self.accelerator.device, self.accelerator.autocast
         )
         return {f"eval/{name}": value for name, value in metrics.items()}
 

@@ -15,7 +15,7 @@ from softlabels.analysis.calibration import NUM_BINS
 from softlabels.analysis.zipf import MeanSortedSoftmax, zipf_fit
 from softlabels.data import Batch, DataInfo
 
-__all__ = ["evaluate"]
+__all__ = ["Autocast", "evaluate"]
 
 Autocast = Callable[[], AbstractContextManager[None]]
 

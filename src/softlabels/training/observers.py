@@ -143,11 +143,12 @@ class Recorder(Observer):
         self.tracker.timing(epoch, step, seconds, images / seconds if seconds else 0.0)
         self.seconds += seconds
         self._of_epoch = (0.0, 0)
-        improved = bool(scalars) and self.final["top1"] > self.best.get("top1", -math.inf)
+        metric = self.engine.task.metric
+        improved = bool(scalars) and self.final[metric] > self.best.get(metric, -math.inf)
         if improved:
             self.best = {**self.final, "epoch": epoch}
         if scalars:
-            self.tracker.advance(0, news=f"epoch {epoch}: top-1 {self.final['top1']:.1f} %")
+            self.tracker.advance(0, news=f"epoch {epoch}: {self.engine.task.headline(self.final)}")
         skipped = self._skipped_images()
         if self.engine.accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)

@@ -15,6 +15,7 @@ import yaml
 __all__ = [
     "MOST_BYTES",
     "ConfigError",
+    "flattened",
     "load_recipe",
     "merged",
     "parsed_text",
@@ -140,14 +141,31 @@ def load_recipe(name: str) -> dict[str, Any]:
     return _with_base(name, ())
 
 
+def flattened(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings of sections by dotted names, as on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Lay settings over others.
 
     Mappings are merged, all else is replaced; `null` takes a setting back to its default. A method
     of another kind, or data of another source, replace the whole section, because their settings
-    are others.
+    are others. Another method over a paper's row is not that row: without words of its own it has
+    neither its figures nor its assumptions.
     """
     result = dict(base)
+    kinds = [_kind(values.get("method")) or "none" for values in (base, over)]
+    is_row = "row" in (base.get("paper") or {})
+    if is_row and "method" in over and "paper" not in over and kinds[0] != kinds[1]:
+        del result["paper"]
+        result.pop("assumed", None)
     for key, value in over.items():
         before = result.get(key)
         if key == "method" and _kind(value) not in (None, _kind(before)):

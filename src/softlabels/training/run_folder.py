@@ -20,6 +20,7 @@ from softlabels.data import DataSource
 from softlabels.io.files import remove_leftovers, replace_file
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, parse
+from softlabels.training.recipes import flattened
 from softlabels.training.schemas import DataContent, Environment, Summary
 
 __all__ = ["RunFolder", "content_of", "differences", "environment", "fixed_settings"]
@@ -97,11 +98,11 @@ class RunFolder:
         """
         if self.config.is_file():
             before = parse(load_recipe(str(self.config)))
-            old, new = (_flat(fixed_settings(each)) for each in (before, config))
+            old, new = (flattened(fixed_settings(each)) for each in (before, config))
             known = DataContent.found(self.data)
             if known is not None and data is not None:
                 old, new = (
-                    {**settings, "data.path": None, **_flat(content.model_dump(), "data: ")}
+                    {**settings, "data.path": None, **flattened(content.model_dump(), "data: ")}
                     for settings, content in ((old, known), (new, data))
                 )
             found = differences(old, new)
@@ -206,17 +207,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings of sections by dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
-        else:
-            found[before + key] = value
-    return found
 
 
 def environment(config: Config, device: torch.device, num_processes: int) -> Environment:

@@ -22,12 +22,12 @@ from softlabels.data import DataInfo, DataSource
 from softlabels.data.randomness import derive_seed
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher_cache import TeacherCache
+from softlabels.io.console import say
 from softlabels.io.records import read_lines
 from softlabels.losses import Method
 from softlabels.models import model_metadata
 from softlabels.training.build import (
     build_distiller,
-    build_mixer,
     build_source,
     build_teacher,
     with_defaults,
@@ -57,6 +57,7 @@ from softlabels.training.schemas import (
     Timing,
 )
 from softlabels.training.settings import NoMethod, TeacherSettings
+from softlabels.training.task import ClassificationTask
 from softlabels.training.teacher_check import checked_teacher
 from softlabels.training.validate import check_needs, memory_of
 
@@ -70,7 +71,7 @@ class TrainResult:
     Attributes:
         folder: Everything that was written.
         final: Metrics after the last epoch, by name.
-        best: Metrics of the epoch with the best top-1, and `epoch`.
+        best: Metrics of the epoch that is best by the task's metric, and `epoch`.
         student: The plain trained network, on the CPU, in eval mode.
     """
 
@@ -214,7 +215,7 @@ def _run_one(
                 source,
                 accelerator,
                 known=from_main(accelerator, lambda: TeacherScore.found(folder.teacher)),
-                say=partial(_say, console),
+                say=partial(say, console),
             )
             from_main(accelerator, lambda: stack.enter_context(folder.held(config, data)))
             return _fit(config, distiller, source, accelerator, folder, score, observers, console)
@@ -290,7 +291,7 @@ def _fit(
         source,
         accelerator,
         config,
-        build_mixer(config, info),
+        ClassificationTask(config, info, distiller.extras),
     )
     infinite = infinite_parts(engine)  # masks; before a checkpoint is read, which may be anybody's
     progress = _resumed(engine, folder, console)
@@ -301,7 +302,7 @@ def _fit(
     _announce(config, console, folder)
     remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
     if remembered:
-        _say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
+        say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
     with (
         InterruptGuard() as interrupt,
         Tracker(
@@ -359,7 +360,7 @@ def _fit(
     skipped = len(getattr(source, "skipped", {}))
     if skipped:
         name = folder.skipped_images.name
-        _say(console, f"{skipped} unreadable images were left out: {name} names them")
+        say(console, f"{skipped} unreadable images were left out: {name} names them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
@@ -370,7 +371,7 @@ def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Prog
     checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
     found = from_main(engine.accelerator, checkpoints.newest)
     for problem in found.damaged:
-        _say(console, f"a checkpoint is left out: {problem}")
+        say(console, f"a checkpoint is left out: {problem}")
     if found.content is None:
         return Progress()
     progress = Progress.of(restore(found.content, engine.stateful))
@@ -383,7 +384,7 @@ def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Prog
         )
     engine.step, engine.finished_epochs = progress.step, progress.finished_epochs
     engine.schedule.step_update(engine.step)
-    _say(
+    say(
         console,
         f"going on after step {engine.step}, with {engine.finished_epochs} of "
         f"{engine.config.epochs} epochs done, from {found.name}",
@@ -392,19 +393,13 @@ def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Prog
 
 
 def _announce(config: Config, console: Console | None, folder: RunFolder) -> None:
-    _say(
+    say(
         console,
         f"{config.label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
         f"-> {folder.path}",
     )
     for key, reason in config.assumed.items():
-        _say(console, f"assumed {key}: {reason}")
-
-
-def _say(console: Console | None, text: str) -> None:
-    """Print a line as it is, whatever it holds."""
-    if console is not None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"assumed {key}: {reason}")
 
 
 def peak_memory(device: torch.device) -> int:
