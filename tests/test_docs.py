@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from softlabels.losses._method import setting_fields
 from torch import nn
 
 from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
+from softlabels import losses
 from softlabels.cli import main
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import reads_teacher
 from softlabels.inputs import PeerLogits, SecondPass
 from softlabels.losses import METHODS
-from softlabels.losses._method import setting_fields
 from softlabels.training.config import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -182,9 +183,18 @@ def overview():
 
 
 def settings_of(kind):
-    common = ("ignore_index", "reduction")  # which every method has
-    fields = setting_fields(METHODS[kind])
-    return {name: field.default for name, field in fields.items() if name not in common}
+    method = METHODS[kind]
+    settings = {name: field.default for name, field in setting_fields(method).items()}
+    if not method.can_ignore():
+        del settings["ignore_index"]
+    if method.of_batch:
+        del settings["reduction"]
+    return settings
+
+
+def inputs_of(method):
+    """The kinds of what a method and its adapters read."""
+    return [*method.inputs.values(), *method.adapter_inputs.values()]
 
 
 def example_space(kind=None):
@@ -223,7 +233,10 @@ def test_every_method_has_a_page_and_a_row():
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_methods_page_has_the_settings_of_the_code(kind):
     method = METHODS[kind]
-    assert summary_of(kind)["names"].startswith(f"kind `{kind}`, class `{method.__name__}`")
+    names = f"kind `{kind}`, class `{method.__name__}`"
+    if hasattr(losses, f"{kind}_loss"):
+        names += f", function `{kind}_loss`"
+    assert summary_of(kind)["names"].startswith(names)
     stated = {}
     for cells in rows(page_of(kind).read_text()):
         if len(cells) == 3 and cells[0].startswith("`"):
@@ -238,12 +251,12 @@ def test_a_methods_page_has_the_weights_and_inputs_of_the_code(kind):
     method, summary = METHODS[kind], summary_of(kind)
     weight, task_weight = re.findall(r"`(?:method_|task.)weight` ([\w.-]+)", summary["weights"])
     assert float(weight) == method.defaults.weight
-    assert task_weight == str(method.defaults.task_weight)
+    assert task_weight == f"{method.defaults.task_weight}"
     assert ("rises over the run" in summary["weights"]) == (method.defaults.warmup == "run")
     assert method.defaults.warmup in (0, "run")  # others would have to be told
     kinds = [
         inner
-        for kind in checked_inputs(method()).values()
+        for kind in inputs_of(method())
         for inner in ((kind, kind.of) if isinstance(kind, SecondPass) else (kind,))
     ]
     named = set(re.findall(r"`([A-Z]\w+)", summary["reads"]))
@@ -314,9 +327,7 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
     number, _, other = forwards.partition(" + ")
     assert counts["student"] == int(number[0])
     assert counts["teacher"] == int(other in ("T", "R"))
-    assert (other == "P") == any(
-        isinstance(s, PeerLogits) for s in checked_inputs(method()).values()
-    )
+    assert (other == "P") == any(isinstance(s, PeerLogits) for s in inputs_of(method()))
     learned = sum(p.numel() for p in distiller.trainable.parameters()) > sum(
         p.numel() for p in distiller.student.parameters()
     )
@@ -327,7 +338,7 @@ def test_the_code_on_a_methods_page_runs_at_the_cost_that_is_told(kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_overview_says_which_networks_a_method_takes(kind):
     needs = overview()[kind][-1]
-    inputs = checked_inputs(METHODS[kind]()).values()
+    inputs = inputs_of(METHODS[kind]())
     settings = {"num_samples": 10} if "num_samples" in settings_of(kind) else {}
 
     def build(student, teacher):
@@ -349,14 +360,14 @@ def test_the_overview_says_which_networks_a_method_takes(kind):
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("name", ["own_loop", "combining", "inputs"])
+@pytest.mark.parametrize("name", ["own_loop", "combining", "inputs", "own_method"])
 def test_the_code_of_how_to_pages_runs(name):
     page = ROOT / "docs" / f"{name}.md"
     codes = blocks(page, "python")
     assert codes
     for code in codes:
         space = example_space()
-        exec(code, space)
+        exec(compile(code, name, "exec", dont_inherit=True), space)
         assert isinstance(space.get("distiller", space.get("second")), Distiller)
 
 
