@@ -39,7 +39,7 @@ def main() -> int:
         console=Console(stderr=True),
     ).results.dump()
     before = {v["name"]: v["against_baseline"] for v in committed["variants"]}
-    variants = found.model_dump(mode="json")["variants"]
+    variants = found["variants"]
     now = {v["name"]: v["against_baseline"] for v in variants}
     outside = 0
     for name in VARIANTS:

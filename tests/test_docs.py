@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from softlabels.losses._method import setting_fields
 from torch import nn
 
 from shared.small_networks import hard_labels, images_of, small_cnn, small_vit
@@ -23,6 +22,7 @@ from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import reads_teacher
 from softlabels.inputs import PeerLogits, SecondPass
 from softlabels.losses import METHODS
+from softlabels.losses._method import setting_fields
 from softlabels.training.config import resolve
 
 ROOT = Path(__file__).parents[1]
