@@ -46,7 +46,7 @@ from softlabels.training.errors import (
     RunError,
     disk_full_as_run_error,
 )
-from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
+from softlabels.training.validate import check_fingerprints, teacher_fingerprint
 
 __all__ = [
     "IMAGES_PER_FILE",
