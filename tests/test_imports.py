@@ -51,6 +51,7 @@ NAMELESS = (
     "training.build",
     "training.engine",
     "training.epoch_weights",
+    "training.task",
     "training.trainer",
     "training.validate",
 )

@@ -32,8 +32,8 @@ from softlabels.training.build import build_teacher
 from softlabels.training.cache_teacher import answer_error, build_cache
 from softlabels.training.config import Config, resolve
 from softlabels.training.errors import Interrupted, RunError
-from softlabels.training.fingerprints import teacher_fingerprint
 from softlabels.training.settings import TeacherSettings
+from softlabels.training.validate import teacher_fingerprint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NUM_IMAGES = 96

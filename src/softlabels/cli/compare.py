@@ -13,7 +13,7 @@ __all__ = ["compare"]
 def compare(arguments: list[str]) -> int:
     """Compare methods over seeds."""
     from softlabels.experiments.compare import compare as run_comparison
-    from softlabels.experiments.comparison import CompareConfig, Comparison, read_comparison
+    from softlabels.experiments.comparison import CompareOptions, Comparison, read_comparison
     from softlabels.training.config import load_recipe
 
     given: Comparison | None = None
@@ -23,12 +23,12 @@ def compare(arguments: list[str]) -> int:
         given = read_comparison(name)
         return load_recipe(name) if given is None else given.values
 
-    config = configured(arguments, "compare", CompareConfig.of, load)
+    config, options = configured(arguments, "compare", CompareOptions, load)
     result = run_comparison(
-        config.comparison(given),
+        options.comparison(config, given),
         output=Path(config.output or "runs/compare"),
-        runs=None if config.runs is None else Path(config.runs),
-        jobs=config.jobs,
+        runs=None if options.runs is None else Path(options.runs),
+        jobs=options.jobs,
         threads=config.threads,
         command=shlex.join(["softlabels", "compare", *arguments]),
         console=progress_console(),

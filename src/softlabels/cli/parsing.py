@@ -8,7 +8,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -107,7 +108,7 @@ def _of_value(event: Any, flag: str) -> str:
     from softlabels.training.config import explain
 
     error = sys.exc_info()[1]
-    section = getattr(error, "arg", "")
+    section = getattr(error, "arg", "").partition(".")[2]  # config.data is data to the user
     while error is not None and not isinstance(error, ValidationError):
         error = error.__context__
     told = event.message if error is None else explain(error)
@@ -117,20 +118,30 @@ def _of_value(event: Any, flag: str) -> str:
 def configured(
     arguments: list[str],
     prog: str,
-    extended: Callable[[Any], Any] = lambda config: config,
+    further: type[BaseModel] | None = None,
     load: Callable[[str], dict[str, Any]] | None = None,
-) -> Any:
-    """A configuration: defaults, over them a recipe, over that the options.
+) -> tuple[Any, Any]:
+    """A run's configuration, and beside it what a command has of its own.
+
+    The configuration's defaults lie below a recipe, and that below the options.
 
     Args:
         arguments: The recipe and the options.
         prog: Name of the command.
-        extended: Gives a configuration the further settings of the command.
+        further: The schema of the command's own options, whose names differ from a run's.
         load: Gives the settings of the recipe; None: as they stand in it.
     """
     import tyro
+    from pydantic import ValidationError
 
-    from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
+    from softlabels.training.config import (
+        checked,
+        explain,
+        load_recipe,
+        parse,
+        with_data,
+        with_method,
+    )
 
     arguments = [*map(_long_form, arguments)]
     values: dict[str, Any] = {}
@@ -142,18 +153,24 @@ def configured(
     if "--method.kind" in given:
         values = with_method(values, given["--method.kind"])
     values = with_data(values, given.get("--data.source"), given.get("--data.path"))
-    default = extended(parse(values))
-    options = {flag: (field, value) for flag, field, value in _options(default)}
-    config = _parsed(
-        type(default),
-        arguments,
-        f"{prog} [RECIPE]",
-        [*options, *_LONG_FORMS],
-        default=default,
-        description=_description(default, options),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return checked(config)
+    default = {"config": parse(values)} | ({} if further is None else {"further": further()})
+    own = tyro.conf.arg(name="")  # both stand side by side, without a name before them
+    both = make_dataclass("both", [(k, Annotated[type(v), own]) for k, v in default.items()])
+    options = {flag: (field, v) for part in default.values() for flag, field, v in _options(part)}
+    about = inspect.getdoc(further or type(default["config"])) or ""
+    try:
+        given_by = _parsed(
+            both,
+            arguments,
+            f"{prog} [RECIPE]",
+            [*options, *_LONG_FORMS],
+            default=both(**default),
+            description=_description(about, options),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:  # of what stands in no section; tyro leaves it as it is
+        raise UsageError(explain(error)) from error
+    return checked(given_by.config), getattr(given_by, "further", None)
 
 
 def _long_form(argument: str) -> str:
@@ -182,14 +199,14 @@ def _options(settings: BaseModel, prefix: str = "--") -> Iterator[tuple[str, Fie
             yield flag, field, value
 
 
-def _description(settings: BaseModel, options: Mapping[str, tuple[FieldInfo, Any]]) -> str:
+def _description(about: str, options: Mapping[str, tuple[FieldInfo, Any]]) -> str:
     """The first part of the help: what the command takes, and the options that most runs give."""
     from softlabels.training.settings import DATA_SETTINGS
 
     path = DATA_SETTINGS["folder"].model_fields["path"]
     options = {"--data.path": (path, None), **options}  # what is embedded has none
     about = (
-        f"{inspect.getdoc(type(settings))} RECIPE is a YAML file or the name of a recipe in the "
+        f"{about} RECIPE is a YAML file or the name of a recipe in the "
         "package (`softlabels recipes` lists them); options override it. The groups have the "
         "options of the chosen method and of the chosen source of data alone."
     )

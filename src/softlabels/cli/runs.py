@@ -11,13 +11,13 @@ __all__ = ["cache_teacher", "demo", "reproduce", "train"]
 
 def train(arguments: list[str]) -> int:
     """Train a student."""
-    from softlabels.experiments.smoke import TrainConfig, smoke
+    from softlabels.experiments.smoke import TrainOptions, smoke
     from softlabels.experiments.train import ReportWriter
     from softlabels.training.trainer import run
 
-    config = configured(arguments, "train", TrainConfig.of)
-    if config.smoke:
-        _, exported = smoke(config.plain(), console=progress_console())
+    settings, options = configured(arguments, "train", TrainOptions)
+    if options.smoke:
+        _, exported = smoke(settings, console=progress_console())
         if exported is not None:
             echo(
                 f"smoke: two steps, an evaluation and an export ran; the exported student is "
@@ -25,7 +25,6 @@ def train(arguments: list[str]) -> int:
                 "mean nothing here"
             )
         return 0
-    settings = config.plain()
     result = run(settings, observers=[ReportWriter()], console=progress_console())
     if not is_main_process():
         return 0
@@ -37,18 +36,18 @@ def train(arguments: list[str]) -> int:
 
 def cache_teacher(arguments: list[str]) -> int:
     """Store a teacher's answers."""
-    from softlabels.training.cache_teacher import CacheConfig, build_cache
+    from softlabels.training.cache_teacher import CacheOptions, build_cache
 
-    config = configured(arguments, "cache-teacher", CacheConfig.of)
+    config, options = configured(arguments, "cache-teacher", CacheOptions)
     path = config.output or config.teacher.cache
     if path is None:
         raise UsageError("say where the cache shall be: --output FOLDER")
     cache = build_cache(
         config,
         path,
-        draws=config.draws,
-        top=config.top,
-        images_per_file=config.images_per_file,
+        draws=options.draws,
+        top=options.top,
+        images_per_file=options.images_per_file,
         console=progress_console(),
     )
     if not is_main_process():

@@ -132,5 +132,5 @@ def config(arguments: list[str]) -> int:
         raise UsageError(f"expected `config show`, got {arguments[0]!r}")
     from softlabels.training.config import dump
 
-    print(dump(configured(arguments[1:], "config show")), end="")
+    print(dump(configured(arguments[1:], "config show")[0]), end="")
     return 0

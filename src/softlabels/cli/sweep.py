@@ -1,5 +1,7 @@
 """The command that searches settings: `sweep`."""
 
+from pathlib import Path
+
 from softlabels.cli.parsing import UsageError, configured
 from softlabels.io.console import echo, progress_console
 
@@ -17,20 +19,21 @@ def sweep(arguments: list[str]) -> int:
             raise
         raise UsageError("sweep needs Optuna: pip install 'softlabels[sweep]'") from error
     from softlabels.experiments.sweep_results import flags, rank_of
-    from softlabels.experiments.sweep_settings import SweepConfig
+    from softlabels.experiments.sweep_settings import SweepOptions
 
-    config = configured(arguments, "sweep", SweepConfig.of)
+    config, options = configured(arguments, "sweep", SweepOptions)
+    folder = config.output or f"runs/sweep-{config.data.source}-{config.label}"
     result = run_sweep(
-        config.plain(),
-        read_space(config.space) or None,
-        trials=config.trials,
-        output=config.folder,
+        config,
+        read_space(options.space) or None,
+        trials=options.trials,
+        output=Path(folder),
         seed=config.seed,
-        startup=config.startup,
-        seeds=config.seeds,
-        jobs=config.jobs,
+        startup=options.startup,
+        seeds=options.seeds,
+        jobs=options.jobs,
         threads=config.threads,
-        metric=config.metric,
+        metric=options.metric,
         console=progress_console(),
     )
     record, best = result.record, result.best

@@ -27,7 +27,7 @@ from softlabels.training.recipes import merged, parsed_text, read_recipe_text
 from softlabels.training.settings import Section, TeacherSettings
 
 __all__ = [
-    "CompareConfig",
+    "CompareOptions",
     "Comparison",
     "PlannedVariant",
     "chosen_methods",
@@ -83,7 +83,7 @@ class Comparison(Section):
         return text
 
 
-class CompareConfig(Config):
+class CompareOptions(Section):
     """Settings that all compared runs share, and what is compared over which seeds."""
 
     methods: str | None = Field(
@@ -102,24 +102,19 @@ class CompareConfig(Config):
         "output's folder.",
     )
 
-    @classmethod
-    def of(cls, config: Config) -> CompareConfig:
-        """Shared settings, and the defaults of what is compared."""
-        return cls(**dict(config))
-
-    def comparison(self, given: Comparison | None) -> Comparison:
+    def comparison(self, config: Config, given: Comparison | None) -> Comparison:
         """What is compared: as the options say, and else a file.
 
         Args:
+            config: The settings that all share.
             given: The file's comparison, whose settings are in this configuration.
 
         Raises:
             ConfigError: A method's name that is none.
         """
-        own = {"methods", "seeds", "jobs", "runs", "output"}
-        settings = self.model_dump(mode="json", exclude=own, exclude_defaults=True)
-        if self.method.kind != "none":
-            settings["method"] = self.method.model_dump(mode="json")
+        settings = config.model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
+        if config.method.kind != "none":
+            settings["method"] = config.method.model_dump(mode="json")
         if self.methods is not None or given is None:
             variants = chosen_methods((self.methods or DEFAULT_METHODS).split(","))
         else:

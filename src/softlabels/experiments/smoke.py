@@ -15,10 +15,10 @@ from softlabels.export.export import Exported, export_run
 from softlabels.training.build import with_defaults
 from softlabels.training.config import Config
 from softlabels.training.distributed import start
-from softlabels.training.settings import DATA_SETTINGS
+from softlabels.training.settings import DATA_SETTINGS, Section
 from softlabels.training.trainer import TrainResult, run
 
-__all__ = ["TrainConfig", "shrunk", "smoke"]
+__all__ = ["TrainOptions", "shrunk", "smoke"]
 
 _IMAGES_A_PROCESS = 4  # mixup needs an even number
 _STEPS = 2
@@ -26,7 +26,7 @@ _PUBLIC = ("timm", "torchvision", "file")  # a student's file can say these by i
 _CLASSES, _SIDE, _CHANNELS = 10, 224, 3  # where the data alone would say
 
 
-class TrainConfig(Config):
+class TrainOptions(Section):
     """Settings of a run."""
 
     smoke: bool = Field(
@@ -34,15 +34,6 @@ class TrainConfig(Config):
         description="Shrink the run to seconds: two steps on images made on the spot, an "
         "evaluation, an export. Its folder is temporary unless --output names one.",
     )
-
-    @classmethod
-    def of(cls, config: Config) -> TrainConfig:
-        """A run's configuration, not shrunk."""
-        return cls(**dict(config))
-
-    def plain(self) -> Config:
-        """The run's own settings."""
-        return Config(**{name: getattr(self, name) for name in Config.model_fields})
 
 
 def smoke(config: Config, *, console: Console | None = None) -> tuple[TrainResult, Exported | None]:

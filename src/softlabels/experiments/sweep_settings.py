@@ -2,23 +2,22 @@
 
 # pydantic reads the fields' types, so they are not deferred to text.
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 from pydantic import Field
 
 from softlabels.experiments.sweep_record import Metric
-from softlabels.training.config import Config
+from softlabels.training.settings import Section
 
-__all__ = ["SweepConfig"]
+__all__ = ["SweepOptions"]
 
 
-class SweepConfig(Config):
+class SweepOptions(Section):
     """Settings of a run, and how some of them are searched.
 
-    --trials, --startup, --space, --metric, --seeds, --jobs and --output are those of the search;
-    the rest is what each trial trains with.
+    --trials, --startup, --space, --metric, --seeds and --jobs are those of the search, whose folder
+    is --output, by default runs/sweep-DATA-METHOD; the rest is what each trial trains with.
     """
 
     trials: int = Field(20, ge=1, le=100_000, description="Settings that are tried.")
@@ -35,21 +34,3 @@ class SweepConfig(Config):
     )
     seeds: int = Field(1, ge=1, le=1000, description="Runs of each trial: seed, seed + 1, ...")
     jobs: int = Field(1, ge=1, le=1024, description="Runs at a time, and trials proposed together.")
-    output: str | None = Field(
-        None, description="Folder of the runs and the results. None: runs/sweep-DATA-METHOD."
-    )
-
-    @classmethod
-    def of(cls, config: Config) -> "SweepConfig":
-        """A run's configuration with the defaults of the search."""
-        return cls(**dict(config))
-
-    def plain(self) -> Config:
-        """The runs' own settings."""
-        names = (name for name in Config.model_fields if name != "output")
-        return Config(**{name: getattr(self, name) for name in names})
-
-    @property
-    def folder(self) -> Path:
-        """Where the results go."""
-        return Path(self.output or f"runs/sweep-{self.data.source}-{self.label}")

@@ -46,11 +46,12 @@ from softlabels.training.errors import (
     RunError,
     disk_full_as_run_error,
 )
-from softlabels.training.fingerprints import check_fingerprints, teacher_fingerprint
+from softlabels.training.settings import Section
+from softlabels.training.validate import check_fingerprints, teacher_fingerprint
 
 __all__ = [
     "IMAGES_PER_FILE",
-    "CacheConfig",
+    "CacheOptions",
     "answer_error",
     "build_cache",
 ]
@@ -59,10 +60,11 @@ IMAGES_PER_FILE = 65_536
 """Images whose answers to a draw share a file, if nobody says."""
 
 
-class CacheConfig(Config):
+class CacheOptions(Section):
     """Settings of a run, and what of its teacher's answers is stored where.
 
-    --draws, --top, --images-per-file and --output are those of the cache.
+    --draws, --top and --images-per-file say what is stored; --output is the folder of the cache,
+    by default the recipe's teacher.cache.
     """
 
     draws: int = Field(8, ge=1, description="Draws of the augmentation for each image.")
@@ -70,14 +72,6 @@ class CacheConfig(Config):
     images_per_file: int = Field(
         IMAGES_PER_FILE, ge=1, description="Images whose answers share a file."
     )
-    output: str | None = Field(
-        None, description="Folder of the cache. None: the recipe's teacher.cache."
-    )
-
-    @classmethod
-    def of(cls, config: Config) -> CacheConfig:
-        """A run's configuration with the defaults of its cache."""
-        return cls(**{**dict(config), "output": config.teacher.cache})
 
 
 def build_cache(

@@ -44,7 +44,6 @@ from softlabels.training.errors import (
     RunError,
     disk_full_as_run_error,
 )
-from softlabels.training.fingerprints import check_cache
 from softlabels.training.observers import Observer, Recorder, Tracker, TrainedRun, infinite_parts
 from softlabels.training.optim import build_optimizer, build_schedule
 from softlabels.training.precise_bn import check_precise_bn
@@ -59,7 +58,7 @@ from softlabels.training.schemas import (
 from softlabels.training.settings import NoMethod, TeacherSettings
 from softlabels.training.task import ClassificationTask
 from softlabels.training.teacher_check import checked_teacher
-from softlabels.training.validate import check_needs, memory_of
+from softlabels.training.validate import check_cache, check_needs, memory_of
 
 __all__ = ["TrainResult", "peak_memory", "run"]
 
