@@ -379,7 +379,7 @@ def test_the_recipes_of_how_to_pages_fit_the_settings():
 
 
 def test_the_page_of_inputs_lists_every_input():
-    from softlabels.inputs import declared as inputs
+    from softlabels import inputs as inputs
 
     text = (ROOT / "docs" / "inputs.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}

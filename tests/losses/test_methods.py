@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.loss_cases import CASES, LossCase, case_id
+from softlabels import inputs as kinds
 from softlabels import losses
 from softlabels.inputs import Input, Logits, Target, TeacherLogits, Votes, WeakLogits
-from softlabels.inputs import declared as kinds
 from softlabels.losses import METHODS, KDLoss, NKDLoss, SoftLabels, USKDLoss, ZipfLSLoss
 
 LABELS = torch.tensor([0, 5, 1, 2])

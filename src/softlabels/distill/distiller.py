@@ -21,11 +21,11 @@ from softlabels.distill.external_inputs import (
     teachers_of,
 )
 from softlabels.distill.output import StepOutput
+from softlabels.distill.provider import Value
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Trainable, provided
 from softlabels.inputs import FromBatch, Input, PeerLogits, SecondPass, TeacherLogits
-from softlabels.inputs.provider import Value
 from softlabels.losses import MemoryBank, Method, SoftLabels
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._non_target import in_float32, label_probabilities

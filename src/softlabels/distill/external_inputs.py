@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from softlabels.distill.provider import Value
+from softlabels.distill.tap_points import in_form, points_of
 from softlabels.distill.teacher import Teacher, Teachers, ensembled
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import (
@@ -19,8 +21,6 @@ from softlabels.inputs import (
     Target,
     TeacherLogits,
 )
-from softlabels.inputs.provider import Value
-from softlabels.inputs.tap_points import in_form, points_of
 from softlabels.losses import Method
 from softlabels.taps import FeatureTap, Layout, TapPoint
 
@@ -36,15 +36,15 @@ __all__ = [
 
 
 class TeacherReader:
-    """Runs the teachers once a batch, for all the signals that are read from them.
+    """Runs the teachers once a batch, for all the inputs that are read from them.
 
     Args:
         teacher: One frozen network, or several.
-        signals: What a method reads; those of teachers are picked.
+        kinds: What a method reads; those of teachers are picked.
         layout: Gives the layout of the K-th teacher; called only if an inner feature is read.
 
     Raises:
-        ValueError: A signal of a teacher that is not there, or of a layer that it has not.
+        ValueError: An input of a teacher that is not there, or of a layer that it has not.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class CacheReader:
 
     Args:
         cache: The stored answers.
-        signals: What a method reads.
+        kinds: What a method reads.
 
     Raises:
-        ValueError: A signal of the teacher that is not stored.
+        ValueError: An input from the teacher that is not stored.
     """
 
     def __init__(self, cache: TeacherCache, kinds: Sequence[Input]) -> None:
@@ -238,7 +238,7 @@ def external_values(
     extras: Mapping[str, Tensor],
     from_teacher: Mapping[Input, Value],
 ) -> dict[str, Value]:
-    """Values of the signals that do not come from the student, by argument name.
+    """Values of the inputs that do not come from the student, by argument name.
 
     Extras are moved to the target's device.
 
@@ -279,7 +279,7 @@ def teachers_of(teacher: Teacher | Teachers) -> list[Teacher]:
 
 
 def reads_teacher(kind: Input) -> bool:
-    """Whether a signal comes from a teacher."""
+    """Whether an input comes from a teacher."""
     return isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
         isinstance(kind, Features) and kind.of == "teacher"
     )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.distill.external_inputs import images_key
+from softlabels.distill.provider import Provider, Value
+from softlabels.distill.student_inputs import provider_for
 from softlabels.inputs import Input, SecondPass
-from softlabels.inputs.provider import Provider, Value
-from softlabels.inputs.student import provider_for
 from softlabels.taps import FeatureTap, Layout
 
 __all__ = ["PassOf", "Trainable", "provided"]

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs.provider import Provider, Value
+from softlabels.distill.provider import Provider, Value
 from softlabels.taps import TapPoint
 
 __all__ = ["AuxBranchesProvider", "Branch"]

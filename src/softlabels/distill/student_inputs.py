@@ -1,4 +1,4 @@
-"""Provides the signals of the student."""
+"""What a method reads from the student, and who provides it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs.aux_heads import AuxBranchesProvider
-from softlabels.inputs.declared import (
+from softlabels.distill.aux_heads import AuxBranchesProvider
+from softlabels.distill.provider import Provider, Value
+from softlabels.distill.tap_points import Form, in_form, points_of
+from softlabels.inputs import (
     AuxBranches,
     AuxLogits,
     Features,
@@ -18,8 +20,6 @@ from softlabels.inputs.declared import (
     Votes,
     WeakLogits,
 )
-from softlabels.inputs.provider import Provider, Value
-from softlabels.inputs.tap_points import Form, in_form, points_of
 from softlabels.taps import Layout, PositionHead, TapPoint, votes_of
 
 __all__ = ["provider_for"]
@@ -99,11 +99,11 @@ class _FeaturesProvider(Provider):
 
 
 def provider_for(kind: Input, layout: Callable[[], Layout]) -> Provider | None:
-    """The provider of a signal of the student; None for a signal that is given from outside.
+    """The provider of an input from the student; None for one that comes from outside.
 
     Args:
         kind: What a method reads.
-        layout: Gives the student's layout; called only if the signal needs it.
+        layout: Gives the student's layout; called only if the input needs it.
 
     Raises:
         ValueError: The student has no such layer.

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from softlabels.inputs.declared import Features
+from softlabels.inputs import Features
 from softlabels.taps import Layout, TapPoint
 
 __all__ = ["Form", "in_form", "points_of"]
@@ -15,7 +15,7 @@ Form: TypeAlias = Literal["raw", "map", "pooled"]
 
 
 def points_of(kind: Features, layout: Layout) -> list[TapPoint]:
-    """The places of a signal's features in a network.
+    """The places of an input's features in a network.
 
     Raises:
         ValueError: A stage is not found, or a map is asked for where there is no grid.

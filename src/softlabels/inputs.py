@@ -1,7 +1,7 @@
-"""What a method may read: the signals, as plain declarations without any providing code.
+"""What a method may read: one class for each kind of tensor, plain declarations without code.
 
-A method declares `inputs`, a mapping from each argument of its `forward` to one of these.
-How a signal is provided is `softlabels.inputs`' business.
+A method declares `inputs`, a mapping from each argument of its `terms` to one of these. How they
+are provided is the business of `softlabels.distill`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Input:
-    """Base of all signals: one kind of tensor that a method's `forward` may ask for."""
+    """Base of all inputs: one kind of tensor that a method's `terms` may ask for."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Features(Input):
 
     Names of stages:
 
-    * `"middle"`, `"last"`: as for the other signals;
+    * `"middle"`, `"last"`: as for the other inputs;
     * `"stage:K"`: the K-th resolution of a network with a pyramid of maps, its stem left out, or
       the K-th of four evenly spaced blocks of one without; `"stages"` stands for all of them;
     * `"block:K"`: the K-th block of the longest run of equal blocks, as in a vision transformer;

@@ -1,4 +1,4 @@
-"""The base of what provides a signal of the student."""
+"""The base of what provides an input from the student."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value: TypeAlias = "Tensor | list[Tensor]"
 
 
 class Provider(nn.Module):
-    """Provides one signal of the student inside the trained module's forward.
+    """Provides one input from the student inside the trained module's forward.
 
     Attributes:
         points: Where it reads features.
@@ -26,7 +26,7 @@ class Provider(nn.Module):
         self.points = tuple(points)
 
     def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
-        """The signal's value, from the student's logits and its tapped features by path."""
+        """The input's value, from the student's logits and its tapped features by path."""
         raise NotImplementedError
 
     def monitored(self, value: Value, logits: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from shared.small_networks import (
 from shared.toy_method import ToyAdapters, ToyLoss
 from softlabels import Distiller, FeatureTap, NKDLoss, Teacher, ZipfLSLoss
 from softlabels.distill.external_inputs import external_values, reads_teacher
+from softlabels.distill.student_inputs import provider_for
 from softlabels.inputs import (
     Features,
     FromBatch,
@@ -32,7 +33,6 @@ from softlabels.inputs import (
     Votes,
     WeakLogits,
 )
-from softlabels.inputs.student import provider_for
 from softlabels.losses import Method
 
 

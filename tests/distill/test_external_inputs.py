@@ -20,7 +20,7 @@ from shared.small_networks import (
     small_vit,
 )
 from softlabels import Distiller, FeatureTap, KDLoss, Teacher, ZipfLSLoss
-from softlabels.inputs.declared import (
+from softlabels.inputs import (
     AuxBranches,
     AuxLogits,
     Classifier,
