@@ -21,6 +21,7 @@ from softlabels.training.build import (
     build_distiller,
     build_source,
     with_defaults,
+    with_findings,
 )
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.optim import build_optimizer
@@ -73,7 +74,8 @@ def run_demo(
     command = _command_line(epochs, seed, num_fonts)
     source = build_source(configs[RECIPES[0]])
     for config in configs.values():
-        RunFolder(Path(config.output or "")).check(with_defaults(config, source.info))
+        resolved = with_findings(with_defaults(config, source.info), source)
+        RunFolder(Path(config.output or "")).check(resolved)
     output.mkdir(parents=True, exist_ok=True)
     say(
         console,
