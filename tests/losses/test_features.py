@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from shared.map_draws import drawn, heads_of, through
 from shared.terms import loss_and_terms
-from softlabels.losses._features import check_maps, check_stages, paired_from_deepest, pooled_to
+from softlabels.losses._features import check_maps, paired_from_deepest, pooled_to
 from softlabels.losses.at import ATLoss
 from softlabels.losses.fitnet import FitNetLoss
 from softlabels.losses.nst import NSTLoss
@@ -235,5 +235,5 @@ def test_maps_that_do_not_fit_are_told(student, teacher, options, error, message
 
 
 def test_no_stage_at_all_is_told() -> None:
-    with pytest.raises(ValueError, match="at least one stage"):
-        check_stages(())
+    with pytest.raises(ValueError, match="stages must name one or more"):
+        ATLoss(stages=())

@@ -19,7 +19,6 @@ from softlabels.losses._non_target import in_float32
 __all__ = [
     "Values",
     "check_maps",
-    "check_stages",
     "check_vectors",
     "level_terms",
     "map_inputs",
@@ -102,20 +101,6 @@ def map_inputs(stages: tuple[str, ...], *, before_activation: bool = False) -> d
         "student_maps": Features("student", stages, "map", before_activation),
         "teacher_maps": Features("teacher", stages, "map", before_activation),
     }
-
-
-def check_stages(stages: tuple[str, ...]) -> tuple[str, ...]:
-    """Check names of stages, and return them as a tuple.
-
-    Raises:
-        TypeError: Not a tuple or list of strings.
-        ValueError: None at all.
-    """
-    if not isinstance(stages, (tuple, list)) or not all(isinstance(name, str) for name in stages):
-        raise TypeError(f"stages must be a tuple of strings, got {stages!r:.60}")
-    if not stages:
-        raise ValueError("stages must name at least one stage, got none")
-    return tuple(stages)
 
 
 def tensors_of(values: Values, name: str) -> list[Tensor]:
