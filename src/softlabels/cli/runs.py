@@ -1,7 +1,7 @@
 """The commands that train: `train`, `cache-teacher`, `demo` and `reproduce`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from softlabels.cli.parsing import UsageError, call, configured, is_main_process, metrics_line
 from softlabels.io.console import echo, progress_console
@@ -37,8 +37,13 @@ def train(arguments: list[str]) -> int:
 def cache_teacher(arguments: list[str]) -> int:
     """Store a teacher's answers."""
     from softlabels.training.cache_teacher import CacheOptions, build_cache
+    from softlabels.training.config import load_recipe
 
-    config, options = configured(arguments, "cache-teacher", CacheOptions)
+    def load(name: str) -> dict[str, Any]:
+        # The recipe's own output is the folder of its run.
+        return {key: value for key, value in load_recipe(name).items() if key != "output"}
+
+    config, options = configured(arguments, "cache-teacher", CacheOptions, load)
     path = config.output or config.teacher.cache
     if path is None:
         raise UsageError("say where the cache shall be: --output FOLDER")
