@@ -183,13 +183,9 @@ def overview():
 
 
 def settings_of(kind):
-    method = METHODS[kind]
-    settings = {name: field.default for name, field in setting_fields(method).items()}
-    if not method.can_ignore():
-        del settings["ignore_index"]
-    if method.of_batch:
-        del settings["reduction"]
-    return settings
+    common = ("ignore_index", "reduction")  # which every method has
+    fields = setting_fields(METHODS[kind])
+    return {name: field.default for name, field in fields.items() if name not in common}
 
 
 def inputs_of(method):

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from softlabels.data.sources.by_name import SOURCES
-from softlabels.distill.external_inputs import reads_teacher
+from softlabels.distill.external_inputs import checked_inputs, reads_teacher
 from softlabels.losses import METHODS
+from softlabels.losses._method import setting_fields
 from softlabels.training.config import (
     Config,
     ConfigError,
@@ -37,9 +38,9 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_settings_and_defaults_are_those_of_the_method(kind):
-    parameters = inspect.signature(METHODS[kind].__init__).parameters.values()
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    declared = {p.name: p.default for p in keywords if p.name != "reduction"}
+    left_out = {"reduction"} if METHODS[kind].can_ignore() else {"reduction", "ignore_index"}
+    found = setting_fields(METHODS[kind])
+    declared = {name: field.default for name, field in found.items() if name not in left_out}
     fields = METHOD_SETTINGS[kind].model_fields
     assert {n: f.default for n, f in fields.items() if n != "kind"} == declared
     assert all(field.description for name, field in fields.items() if name != "kind")
@@ -47,7 +48,7 @@ def test_settings_and_defaults_are_those_of_the_method(kind):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_method_is_built_from_its_settings(kind):
-    inputs = METHODS[kind]().inputs.values()
+    inputs = checked_inputs(METHODS[kind]()).values()
     given = {"teacher": TEACHER} if any(map(reads_teacher, inputs)) else {}
     assert type(build_method(resolve({"method": kind, **given}))) is METHODS[kind]
 
