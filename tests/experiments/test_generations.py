@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from softlabels.data.in_memory import InMemorySource
 from softlabels.data.sources.noise import noise
 from softlabels.inputs import FromBatch, Logits, TeacherLogits
 from softlabels.io.weights import load_weights
+from softlabels.losses import Method
 from softlabels.models import build_model
 from softlabels.training import trainer
 from softlabels.training.config import ConfigError, resolve
@@ -104,19 +105,20 @@ def test_the_last_generations_student_is_the_runs(result):
     assert not torch.allclose(first(images), last(images))
 
 
-class Watching(nn.Module):
+class Watching(Method):
     """A method that keeps what the teacher says of the batches, by image."""
+
+    inputs: ClassVar = {
+        "logits": Logits(), "teacher_logits": TeacherLogits(), "index": FromBatch(),
+    }  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs = {
-            "logits": Logits(), "teacher_logits": TeacherLogits(), "index": FromBatch(),
-        }  # fmt: skip
         self.said: list[Tensor] = []
 
-    def forward(self, logits: Tensor, teacher_logits: Tensor, index: Tensor) -> Tensor:
+    def terms(self, logits: Tensor, teacher_logits: Tensor, index: Tensor) -> dict[str, Tensor]:
         self.said.append(teacher_logits)
-        return (logits - teacher_logits).square().mean()
+        return {"gap": (logits - teacher_logits).square().mean(1)}
 
 
 class StillImages(InMemorySource):

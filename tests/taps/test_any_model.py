@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
 from softlabels import Distiller, FeatureTap, USKDLoss, ZipfLSLoss, uskd_loss, zipf_ls_loss
 from softlabels.inputs import Logits, Target, Votes, WeakLogits
+from softlabels.losses import Method
 from softlabels.taps import Layout, TapPoint
 
 NUM_CLASSES = 10
@@ -286,15 +287,21 @@ def test_a_wrong_tap_fails_the_check_of_a_step(check, taps):
 # Compiled, copied, and in two processes: a CNN, a ViT and a Swin of fewer blocks
 
 
-class ReadsBoth(nn.Module):
+class ReadsBoth(Method):
     """A method that reads what USKD and Zipf's LS read, so that one network serves for both."""
 
-    inputs = {"logits": Logits(), "target": Target(), "weak": WeakLogits(), "votes": Votes()}  # noqa: RUF012
+    of_batch = True
+    inputs: ClassVar = {
+        "logits": Logits(), "target": Target(), "weak": WeakLogits(), "votes": Votes(),
+    }  # fmt: skip
 
-    def forward(self, logits: Tensor, target: Tensor, weak: Tensor, votes: Tensor) -> Tensor:
-        return uskd_loss(logits, weak, target, weak_weight=1.0) + zipf_ls_loss(
-            logits, target, votes
-        )
+    def terms(
+        self, logits: Tensor, target: Tensor, weak: Tensor, votes: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "uskd": uskd_loss(logits, weak, target, weak_weight=1.0),
+            "zipf_ls": zipf_ls_loss(logits, target, votes),
+        }
 
 
 SHALLOW: dict[str, tuple[str, dict[str, Any], str, str]] = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
+from shared.recording import Recording
 from shared.small_networks import IMAGE_SHAPE, hard_labels, images_of, small_cnn, small_vit
 from softlabels import Distiller
 from softlabels.inputs import Features
@@ -259,22 +260,10 @@ def of_vit(model: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
-class Recording(nn.Module):
-    """A method that keeps what it is given."""
-
-    def __init__(self, **settings: object) -> None:
-        super().__init__()
-        self.inputs = {"features": Features(stages=("stages",), **settings)}
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        self.features = features
-        return torch.zeros(())
-
-
 def features_of(name: str, images: Tensor, **settings: object) -> Sequence[Tensor]:
-    method = Recording(**settings)
+    method = Recording(features=Features(stages=("stages",), **settings))
     Distiller(network(name), method, example_shape=shape_of(name))(images, hard_labels())
-    return method.features
+    return method.values["features"]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_its_settings_are_options(own, capsys):
         ({"kind": "{own}:Odd"}, "Odd: its settings must be numbers, texts"),
         ({"kind": "{own}:Reads"}, r"Reads.inputs must map names to inputs"),
         ({"kind": "{own}:Network"}, "Network' is no method"),
-        ({"kind": "{own}:Flatt"}, "unknown method .*'Flatt'; near: Flat"),
+        ({"kind": "{own}:Flatt"}, "unknown function or class .*'Flatt'; near: Flat"),
         ({"kind": "nowhere_at_all:Flat"}, "nowhere_at_all"),
         ({"kind": "os:system"}, "of Python's own library"),
     ],

@@ -106,7 +106,7 @@ def _named(module_name: str, name: str, what: str) -> tuple[ModuleType, Any]:
         callables = [key for key, other in vars(module).items() if callable(other)]
         near = difflib.get_close_matches(name, callables, n=_NEAR)
         hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown {what} of module {module_name!r}: {name!r}{hint}")
+        raise ValueError(f"unknown function or class of module {module_name!r}: {name!r}{hint}")
     return module, value
 
 
@@ -121,8 +121,8 @@ def _imported(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"there is no importable module {name!r:.200}: names of models are {MODEL_NAMES}, a "
-            "method of your own is package.module:Class"
+            f"expected a model name like {MODEL_NAMES}, or package.module:Class for a method; there "
+            f"is no kind and no importable module {name!r:.200}"
         ) from error
 
 
