@@ -275,7 +275,7 @@ def batch_norm_run(folder: Path) -> dict[str, Any]:
         "weak_logits": step.heads[1].detach(),
         "target": batch.target,
         "index": batch.index,
-        "method": step.terms["method"],
+        "method": step.totals()["method"],
     }
 
 

@@ -13,7 +13,7 @@ from softlabels.data import DataSource
 from softlabels.experiments.analyze_run import write_analysis
 from softlabels.losses import Method
 from softlabels.report import write_report
-from softlabels.training.config import resolve, with_method
+from softlabels.training.config import resolve
 from softlabels.training.observers import Observer, TrainedRun
 from softlabels.training.schemas import Gallery
 from softlabels.training.trainer import TrainResult, run
@@ -87,7 +87,7 @@ def train(
         values[part] = part_settings
     own = None
     if isinstance(method, str):
-        values = with_method(values, method)
+        values["method"] = {"kind": method}
     elif isinstance(method, Mapping):
         values["method"] = dict(method)
     elif method is not None:

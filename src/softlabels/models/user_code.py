@@ -121,8 +121,8 @@ def _imported(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"expected a model name like {MODEL_NAMES}, or package.module:Class for a method; there "
-            f"is no kind and no importable module {name!r:.200}"
+            f"expected a model name like {MODEL_NAMES}, or package.module:Class for a "
+            f"method; there is no kind and no importable module {name!r:.200}"
         ) from error
 
 
