@@ -112,7 +112,9 @@ def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, s
 def _documented(target: Callable[..., Any]) -> dict[str, str]:
     """The text of each argument in the docstring, of a class also in those of its bases."""
     bases = [*reversed(inspect.getmro(target))] if inspect.isclass(target) else [target]
-    documented = [docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")) for base in bases]
+    style = docstring_parser.DocstringStyle.GOOGLE  # not guessed: formulas look like reST's fields
+    texts = [inspect.cleandoc(base.__doc__ or "") for base in bases]
+    documented = [docstring_parser.parse(text, style=style) for text in texts]
     return {
         parameter.arg_name: " ".join((parameter.description or "").split())
         for doc in documented
