@@ -166,16 +166,16 @@ class AuxBranches(Input):
 
 @dataclass(frozen=True)
 class SecondPass(Input):
-    """Another signal of the student, from a further forward on other images of the batch.
+    """Another input from the student, from a further forward on other images of the batch.
 
-    Learned parts are those of the same signal on the batch's own images.
+    Learned parts are those of the same input on the batch's own images.
 
     Attributes:
         images: Name of the batch's extra with the images, [B, ...]: `"second_view"`, another draw
             of the augmentation; `"partner"`, another image of the same class; `"mixup"`, the
             batch's own images mixed (beside it `mixup_index`, [B], whom each image is mixed with,
             and `mixup_weight`, [B], its own share); or one that the caller provides.
-        of: The signal.
+        of: The input.
         gradient: Whether the forward is trained through.
     """
 

@@ -339,7 +339,7 @@ def test_the_toy_trains_its_heads_and_the_student():
         optimizer.zero_grad()
         step.loss.backward()
         optimizer.step()
-        losses.append(float(step.terms["method"]))
+        losses.append(float(step.terms["method"].detach()))
 
     after = distiller.state_dict()
     for name, parameter in distiller.named_parameters():

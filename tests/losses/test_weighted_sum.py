@@ -131,7 +131,7 @@ def test_weights_are_1_unless_given_and_may_change_between_steps():
 
     kd = sum(value for name, value in first.terms.items() if name.startswith("method/kd"))
     of_second = sum(value for name, value in second.terms.items() if name != "task")
-    assert float(first.loss) > float(first.terms["task"])
+    assert first.loss > first.terms["task"]
     torch.testing.assert_close(of_second, 3.0 * kd)
     torch.testing.assert_close(second.loss, second.terms["task"] + of_second)
 

@@ -340,14 +340,15 @@ def test_the_gradient_before_an_activation_in_place_is_right(name):
     """It reaches the layers below, and the activation works on as without a tap."""
     model, images = network(name), images_of(2, SHAPE)
     expected = model(images)
-    method = Recording(before_activation=True)
+    method = Recording(features=Features(stages=("stages",), before_activation=True))
     step = Distiller(model, method, example_shape=SHAPE)(images, hard_labels(2))
     by_hand = {"torchvision resnet18": of_resnet, "chain": of_chain}[name](model, images)
-    last = len(method.features) - 1
+    features = method.values["features"]
+    last = len(features) - 1
     first = next(model.parameters())
 
     torch.testing.assert_close(step.logits, expected)
-    (found,) = torch.autograd.grad(method.features[-1].square().sum(), first, retain_graph=True)
+    (found,) = torch.autograd.grad(features[-1].square().sum(), first, retain_graph=True)
     (wanted,) = torch.autograd.grad(by_hand[last].square().sum(), first)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     assert step.loss.backward() is None

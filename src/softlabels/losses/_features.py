@@ -224,7 +224,7 @@ def check_vectors(
 
 
 def the_only(name: str, features: Tensor | Sequence[Tensor]) -> Tensor:
-    """The one tensor of a list, as a signal of a single stage gives.
+    """The one tensor of a list, as an input of a single stage gives.
 
     Raises:
         ValueError: Another number of tensors.
