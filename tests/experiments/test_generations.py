@@ -161,6 +161,7 @@ def test_settings_of_the_method_are_for_the_generations_that_have_it(tmp_path):
         tmp_path / "run", method="kd", method_weight=0.5, method_warmup_epochs="run",
         task={"weight": "rest", "label_smoothing": 0.1},
         further_methods=[{"kind": "nkd", "weight": 0.0}],
+        optimizer={"lr": 1e-6},  # so that losses change by their weights alone, and the batch
     )  # fmt: skip
 
     first = logged(run.folder / "generation-1")
@@ -168,7 +169,7 @@ def test_settings_of_the_method_are_for_the_generations_that_have_it(tmp_path):
     weights = (0.75, 0.75, 0.5, 0.5)
     lines = zip(logged(run.folder), weights, strict=True)
     bare = [line["train/task"] / weight for line, weight in lines]
-    assert bare == pytest.approx([bare[0]] * 4, rel=0.3)
+    assert bare == pytest.approx([bare[0]] * 4, rel=0.1)
 
 
 # Going on
