@@ -9,21 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from softlabels.models.zoo.small_network import build, cifar_cfg, shrink_stem
-
-__all__: list[str] = []
-
-default_cfgs = generate_default_cfgs(
-    {
-        "densenet121_cifar": cifar_cfg(
-            pool_size=(4, 4), first_conv="features.conv0", classifier="classifier"
-        )
-    }
-)
+from softlabels.models.zoo.small_network import cifar_cfg, register, shrink_stem
 
 
 def _densenet(**settings: Any) -> DenseNet:
@@ -35,15 +24,9 @@ def _densenet(**settings: Any) -> DenseNet:
     return model
 
 
-@register_model
-def densenet121_cifar(pretrained: bool = False, **settings: Any) -> DenseNet:
-    """DenseNet-121 (growth 32; 6, 12, 24 and 16 layers) with a 3x3 stem."""
-    return build(
-        _densenet,
-        "densenet121_cifar",
-        pretrained,
-        settings,
-        num_stages=5,
-        growth_rate=32,
-        block_config=(6, 12, 24, 16),
-    )
+register(
+    _densenet,
+    {"densenet121_cifar": {"growth_rate": 32, "block_config": (6, 12, 24, 16)}},
+    cifar_cfg(pool_size=(4, 4), first_conv="features.conv0", classifier="classifier"),
+    num_stages=5,
+)

@@ -11,21 +11,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, decode_arch_def, round_channels
 from torch import nn
 
-from softlabels.models.zoo.small_network import build, cifar_cfg, normal_weights
-
-__all__: list[str] = []
-
-default_cfgs = generate_default_cfgs(
-    {
-        "mobilenetv2_050_cifar": cifar_cfg(
-            pool_size=(2, 2), first_conv="conv_stem", classifier="classifier"
-        )
-    }
-)
+from softlabels.models.zoo.small_network import cifar_cfg, normal_weights, register
 
 # timm's notation: inverted residuals, repeats, kernel, stride, expansion, channels at full width.
 _STAGES = [
@@ -40,22 +29,16 @@ _STAGES = [
 
 
 def _mobilenet(**settings: Any) -> EfficientNet:
-    model = EfficientNet(**settings)
+    rounded = partial(round_channels, multiplier=0.5, divisor=1)
+    shape = {"block_args": decode_arch_def(_STAGES), "round_chs_fn": rounded, "num_features": 1280}
+    model = EfficientNet(**{**shape, "act_layer": nn.ReLU, **settings})
     normal_weights(model, linear_std=0.01)
     return model
 
 
-@register_model
-def mobilenetv2_050_cifar(pretrained: bool = False, **settings: Any) -> EfficientNet:
-    """MobileNetV2 in half width, with strides 2 (stem) and 1, 1, 2, 2, 1, 2, 1."""
-    return build(
-        _mobilenet,
-        "mobilenetv2_050_cifar",
-        pretrained,
-        settings,
-        num_stages=4,
-        block_args=decode_arch_def(_STAGES),
-        round_chs_fn=partial(round_channels, multiplier=0.5, divisor=1),
-        num_features=1280,
-        act_layer=nn.ReLU,
-    )
+register(
+    _mobilenet,
+    {"mobilenetv2_050_cifar": {}},
+    cifar_cfg(pool_size=(2, 2), first_conv="conv_stem", classifier="classifier"),
+    num_stages=4,
+)

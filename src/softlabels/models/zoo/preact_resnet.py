@@ -11,15 +11,14 @@ from functools import partial
 from typing import Any
 
 from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models import generate_default_cfgs, register_model
 from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from torch import nn
 
 from softlabels.models.zoo.small_network import (
     SmallNetwork,
-    build,
     cifar_cfg,
     normal_weights,
+    register,
     stage,
 )
 
@@ -110,41 +109,16 @@ def _activated_block(in_width: int, width: int, stride: int) -> PreActBasic:
     return block
 
 
-_CFG = cifar_cfg()
+_WIDE = {
+    "wrn_16_2": {"depth": 16, "width_factor": 2},
+    "wrn_40_1": {"depth": 40, "width_factor": 1},
+    "wrn_40_2": {"depth": 40, "width_factor": 2},
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "wrn_16_2": _CFG,
-        "wrn_40_1": _CFG,
-        "wrn_40_2": _CFG,
-        "preact_resnet18_cifar": cifar_cfg(pool_size=(4, 4)),
-    }
+register(WideResNet, _WIDE, cifar_cfg(), num_stages=3)
+register(
+    PreActResNet,
+    {"preact_resnet18_cifar": {"num_blocks": 2}},
+    cifar_cfg(pool_size=(4, 4)),
+    num_stages=4,
 )
-
-_build_wide = partial(build, WideResNet, num_stages=3)
-
-
-@register_model
-def wrn_16_2(pretrained: bool = False, **settings: Any) -> WideResNet:
-    """WRN-16-2: 16 layers, widths 32, 64 and 128."""
-    return _build_wide("wrn_16_2", pretrained, settings, depth=16, width_factor=2)
-
-
-@register_model
-def wrn_40_1(pretrained: bool = False, **settings: Any) -> WideResNet:
-    """WRN-40-1: 40 layers, widths 16, 32 and 64."""
-    return _build_wide("wrn_40_1", pretrained, settings, depth=40, width_factor=1)
-
-
-@register_model
-def wrn_40_2(pretrained: bool = False, **settings: Any) -> WideResNet:
-    """WRN-40-2: 40 layers, widths 32, 64 and 128."""
-    return _build_wide("wrn_40_2", pretrained, settings, depth=40, width_factor=2)
-
-
-@register_model
-def preact_resnet18_cifar(pretrained: bool = False, **settings: Any) -> PreActResNet:
-    """ResNet-18 of pre-activation blocks, as in the runs of Zipf's label smoothing."""
-    return build(
-        PreActResNet, "preact_resnet18_cifar", pretrained, settings, num_stages=4, num_blocks=2
-    )

@@ -11,15 +11,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
 from softlabels.models.zoo.small_network import (
     SmallNetwork,
-    build,
     cifar_cfg,
     normal_weights,
+    register,
     stage,
 )
 
@@ -90,116 +89,23 @@ def _block(in_width: int, width: int, stride: int) -> nn.Module:
     return block
 
 
-_CIFAR_CFG = cifar_cfg()
-_GLYPHS_CFG = cifar_cfg(
-    input_size=(1, 32, 32),
-    pool_size=(4, 4),
+_WIDE = {"stem_width": 32, "stage_widths": (64, 128, 256)}
+_CIFAR = {
+    **{f"resnet{depth}": {"depth": depth} for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8x4": {"depth": 8, **_WIDE},
+    "resnet32x4": {"depth": 32, **_WIDE},
+}
+# At half the resolution; the second one, four times as wide, is the teacher of the first.
+_GLYPHS = {
+    "resnet8_glyphs": {"depth": 8, "stem_width": 8, "stage_widths": (8, 16, 32)},
+    "resnet14x4_glyphs": {"depth": 14, "stem_width": 32, "stage_widths": (32, 64, 128)},
+}
+
+register(SmallResNet, _CIFAR, cifar_cfg(), num_stages=3)
+register(
+    SmallResNet,
+    {name: {**shape, "stem_stride": 2} for name, shape in _GLYPHS.items()},
     # Statistics of the clean training glyphs.
-    mean=(0.0758,),
-    std=(0.2384,),
+    cifar_cfg(input_size=(1, 32, 32), pool_size=(4, 4), mean=(0.0758,), std=(0.2384,)),
+    num_stages=3,
 )
-
-default_cfgs = generate_default_cfgs(
-    {
-        "resnet8": _CIFAR_CFG,
-        "resnet14": _CIFAR_CFG,
-        "resnet20": _CIFAR_CFG,
-        "resnet32": _CIFAR_CFG,
-        "resnet44": _CIFAR_CFG,
-        "resnet56": _CIFAR_CFG,
-        "resnet110": _CIFAR_CFG,
-        "resnet8x4": _CIFAR_CFG,
-        "resnet32x4": _CIFAR_CFG,
-        "resnet8_glyphs": _GLYPHS_CFG,
-        "resnet14x4_glyphs": _GLYPHS_CFG,
-    }
-)
-
-
-_build = partial(build, SmallResNet, num_stages=3)
-
-
-@register_model
-def resnet8(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-8: widths 16, 32 and 64."""
-    return _build("resnet8", pretrained, settings, depth=8)
-
-
-@register_model
-def resnet14(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-14: widths 16, 32 and 64."""
-    return _build("resnet14", pretrained, settings, depth=14)
-
-
-@register_model
-def resnet20(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-20: widths 16, 32 and 64."""
-    return _build("resnet20", pretrained, settings, depth=20)
-
-
-@register_model
-def resnet32(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-32: widths 16, 32 and 64."""
-    return _build("resnet32", pretrained, settings, depth=32)
-
-
-@register_model
-def resnet44(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-44: widths 16, 32 and 64."""
-    return _build("resnet44", pretrained, settings, depth=44)
-
-
-@register_model
-def resnet56(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-56: widths 16, 32 and 64."""
-    return _build("resnet56", pretrained, settings, depth=56)
-
-
-@register_model
-def resnet110(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-110: widths 16, 32 and 64."""
-    return _build("resnet110", pretrained, settings, depth=110)
-
-
-@register_model
-def resnet8x4(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-8, four times as wide, with a stem of 32 channels."""
-    return _build(
-        "resnet8x4", pretrained, settings, depth=8, stem_width=32, stage_widths=(64, 128, 256)
-    )
-
-
-@register_model
-def resnet32x4(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-32, four times as wide, with a stem of 32 channels."""
-    return _build(
-        "resnet32x4", pretrained, settings, depth=32, stem_width=32, stage_widths=(64, 128, 256)
-    )
-
-
-@register_model
-def resnet8_glyphs(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-8 for the glyphs: widths 8, 16 and 32, at half the resolution."""
-    return _build(
-        "resnet8_glyphs",
-        pretrained,
-        settings,
-        depth=8,
-        stem_width=8,
-        stage_widths=(8, 16, 32),
-        stem_stride=2,
-    )
-
-
-@register_model
-def resnet14x4_glyphs(pretrained: bool = False, **settings: Any) -> SmallResNet:
-    """ResNet-14, four times as wide as `resnet8_glyphs`: the glyphs' teacher."""
-    return _build(
-        "resnet14x4_glyphs",
-        pretrained,
-        settings,
-        depth=14,
-        stem_width=32,
-        stage_widths=(32, 64, 128),
-        stem_stride=2,
-    )

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual, channel_shuffle
 
-from softlabels.models.zoo.small_network import SmallNetwork, build, cifar_cfg, stage
+from softlabels.models.zoo.small_network import SmallNetwork, cifar_cfg, register, stage
 
 __all__ = ["SmallShuffleNet"]
 
@@ -92,35 +91,15 @@ class _GroupedBlock(nn.Module):
         return (x + y if self.pool is None else torch.cat([y, self.pool(x)], dim=1)).relu()
 
 
-_CFG = cifar_cfg(pool_size=(4, 4))
+_VARIANTS = {
+    # With 3 groups (Zhang et al., CVPR 2018).
+    "shufflenetv1_cifar": {"block": _GroupedBlock, "stage_widths": (240, 480, 960)},
+    # At width 1 (Ma et al., ECCV 2018).
+    "shufflenetv2_cifar": {
+        "block": InvertedResidual,
+        "stage_widths": (116, 232, 464),
+        "last_width": 1024,
+    },
+}
 
-default_cfgs = generate_default_cfgs({"shufflenetv1_cifar": _CFG, "shufflenetv2_cifar": _CFG})
-
-
-@register_model
-def shufflenetv1_cifar(pretrained: bool = False, **settings: Any) -> SmallShuffleNet:
-    """ShuffleNet V1 with 3 groups (Zhang et al., CVPR 2018): widths 240, 480 and 960."""
-    return build(
-        SmallShuffleNet,
-        "shufflenetv1_cifar",
-        pretrained,
-        settings,
-        num_stages=3,
-        block=_GroupedBlock,
-        stage_widths=(240, 480, 960),
-    )
-
-
-@register_model
-def shufflenetv2_cifar(pretrained: bool = False, **settings: Any) -> SmallShuffleNet:
-    """ShuffleNet V2 at width 1 (Ma et al., ECCV 2018): widths 116, 232, 464, then 1024."""
-    return build(
-        SmallShuffleNet,
-        "shufflenetv2_cifar",
-        pretrained,
-        settings,
-        num_stages=3,
-        block=InvertedResidual,
-        stage_widths=(116, 232, 464),
-        last_width=1024,
-    )
+register(SmallShuffleNet, _VARIANTS, cifar_cfg(pool_size=(4, 4)), num_stages=3)

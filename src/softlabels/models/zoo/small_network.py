@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from timm.layers.classifier import create_classifier
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-__all__ = ["SmallNetwork", "build", "cifar_cfg", "normal_weights", "shrink_stem", "stage"]
-
-_Network = TypeVar("_Network", bound=nn.Module)
+__all__ = ["SmallNetwork", "cifar_cfg", "normal_weights", "register", "shrink_stem", "stage"]
 
 
 class SmallNetwork(nn.Module):
@@ -194,31 +193,38 @@ def cifar_cfg(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def build(
-    network: Callable[..., _Network],
-    variant: str,
-    pretrained: bool,
-    settings: Mapping[str, Any],
-    *,
-    num_stages: int,
-    **shape: Any,
-) -> _Network:
-    """Build a registered network in timm's way.
+def register(
+    network: Callable[..., nn.Module],
+    variants: Mapping[str, Mapping[str, Any]],
+    cfg: Mapping[str, Any],
+    num_stages: int | None = None,
+) -> None:
+    """Register variants of a network with timm, as if each were a function of the network's module.
 
     Args:
         network: Its class, or a function that returns it.
-        variant: Its name in the registry.
-        pretrained: Whether weights are asked for; timm refuses, as there are none.
-        settings: What the user set; it wins over `shape`.
-        num_stages: Entries of its `feature_info`, which `features_only=True` returns.
-        **shape: What makes the variant.
+        variants: By name, what makes each of them; settings of the user win over that.
+        cfg: What `cifar_cfg` returns.
+        num_stages: Entries of its `feature_info`, which `features_only=True` returns. None: timm
+            chooses.
     """
-    model: _Network = build_model_with_cfg(
-        network,
-        variant,
-        pretrained,
-        # Hooks find a stage at any depth.
-        feature_cfg={"feature_cls": "hook", "out_indices": tuple(range(num_stages))},
-        **(shape | dict(settings)),
-    )
-    return model
+    module = sys.modules[network.__module__]
+    cfgs = generate_default_cfgs({name: dict(cfg) for name in variants})
+    vars(module).setdefault("default_cfgs", {}).update(cfgs)
+    # Hooks find a stage at any depth.
+    stages = {"feature_cls": "hook", "out_indices": tuple(range(num_stages or 0))}
+    features = {} if num_stages is None else {"feature_cfg": stages}
+
+    def entrypoint(variant: str, shape: Mapping[str, Any]) -> Callable[..., nn.Module]:
+        def create(pretrained: bool = False, **settings: Any) -> nn.Module:
+            model: nn.Module = build_model_with_cfg(
+                network, variant, pretrained, **features, **{**shape, **settings}
+            )
+            return model
+
+        create.__name__ = create.__qualname__ = variant
+        create.__module__ = network.__module__
+        return create
+
+    for variant, shape in variants.items():
+        vars(module)[variant] = register_model(entrypoint(variant, shape))

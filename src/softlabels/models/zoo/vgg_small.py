@@ -8,14 +8,12 @@ three, and a single linear layer for the three of Simonyan and Zisserman's (ICLR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from softlabels.models.zoo.small_network import SmallNetwork, build, cifar_cfg, normal_weights
+from softlabels.models.zoo.small_network import SmallNetwork, cifar_cfg, normal_weights, register
 
 __all__ = ["SmallVGG"]
 
@@ -58,20 +56,9 @@ def _group(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-_CFG = cifar_cfg(pool_size=(4, 4), first_conv="block0.0")
-
-default_cfgs = generate_default_cfgs({"vgg8_cifar": _CFG, "vgg13_cifar": _CFG})
-
-_build = partial(build, SmallVGG, num_stages=5)
-
-
-@register_model
-def vgg8_cifar(pretrained: bool = False, **settings: Any) -> SmallVGG:
-    """VGG-8: one convolution a group."""
-    return _build("vgg8_cifar", pretrained, settings, depth=1)
-
-
-@register_model
-def vgg13_cifar(pretrained: bool = False, **settings: Any) -> SmallVGG:
-    """VGG-13: two convolutions a group."""
-    return _build("vgg13_cifar", pretrained, settings, depth=2)
+register(
+    SmallVGG,
+    {"vgg8_cifar": {"depth": 1}, "vgg13_cifar": {"depth": 2}},
+    cifar_cfg(pool_size=(4, 4), first_conv="block0.0"),
+    num_stages=5,
+)
