@@ -17,7 +17,7 @@ from softlabels.data.sources.by_name import kind_of, settings_of
 from softlabels.data.transforms import ImageTransform, evaluation_transform
 from softlabels.distill.teacher import Teacher
 from softlabels.models import build_model
-from softlabels.models.build import FileRecord, read_record
+from softlabels.models.record import FileRecord, read_record
 from softlabels.training.build import build_source, try_out
 from softlabels.training.config import load_recipe, parse
 from softlabels.training.metrics import evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pickle
@@ -9,7 +10,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,14 +77,16 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
     """
     path = _existing_file(path)
     expected = model.state_dict(keep_vars=True)
-    given = _read_tensors(path)
-    given = _without_prefixes(given, expected)
+    given = _without_prefixes(_read_tensors(path), expected)
 
     # Of tensors that the model shares between names, a file may hold just one.
     given_ids = {id(expected[name]) for name in given if name in expected}
     missing = [n for n, value in expected.items() if n not in given and id(value) not in given_ids]
     # Counters come first in a file, and tell least.
-    unexpected = sorted((name for name in given if name not in expected), key=_is_counter)
+    unexpected = sorted(
+        (name for name in given if name not in expected),
+        key=lambda name: name.endswith("num_batches_tracked"),
+    )
     reshaped = [
         f"{name}: got {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
         for name, value in given.items()
@@ -92,13 +95,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
         and value.shape != expected[name].shape
     ]
 
-    differences = []
-    if missing:
-        differences.append(f"missing {_some(missing)}")
-    if unexpected:
-        differences.append(f"unexpected {_some(unexpected)}")
-    if reshaped:
-        differences.append(f"other shapes: {_some(reshaped)}")
+    found = {"missing ": missing, "unexpected ": unexpected, "other shapes: ": reshaped}
+    differences = [f"{what}{_some(names)}" for what, names in found.items() if names]
     described = f"{path} does not fit {type(model).__name__}: {'; '.join(differences)}"
     if reshaped or (strict and differences) or (expected and len(unexpected) == len(given)):
         raise ValueError(described)
@@ -147,57 +145,45 @@ def save_weights(
         file.write(save(tensors, metadata=dict(metadata) if metadata else None))
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the texts in the header of a `.safetensors` file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What `save_weights` got as `metadata`; empty if nothing.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file.
-    """
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A `.safetensors` file, whose tensors are not read before they are asked for."""
     from safetensors import SafetensorError, safe_open
 
     path = _existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the texts in the header of a `.safetensors` file: the `metadata` of `save_weights`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def count_stored(path: str | os.PathLike[str]) -> int:
     """Count the numbers that the tensors of a `.safetensors` file hold, without reading them.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = _existing_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    with _opened(path) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
 
 
 def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Find the tensors with a number that is NaN or infinite, with one wait for their device.
+    """Names of the tensors with a number that is NaN or infinite, with one wait for their device.
 
-    Args:
-        state: Tensors by name; anything else in it is left out.
-
-    Returns:
-        The names.
+    Anything in a state but tensors is left out.
     """
     tensors = {
         name: value
@@ -211,13 +197,7 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
 
 
 def read_plain(file: BinaryIO) -> object:
-    """Read a torch file that holds nothing but tensors and plain values.
-
-    Args:
-        file: The open file.
-
-    Returns:
-        Its content, with tensors on the CPU.
+    """Read an open torch file of nothing but tensors, which go to the CPU, and plain values.
 
     Raises:
         ValueError: It holds code or other objects, of which nothing is run, or it is damaged; the
@@ -277,23 +257,14 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == _SUFFIX:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors: dict[str, Tensor] = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        return tensors
-    return _state_dict_in(_read_torch_file(path), path)
-
-
-def _read_torch_file(path: Path) -> object:
+        with _opened(path) as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # no mapping
     try:
         with path.open("rb") as file:
-            return read_plain(file)
+            content = read_plain(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} {error}") from error
+    return _state_dict_in(content, path)
 
 
 def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
@@ -307,7 +278,7 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
     others = [
         key if isinstance(key, str) else f"a name of type {type(key).__name__}"
         for key, value in content.items()
-        if not _is_entry(key, value)
+        if not isinstance(key, str) or not (_is_plain(value) or key.endswith("_extra_state"))
     ]
     if others or not content:
         raise ValueError(
@@ -315,10 +286,6 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
             f"got entries that are no named tensors: {_some(others) or 'an empty dict'}"
         )
     return dict(content)
-
-
-def _is_entry(key: object, value: object) -> bool:
-    return isinstance(key, str) and (_is_plain(value) or key.endswith("_extra_state"))
 
 
 def _is_plain(value: object) -> bool:
@@ -344,10 +311,6 @@ def _check_numbers(given: Mapping[str, Any], expected: Mapping[str, Any], path: 
                 bad.append(name)
     if bad:
         raise ValueError(f"{path} holds numbers that are not finite, in {_some(bad)}")
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
 
 
 def _without_prefixes(given: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:

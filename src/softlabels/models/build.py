@@ -26,14 +26,7 @@ from softlabels.models.record import (
 )
 from softlabels.models.user_code import MODEL_NAMES, import_builder
 
-__all__ = [
-    "FileRecord",
-    "InputSpec",
-    "build_model",
-    "model_input",
-    "model_metadata",
-    "read_record",
-]
+__all__ = ["InputSpec", "build_model", "model_input", "model_metadata"]
 
 # Settings of timm's factory that name files to read, or say what to fetch.
 _NOT_OF_A_NETWORK = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -44,7 +37,6 @@ _UNBUILDABLE = (
     AttributeError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     ValueError,
 )
@@ -63,6 +55,17 @@ class InputSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `build_model` is asked for."""
+
+    num_classes: int | None
+    in_channels: int
+    image_size: tuple[int, int] | None
+    settings: dict[str, Any]
+    pretrained: bool
 
 
 def build_model(
@@ -107,17 +110,11 @@ def build_model(
             not fit what is asked for.
     """
     kind, target = _parse_name(name)
-    settings = dict(settings or {})
-    size = _pair(image_size)
-    if kind == "file":
-        return _build_from_file(target, num_classes, in_channels, size, settings)
-    if kind == "timm":
-        return _build_timm(target, num_classes, in_channels, size, settings, pretrained)
-    if kind == "torchvision":
-        return _build_torchvision(target, num_classes, in_channels, size, settings, pretrained)
-    return _build_by_function(
-        name, import_builder(kind, target), num_classes, in_channels, size, settings, pretrained
-    )
+    wanted = _Wanted(num_classes, in_channels, _pair(image_size), dict(settings or {}), pretrained)
+    builders = {"file": _build_from_file, "timm": _build_timm, "torchvision": _build_torchvision}
+    if kind in builders:
+        return builders[kind](target, wanted)
+    return _build_by_function(name, import_builder(kind, target), wanted)
 
 
 def model_input(model: str | nn.Module) -> InputSpec:
@@ -235,15 +232,20 @@ def _call(
     build: Callable[..., nn.Module],
     arguments: dict[str, Any],
     settings: dict[str, Any],
+    due_to_settings: tuple[type[Exception], ...] = (),
 ) -> nn.Module:
-    """Call `build` with both; a setting that it does not take is the user's error."""
+    """Call `build` with both; a setting that it does not take is the user's error.
+
+    So is, of code that is known to be right, any error that is due to its settings.
+    """
     clash = sorted(arguments.keys() & settings.keys())
     if clash:
         raise ValueError(
             f"settings of {name!r} must not hold {', '.join(clash)}: set by the caller"
         )
+    given = {**arguments, **settings}
     try:
-        return build(**arguments, **settings)
+        return build(**given)
     except TypeError as error:
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if refused and refused[1] in settings:
@@ -251,28 +253,11 @@ def _call(
                 f"model {name!r} does not take the setting {refused[1]!r} ({error})"
             ) from error
         raise
-
-
-def _call_library(
-    name: str,
-    build: Callable[..., nn.Module],
-    arguments: dict[str, Any],
-    settings: dict[str, Any],
-) -> nn.Module:
-    """As `_call`, for code that is known to be right: what it raises is due to the settings."""
-
-    def built(**given: Any) -> nn.Module:
-        try:
-            return build(**given)
-        except TypeError:
-            raise  # `_call` looks into it
-        except _UNBUILDABLE as error:
-            raise ValueError(
-                f"model {name!r} cannot be built with {given!r:.200}: "
-                f"{type(error).__name__}: {error!s:.300}"
-            ) from error
-
-    return _call(name, built, arguments, settings)
+    except due_to_settings as error:
+        raise ValueError(
+            f"model {name!r} cannot be built with {given!r:.200}: "
+            f"{type(error).__name__}: {error!s:.300}"
+        ) from error
 
 
 def _timm_cfg(name: str) -> dict[str, Any] | None:
@@ -298,29 +283,23 @@ def _timm_input(cfg: Mapping[str, Any] | None) -> InputSpec:
     return InputSpec(tuple(cfg["mean"]), tuple(cfg["std"]), (height, width))
 
 
-def _build_timm(
-    name: str,
-    num_classes: int | None,
-    in_channels: int,
-    image_size: tuple[int, int] | None,
-    settings: dict[str, Any],
-    pretrained: bool,
-) -> nn.Module:
+def _build_timm(name: str, wanted: _Wanted) -> nn.Module:
     cfg = _timm_cfg(name) or {}
-    if pretrained and not _has_weights(cfg):
+    if wanted.pretrained and not _has_weights(cfg):
         raise ValueError(f"timm has no weights for {name!r}; expected pretrained=False")
-    arguments: dict[str, Any] = {"in_chans": in_channels, "pretrained": pretrained}
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    if image_size is not None and cfg.get("fixed_input_size"):
-        arguments["img_size"] = image_size
-    named = sorted(_NOT_OF_A_NETWORK & settings.keys())
+    arguments: dict[str, Any] = {"in_chans": wanted.in_channels, "pretrained": wanted.pretrained}
+    if wanted.num_classes is not None:
+        arguments["num_classes"] = wanted.num_classes
+    if wanted.image_size is not None and cfg.get("fixed_input_size"):
+        arguments["img_size"] = wanted.image_size
+    named = sorted(_NOT_OF_A_NETWORK & wanted.settings.keys())
     if named:
         raise ValueError(
             f"the setting {named[0]!r} of {name!r} is not taken: weights come from a file of "
             "their own, given as weights, or with pretrained"
         )
-    return _call_library(f"timm:{name}", partial(timm.create_model, name), arguments, settings)
+    build = partial(timm.create_model, name)
+    return _call(f"timm:{name}", build, arguments, wanted.settings, _UNBUILDABLE)
 
 
 def _check_torchvision_name(name: str) -> None:
@@ -329,29 +308,22 @@ def _check_torchvision_name(name: str) -> None:
         raise _unknown("torchvision classifier", name, known)
 
 
-def _build_torchvision(
-    name: str,
-    num_classes: int | None,
-    in_channels: int,
-    image_size: tuple[int, int] | None,
-    settings: dict[str, Any],
-    pretrained: bool,
-) -> nn.Module:
+def _build_torchvision(name: str, wanted: _Wanted) -> nn.Module:
     _check_torchvision_name(name)
-    arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    family = name.partition("_")[0]
-    if image_size is not None and family == "vit":
-        if image_size[0] != image_size[1]:
-            raise ValueError(f"torchvision:{name} takes square images only, got {image_size}")
-        arguments["image_size"] = image_size[0]
-    elif image_size is not None and family == "maxvit":
-        arguments["input_size"] = image_size
+    arguments: dict[str, Any] = {"weights": "DEFAULT" if wanted.pretrained else None}
+    if wanted.num_classes is not None:
+        arguments["num_classes"] = wanted.num_classes
+    size, family = wanted.image_size, name.partition("_")[0]
+    if size is not None and family == "vit":
+        if size[0] != size[1]:
+            raise ValueError(f"torchvision:{name} takes square images only, got {size}")
+        arguments["image_size"] = size[0]
+    elif size is not None and family == "maxvit":
+        arguments["input_size"] = size
     build = partial(torchvision.models.get_model, name)
-    model = _call_library(f"torchvision:{name}", build, arguments, settings)
-    if in_channels != 3:
-        _adapt_first_convolution(model, name, in_channels)
+    model = _call(f"torchvision:{name}", build, arguments, wanted.settings, _UNBUILDABLE)
+    if wanted.in_channels != 3:
+        _adapt_first_convolution(model, name, wanted.in_channels)
     return model
 
 
@@ -369,23 +341,18 @@ def _adapt_first_convolution(model: nn.Module, name: str, in_channels: int) -> N
     )
 
 
-def _build_from_file(
-    path: str,
-    num_classes: int | None,
-    in_channels: int,
-    image_size: tuple[int, int] | None,
-    settings: dict[str, Any],
-) -> nn.Module:
+def _build_from_file(path: str, wanted: _Wanted) -> nn.Module:
     path = str(weights_file(path))
     record = read_record(path)
-    if num_classes not in (None, record.num_classes):
+    if wanted.num_classes not in (None, record.num_classes):
         raise ValueError(
-            f"the model in {path} has {record.num_classes} classes, got num_classes={num_classes}"
+            f"the model in {path} has {record.num_classes} classes, "
+            f"got num_classes={wanted.num_classes}"
         )
-    if in_channels != record.in_channels:
+    if wanted.in_channels != record.in_channels:
         raise ValueError(
             f"the model in {path} takes images of {record.in_channels} channels, "
-            f"got in_channels={in_channels}"
+            f"got in_channels={wanted.in_channels}"
         )
     if _parse_name(record.model)[0] not in ("timm", "torchvision"):
         # A file of weights is data: it must not choose which code to import and call.
@@ -398,33 +365,20 @@ def _build_from_file(
             record.model,
             num_classes=record.num_classes,
             in_channels=record.in_channels,
-            image_size=image_size or record.image_size,
-            settings=record.settings | settings,
+            image_size=wanted.image_size or record.image_size,
+            settings=record.settings | wanted.settings,
         )
     load_weights(model, path)
     return model
 
 
-def _build_by_function(
-    name: str,
-    function: Callable[..., nn.Module],
-    num_classes: int | None,
-    in_channels: int,
-    image_size: tuple[int, int] | None,
-    settings: dict[str, Any],
-    pretrained: bool,
-) -> nn.Module:
+def _build_by_function(name: str, function: Callable[..., nn.Module], wanted: _Wanted) -> nn.Module:
     taken = inspect.signature(function).parameters
-    if pretrained and "pretrained" not in taken:
+    if wanted.pretrained and "pretrained" not in taken:
         raise ValueError(f"{name!r} has no argument 'pretrained'; expected pretrained=False")
-    offered = {
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "pretrained": pretrained,
-    }
+    offered = {key: value for key, value in vars(wanted).items() if key != "settings"}
     arguments = {key: value for key, value in offered.items() if key in taken and value is not None}
-    model = _call(name, function, arguments, settings)
+    model = _call(name, function, arguments, wanted.settings)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name!r} must return an nn.Module, got {type(model).__name__}")
     return model

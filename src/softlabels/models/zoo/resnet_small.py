@@ -89,7 +89,7 @@ def _block(in_width: int, width: int, stride: int) -> nn.Module:
     return block
 
 
-_WIDE = {"stem_width": 32, "stage_widths": (64, 128, 256)}
+_WIDE: dict[str, Any] = {"stem_width": 32, "stage_widths": (64, 128, 256)}
 _CIFAR = {
     **{f"resnet{depth}": {"depth": depth} for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8x4": {"depth": 8, **_WIDE},

@@ -213,7 +213,7 @@ def register(
     vars(module).setdefault("default_cfgs", {}).update(cfgs)
     # Hooks find a stage at any depth.
     stages = {"feature_cls": "hook", "out_indices": tuple(range(num_stages or 0))}
-    features = {} if num_stages is None else {"feature_cfg": stages}
+    features: dict[str, Any] = {} if num_stages is None else {"feature_cfg": stages}
 
     def entrypoint(variant: str, shape: Mapping[str, Any]) -> Callable[..., nn.Module]:
         def create(pretrained: bool = False, **settings: Any) -> nn.Module:
