@@ -15,7 +15,7 @@ from softlabels.experiments.comparison_record import ComparisonRecord
 from softlabels.experiments.launcher import launch_runs
 from softlabels.experiments.tables import cells, csv_text, markdown, notes, results_of
 from softlabels.io.console import say, show_table
-from softlabels.io.files import replace_file
+from softlabels.io.files import write_text
 from softlabels.report import Variant, write_comparison
 from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.config import Config, ConfigError, parse
@@ -75,8 +75,7 @@ def compare(
     comparison = _checked(comparison, folder)
     variants, plan = planned(comparison, folder)
     output.mkdir(parents=True, exist_ok=True)
-    with replace_file(output / "comparison.yaml") as file:
-        file.write(comparison.dump().encode())
+    write_text(output / "comparison.yaml", comparison.dump())
     launch_runs(*plan.rounds, jobs=jobs, threads=threads, console=console)
     for variant in variants:
         for run in variant.runs:
@@ -139,13 +138,8 @@ def _title(variants: Sequence[PlannedVariant]) -> str:
 
 def _write(results: ComparisonRecord, variants: Sequence[PlannedVariant], output: Path) -> None:
     results.write(output / "comparison.json")
-    texts = {
-        "comparison.csv": csv_text(results),
-        "comparison.md": markdown(results),
-    }
-    for name, text in texts.items():
-        with replace_file(output / name) as file:
-            file.write(text.encode())
+    write_text(output / "comparison.csv", csv_text(results))
+    write_text(output / "comparison.md", markdown(results))
     write_comparison(
         [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
         output / "report.html",

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from softlabels.io.console import say
-from softlabels.io.files import replace_file
+from softlabels.io.files import write_text
 from softlabels.training.config import Config, dump
 from softlabels.training.errors import RunError
 from softlabels.training.run_folder import RunFolder, fixed_settings
@@ -93,8 +93,7 @@ class RunPlan:
             config = config.model_copy(update={"seed": seed, "output": str(folder)})
             file = folder.with_suffix(".yaml")
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(file) as handle:
-                handle.write(dump(config).encode())
+            write_text(file, dump(config))
             self._runs[folder] = PlannedRun(name, config, (str(file),))
             before = -1 if taught_by is None else self._rounds[taught_by.folder.path]
             self._rounds[folder] = before + 1

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
-import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import computed_field
 from rich.console import Console
 
 from softlabels.experiments.launcher import PlannedRun, RunPlan, launch_runs
 from softlabels.experiments.smoke import shrunk
+from softlabels.experiments.statistics import Spread, spread
+from softlabels.experiments.text_tables import markdown_table
 from softlabels.io.console import say, show_table
-from softlabels.io.files import replace_file, write_json
+from softlabels.io.files import write_json, write_text
+from softlabels.io.records import Record
 from softlabels.training.config import (
     Config,
     ConfigError,
@@ -34,8 +36,7 @@ _SHARED = "shared"  # the folder of what recipes have in common, which is no tab
 _PARTS = re.compile(r"\d+|\D+").findall  # table2 comes before table10
 
 
-@dataclass(frozen=True)
-class Reproduced:
+class Reproduced(Record):
     """A row of a table: what was published, and what came out here.
 
     Attributes:
@@ -54,12 +55,11 @@ class Reproduced:
     published_gain: float | None
     assumed: dict[str, str]
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy takes properties for undecorated
     @property
     def difference(self) -> float | None:
         """Our mean top-1 minus the published one, points."""
-        if self.paper.top1 is None:
-            return None
-        return statistics.fmean(self.top1) - self.paper.top1
+        return None if self.paper.top1 is None else spread(self.top1).mean - self.paper.top1
 
 
 def tables() -> list[str]:
@@ -208,9 +208,10 @@ def reproduce(
     """
     names = _chosen(table, rows)
     table_rows = _Rows(output, changes, smoke=smoke, processes=processes)
+    baselines = filter(None, (_paper(name).baseline for name in names))
     planned = {
         name: [table_rows.add(name, seed) for seed in range(seeds)]
-        for name in _with_baselines(names)
+        for name in dict.fromkeys([*names, *baselines])
     }
     for recipe in planned:
         for key, reason in table_rows.config(recipe).assumed.items():
@@ -220,10 +221,22 @@ def reproduce(
     )
     results = _results(names, planned, table_rows)
     first = planned[names[0]][0].folder
-    environment = Environment.read(first.environment).dump()
-    note = _note(results, changes, smoke)
-    _write(table, results, changes, smoke, environment, note, output)
-    cells = [_cells(row) for row in results]
+    content = {
+        "table": table,
+        "smoke": smoke,
+        "changed_settings": changes,
+        "environment": Environment.read(first.environment).dump(),
+        "rows": [row.model_dump() for row in results],
+    }
+    write_json(output / f"{table}.json", content)
+    cells, note = [_cells(row) for row in results], _note(results, changes, smoke)
+    lines = [f"# {table}", "", note, "", *markdown_table(_HEADINGS, cells)]
+    lines += [
+        f"\n`{row.recipe}` assumes {key}: {reason}"
+        for row in results
+        for key, reason in row.assumed.items()
+    ]
+    write_text(output / f"{table}.md", "\n".join(lines) + "\n")
     show_table(console, _HEADINGS, cells, title=table, caption=note)
     return results
 
@@ -241,15 +254,6 @@ def _chosen(table: str, rows: Sequence[str]) -> list[str]:
                 f"{', '.join(leaves)}"
             )
     return chosen
-
-
-def _with_baselines(names: Sequence[str]) -> list[str]:
-    found = dict.fromkeys(names)
-    for name in names:
-        baseline = _paper(name).baseline
-        if baseline is not None:
-            found[baseline] = None
-    return [*found]
 
 
 def _paper(recipe: str) -> PaperSettings:
@@ -272,7 +276,16 @@ def _results(
             baseline = _paper(paper.baseline).top1
             if paper.top1 is not None and baseline is not None:
                 published = paper.top1 - baseline
-        results.append(Reproduced(name, paper, top1, gains, published, rows.config(name).assumed))
+        results.append(
+            Reproduced(
+                recipe=name,
+                paper=paper,
+                top1=top1,
+                gains=gains,
+                published_gain=published,
+                assumed=rows.config(name).assumed,
+            )
+        )
     return results
 
 
@@ -281,26 +294,16 @@ def _top1(run: PlannedRun, paper: PaperSettings) -> float:
     return (summary.best if paper.reported == "best" else summary.final)["top1"]
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation, as `70.1 +- 0.2`."""
-    if not values:
-        return ""
-    mean = format(statistics.fmean(values), f"{sign}.2f")
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
 def _cells(row: Reproduced) -> tuple[str, ...]:
     paper, difference = row.paper, row.difference
-    published = "" if paper.top1 is None else f"{paper.top1:.2f}"
-    if paper.top1_std is not None:
-        published += f" ± {paper.top1_std:.2f}"
+    published = "" if paper.top1 is None else f"{Spread(paper.top1, paper.top1_std):.2f}"
     return (
         row.recipe,
         published,
-        _spread(row.top1),
+        f"{spread(row.top1):.2f}",
         "" if difference is None else f"{difference:+.2f}",
         "" if row.published_gain is None else f"{row.published_gain:+.2f}",
-        _spread(row.gains, "+"),
+        f"{spread(row.gains):+.2f}" if row.gains else "",
         paper.reported,
     )
 
@@ -319,49 +322,9 @@ _HEADINGS = (
 def _note(results: Sequence[Reproduced], changes: Mapping[str, Any], smoke: bool) -> str:
     seeds = len(results[0].top1)
     count = "One seed: no spread." if seeds == 1 else f"Mean ± standard deviation of {seeds} seeds."
-    changed = ", ".join(f"{key}={_shown_value(value)}" for key, value in flattened(changes).items())
+    changed = ", ".join(
+        f"{key}={'null' if value is None else value}" for key, value in flattened(changes).items()
+    )
     notes = ["Smoke runs: these figures mean nothing."] if smoke else []
     notes += [count, *([f"Changed from the recipes: {changed}."] if changed else [])]
     return " ".join(notes)
-
-
-def _shown_value(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
-def _write(
-    table: str,
-    results: Sequence[Reproduced],
-    changes: Mapping[str, Any],
-    smoke: bool,
-    environment: Mapping[str, Any],
-    note: str,
-    output: Path,
-) -> None:
-    content = {
-        "table": table,
-        "smoke": smoke,
-        "changed_settings": changes,
-        "environment": environment,
-        "rows": [
-            {**asdict(row), "paper": row.paper.model_dump(), "difference": row.difference}
-            for row in results
-        ],
-    }
-    lines = [
-        f"# {table}",
-        "",
-        note,
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "| --- |" + " ---: |" * (len(_HEADINGS) - 1),
-        *("| " + " | ".join(_cells(row)) + " |" for row in results),
-    ]
-    lines += [
-        f"\n`{row.recipe}` assumes {key}: {reason}"
-        for row in results
-        for key, reason in row.assumed.items()
-    ]
-    write_json(output / f"{table}.json", content)
-    with replace_file(output / f"{table}.md") as file:
-        file.write(("\n".join(lines) + "\n").encode())

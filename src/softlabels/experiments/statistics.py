@@ -36,6 +36,12 @@ class Spread:
     mean: float
     deviation: float | None
 
+    def __format__(self, spec: str) -> str:
+        """Both, such as `70.10 ± 0.20` for `.2f`; a plus in front is for the mean."""
+        if self.deviation is None:
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {self.deviation:{spec.lstrip('+')}}"
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -95,11 +101,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
         raise ValueError("a value is not finite, so its difference says nothing")
     differences = np.subtract(ours, theirs)
     of_all = spread(differences.tolist())
-    if of_all.deviation is None:
-        return Paired(
-            tuple(differences.tolist()), of_all.mean, None, None, None, None, "no difference shown"
-        )
-    bootstrap, t = _bootstrap(differences), _student(differences)
+    several = len(differences) > 1
+    bootstrap, t = (_bootstrap(differences), _student(differences)) if several else (None, None)
     p_value = _sign_flips(differences) if len(differences) >= LEAST_SEEDS else None
     return Paired(
         tuple(differences.tolist()),
@@ -108,7 +111,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
         bootstrap,
         t,
         p_value,
-        _verdict(len(differences), bootstrap, t, p_value),
+        _verdict(len(differences), bootstrap, t, p_value=p_value),
     )
 
 
@@ -145,13 +148,11 @@ def _sign_flips(differences: np.ndarray) -> float:
     return float(result.pvalue)
 
 
-def _verdict(
-    count: int, bootstrap: tuple[float, float], t: tuple[float, float], p_value: float | None
-) -> Verdict:
-    if count < _LEAST_FOR_VERDICT or (p_value is not None and p_value >= 1 - _LEVEL):
-        return "no difference shown"
-    if bootstrap[0] > 0 and t[0] > 0:
-        return "higher"
-    if bootstrap[1] < 0 and t[1] < 0:
-        return "lower"
+def _verdict(count: int, *intervals: tuple[float, float] | None, p_value: float | None) -> Verdict:
+    told = [ends for ends in intervals if ends is not None]
+    if count >= _LEAST_FOR_VERDICT and (p_value is None or p_value < 1 - _LEVEL):
+        if all(low > 0 for low, _ in told):
+            return "higher"
+        if all(high < 0 for _, high in told):
+            return "lower"
     return "no difference shown"

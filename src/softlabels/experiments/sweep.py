@@ -30,8 +30,9 @@ from softlabels.experiments.search_space import (
     with_values,
 )
 from softlabels.experiments.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
-from softlabels.experiments.sweep_results import write_record, write_results
+from softlabels.experiments.sweep_results import write_results
 from softlabels.io.console import say
+from softlabels.io.files import write_text
 from softlabels.training.build import build_source
 from softlabels.training.config import Config, resolve
 from softlabels.training.errors import RunError
@@ -149,7 +150,7 @@ def run_sweep(
             count = min(jobs - len(record.trials) % jobs, left)
             sweep.extend(count, jobs=jobs, threads=threads, console=console)
             record = sweep.record
-    write_record(record, output)
+    write_text(output / "sweep.json", record.model_dump_json(indent=1) + "\n")
     ranked = record.ranked
     if not ranked:
         raise RunError(

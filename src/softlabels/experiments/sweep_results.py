@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 from collections.abc import Sequence
@@ -11,22 +9,16 @@ from pathlib import Path
 
 import yaml
 
+from softlabels.analysis.scores import SCORES
 from softlabels.experiments.search_space import nested
 from softlabels.experiments.sweep_record import MEASURED, SweepRecord, Trial, shown
-from softlabels.io.files import replace_file
+from softlabels.experiments.text_tables import csv_table, markdown_table
+from softlabels.io.files import write_text
 from softlabels.training.config import Config, dump
 
-__all__ = ["flags", "rank_of", "write_record", "write_results"]
+__all__ = ["flags", "rank_of", "write_results"]
 
-_UNITS = {"top1": "top-1 %", "nll": "NLL nats", "ece": "ECE %"}
-_DECIMALS = {"top1": 2, "nll": 4, "ece": 2}
-_IN_WORDS = {"top1": "highest top-1", "nll": "lowest NLL"}
-
-
-def write_record(record: SweepRecord, output: Path) -> None:
-    """Write sweep.json."""
-    with replace_file(output / "sweep.json") as file:
-        file.write((record.model_dump_json(indent=1) + "\n").encode())
+_SUPERLATIVES = {"higher": "highest", "lower": "lowest"}
 
 
 def write_results(record: SweepRecord, best: Config, output: Path) -> None:
@@ -37,14 +29,9 @@ def write_results(record: SweepRecord, best: Config, output: Path) -> None:
         best: The settings to train with.
         output: Folder of the sweep.
     """
-    texts = {
-        "sweep.csv": _table_of_values(record),
-        "sweep.md": _page(record, output),
-        "best.yaml": _recipe(record, best, output),
-    }
-    for name, text in texts.items():
-        with replace_file(output / name) as file:
-            file.write(text.encode())
+    write_text(output / "sweep.csv", _table_of_values(record))
+    write_text(output / "sweep.md", _page(record, output))
+    write_text(output / "best.yaml", _recipe(record, best, output))
 
 
 def flags(trial: Trial) -> str:
@@ -62,22 +49,18 @@ def rank_of(record: SweepRecord, number: int) -> int | None:
 
 
 def _table_of_values(record: SweepRecord) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("trial", "rank", *record.space, *MEASURED, "seeds", "seconds"))
-    for trial in record.trials:
-        measured = (trial.mean(name) for name in MEASURED)
-        writer.writerow(
-            (
-                trial.number,
-                rank_of(record, trial.number),
-                *trial.values.values(),
-                *measured,
-                len(record.seeds),
-                sum(trial.seconds) if trial.metrics else None,
-            )
+    rows = (
+        (
+            trial.number,
+            rank_of(record, trial.number),
+            *trial.values.values(),
+            *map(trial.mean, MEASURED),
+            len(record.seeds),
+            sum(trial.seconds) if trial.metrics else None,
         )
-    return text.getvalue()
+        for trial in record.trials
+    )
+    return csv_table(("trial", "rank", *record.space, *MEASURED, "seeds", "seconds"), rows)
 
 
 def _page(record: SweepRecord, output: Path) -> str:
@@ -91,14 +74,15 @@ def _page(record: SweepRecord, output: Path) -> str:
         f"{record.seconds:.0f} s of training. {record.train_images:,} images to train on, "
         f"{record.validation_images:,} validation images, held out of the training set; the test "
         f"set was not read. Metrics are of the validation images after the last epoch, means over "
-        f"the seeds; the {_IN_WORDS[record.metric]} decides.",
+        f"the seeds; the {_what_decides(record)} decides.",
         "",
-        "| setting | searched | as given | best |",
-        "| --- | --- | ---: | ---: |",
-        *(
-            f"| {key} | {values} | {shown(record.trials[0].values[key])} | "
-            f"{shown(best.values[key])} |"
-            for key, values in record.space.items()
+        *markdown_table(
+            ("setting", "searched", "as given", "best"),
+            (
+                (key, values, *(shown(trial.values[key]) for trial in (record.trials[0], best)))
+                for key, values in record.space.items()
+            ),
+            names=2,
         ),
         "",
         "## Recommended",
@@ -126,11 +110,11 @@ def _page(record: SweepRecord, output: Path) -> str:
 
 def _gain(record: SweepRecord) -> str:
     """How the best trial compares with the settings as given."""
-    best, given, metric = record.ranked[0], record.trials[0], record.metric
+    best, given = record.ranked[0], record.trials[0]
     if best.number == given.number:
         return "Trial 0, the settings as given: the search found nothing better."
-    rank = rank_of(record, given.number)
-    reached = f"Trial {best.number}, {_UNITS[metric]} {_number(best, metric)}."
+    rank, metric = rank_of(record, given.number), record.metric
+    reached = f"Trial {best.number}, {SCORES[metric].column} {_number(best, metric)}."
     if rank is None:
         return f"{reached} With the settings as given, trial 0, the loss was not finite."
     return (
@@ -156,37 +140,29 @@ def _caveat(record: SweepRecord) -> Sequence[str]:
 
 
 def _ranking(record: SweepRecord) -> Sequence[str]:
-    headings = ("rank", "trial", *(_UNITS[name] for name in MEASURED), *record.space, "seconds")
+    measured = [SCORES[name].column for name in MEASURED]
     failed = [trial for trial in record.trials if not trial.metrics]
     rows = [
         (
-            str(rank),
+            str(rank_of(record, trial.number) or ""),
             f"{trial.number} (as given)" if trial.number == 0 else str(trial.number),
             *(_number(trial, name) for name in MEASURED),
             *map(shown, trial.values.values()),
-            f"{sum(trial.seconds):.0f}",
+            f"{sum(trial.seconds):.0f}" if trial.metrics else "",
         )
-        for rank, trial in enumerate(record.ranked, 1)
+        for trial in (*record.ranked, *failed)
     ]
-    rows += [
-        (
-            "",
-            str(trial.number),
-            *["not finite"] * len(MEASURED),
-            *map(shown, trial.values.values()),
-            "",
-        )
-        for trial in failed
-    ]
-    return (
-        "| " + " | ".join(headings) + " |",
-        "|" + " ---: |" * len(headings),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    )
+    return markdown_table(("rank", "trial", *measured, *record.space, "seconds"), rows, names=0)
+
+
+def _what_decides(record: SweepRecord) -> str:
+    score = SCORES[record.metric]
+    return f"{_SUPERLATIVES[score.better]} {score.heading}"
 
 
 def _number(trial: Trial, name: str) -> str:
-    return f"{trial.mean(name):.{_DECIMALS[name]}f}"
+    value = trial.mean(name)
+    return "not finite" if value is None else f"{value:.{SCORES[name].digits}f}"
 
 
 def _recipe(record: SweepRecord, best: Config, output: Path) -> str:
@@ -198,7 +174,7 @@ def _recipe(record: SweepRecord, best: Config, output: Path) -> str:
     left_out = ", ".join(f"data.{name} {shown(value)}" for name, value in held_back.items())
     return (
         f"# The best of {len(record.trials)} trials for {record.label} on {record.data}, by the "
-        f"{_IN_WORDS[record.metric]} on\n# validation images. Left out, so that it trains on the "
+        f"{_what_decides(record)} on\n# validation images. Left out, so that it trains on the "
         f"whole training set: {left_out}.\n"
         f"#   softlabels train {output / 'best.yaml'}\n{dump(best)}"
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from softlabels.analysis.scores import SCORES, Score
 from softlabels.experiments.comparison import PlannedVariant
 from softlabels.experiments.comparison_record import (
     ComparisonRecord,
@@ -19,16 +17,11 @@ from softlabels.experiments.comparison_record import (
     VariantRecord,
 )
 from softlabels.experiments.statistics import LEAST_SEEDS, Spread, Verdict, paired, spread
-from softlabels.io.records import read_lines
+from softlabels.experiments.text_tables import csv_table, markdown_table
 from softlabels.training.recipes import flattened
-from softlabels.training.run_folder import RunFolder, fixed_settings
-from softlabels.training.schemas import (
-    Analysis,
-    Environment,
-    Metrics,
-    NamedScore,
-    Summary,
-)
+from softlabels.training.run_folder import fixed_settings
+from softlabels.training.run_records import RunRecord, read_run
+from softlabels.training.schemas import Environment, NamedScore
 
 __all__ = ["cells", "csv_text", "markdown", "notes", "results_of"]
 
@@ -37,34 +30,22 @@ _IN_WORDS: Mapping[Verdict, tuple[str, str]] = {
     "lower": ("worse", "better"),
     "no difference shown": ("no difference shown", "no difference shown"),
 }
-
-
-@dataclass(frozen=True)
-class _Score:
-    """A figure of a run, and how it is shown."""
-
-    key: str
-    heading: str
-    digits: int
-    is_compared: bool = False
-    higher_is_better: bool = True
-
-
+_COMPARED = ("top1", "group_top1", "nll", "ece")
 _SCORES = (
-    _Score("top1", "top-1 %", 2, is_compared=True),
-    _Score("best_top1", "best epoch's top-1 %", 2),
-    _Score("group_top1", "group top-1 %", 2, is_compared=True),
-    _Score("nll", "NLL nats", 3, is_compared=True, higher_is_better=False),
-    _Score("ece", "ECE %", 2, is_compared=True, higher_is_better=False),
-    _Score("fitted_ece", "ECE % after temperature", 2),
-    _Score("temperature", "temperature", 2),
-    _Score("teacher_agreement", "agreement with the teacher %", 1),
-    _Score("zipf_r2", "R² of Zipf's law", 3),
-    _Score("seconds_per_epoch", "seconds an epoch", 1),
-    _Score("peak_memory", "peak memory MB", 0),
+    SCORES["top1"],
+    Score("best_top1", "best epoch's top-1", "%", "higher", 2),
+    SCORES["group_top1"],
+    SCORES["nll"],
+    SCORES["ece"],
+    Score("fitted_ece", "ECE % after temperature", "", "lower", 2),
+    Score("temperature", "temperature", "", "", 2),
+    Score("teacher_agreement", "agreement with the teacher", "%", "", 1),
+    Score("zipf_r2", "R² of Zipf's law", "", "", 3),
+    Score("seconds_per_epoch", "seconds an epoch", "", "lower", 1),
+    Score("peak_memory", "peak memory", "MB", "lower", 0),
 )
+_MOST_DIGITS = 3
 _BRIEF = ("", "top-1 %", "95 % interval (t)", "in words")
-_BY_KEY = {score.key: score for score in _SCORES}
 _CURVES = ("top1", "nll", "ece", "zipf_r2")
 
 
@@ -79,12 +60,11 @@ def results_of(
         title: Heading of the report.
         command: That repeats the comparison.
     """
+    records = {v.name: [read_run(run.folder.path) for run in v.runs] for v in variants}
     agreements = _agreements(variants)
     figures = {
-        variant.name: tuple(
-            _figures(run.folder, folder, agreements.get(run.folder.path)) for run in variant.runs
-        )
-        for variant in variants
+        name: tuple(_figures(run, folder, agreements.get(run.folder)) for run in runs)
+        for name, runs in records.items()
     }
     baseline = variants[0]
     environment = Environment.read(baseline.runs[0].folder.environment).model_dump(
@@ -97,7 +77,7 @@ def results_of(
         seeds=tuple(run.config.seed for run in baseline.runs),
         environment=Environment(**environment),
         commits=tuple(sorted({str(run.commit) for runs in figures.values() for run in runs})),
-        teachers=_teachers(variants),
+        teachers=_teachers([run for runs in records.values() for run in runs]),
         variants=tuple(
             VariantRecord(
                 name=variant.name,
@@ -113,50 +93,43 @@ def results_of(
     )
 
 
-def _figures(folder: RunFolder, runs: Path, agreement: float | None) -> RunFigures:
+def _figures(run: RunRecord, runs: Path, agreement: float | None) -> RunFigures:
     """The figures of one run.
 
     Args:
-        folder: The run's.
+        run: The run.
         runs: Folder of all runs.
         agreement: With the teacher of the comparison, where the run had none of its own.
     """
-    summary, analysis = Summary.read(folder.summary), Analysis.read(folder.analysis)
-    final, best, fitted = summary.final, summary.best, analysis.temperature
-    if agreement is None and analysis.teacher is not None:
-        agreement = analysis.teacher.agreement
-    keys = ("top1", "group_top1", "nll", "ece")
-    shown: dict[str, float] = {key: final[key] for key in keys if key in final}
-    lines = [line.scalars for line in read_lines(folder.metrics, Metrics)]
-    evaluated = [scalars for scalars in lines if "eval/top1" in scalars]
+    summary, analysis = run.summary, run.analysis
+    fitted, taught = analysis and analysis.temperature, analysis and analysis.teacher
+    final, best = summary.final, summary.best
+    curves = {name: run.curves.get(f"eval/{name}") for name in _CURVES}
     figures: dict[str, Any] = {
         "seed": summary.seed,
-        "folder": str(folder.path.relative_to(runs)),
-        "commit": Environment.read(folder.environment).commit,
-        **shown,
+        "folder": str(run.folder.relative_to(runs)),
+        "commit": run.environment and run.environment.commit,
+        **{key: final[key] for key in _COMPARED if key in final},
         "best_top1": best["top1"],
         "best_epoch": best["epoch"],
-        "fitted_ece": None if fitted is None else fitted.ece,
-        "fitted_nll": None if fitted is None else fitted.nll,
-        "temperature": None if fitted is None else fitted.value,
+        "fitted_ece": fitted and fitted.ece,
+        "fitted_nll": fitted and fitted.nll,
+        "temperature": fitted and fitted.value,
         "zipf_r2": final.get("zipf_r2"),
         "zipf_exponent": final.get("zipf_exponent"),
-        "teacher_agreement": agreement,
+        "teacher_agreement": taught.agreement if agreement is None and taught else agreement,
         "seconds_per_epoch": summary.seconds_per_epoch,
         "peak_memory": None if summary.peak_memory is None else summary.peak_memory / 1e6,
-        "curve": {
-            name: [scalars[f"eval/{name}"] for scalars in evaluated]
-            for name in _CURVES
-            if all(f"eval/{name}" in scalars for scalars in evaluated)
-        },
+        "curve": {name: curve.y.tolist() for name, curve in curves.items() if curve is not None},
     }
     return RunFigures.model_validate(figures)
 
 
-def _teachers(variants: Sequence[PlannedVariant]) -> tuple[NamedScore, ...]:
-    analyses = [Analysis.read(run.folder.analysis) for v in variants for run in v.runs]
-    found = [NamedScore(name=a.teacher.name, top1=a.teacher.top1) for a in analyses if a.teacher]
-    return tuple(score for number, score in enumerate(found) if score not in found[:number])
+def _teachers(runs: Sequence[RunRecord]) -> tuple[NamedScore, ...]:
+    """Those of all runs, each once."""
+    analyses = [run.analysis for run in runs if run.analysis is not None]
+    found = dict.fromkeys((a.teacher.name, a.teacher.top1) for a in analyses if a.teacher)
+    return tuple(NamedScore(name=name, top1=top1) for name, top1 in found)
 
 
 def _agreements(variants: Sequence[PlannedVariant]) -> dict[Path, float]:
@@ -183,14 +156,10 @@ def _differing(variant: PlannedVariant, baseline: PlannedVariant) -> dict[str, A
     return {key: ours[key] for key in ours if key not in theirs or ours[key] != theirs[key]}
 
 
-def _values(runs: Sequence[RunFigures], key: str) -> list[float] | None:
-    """A figure of all runs; None if some have none."""
+def _values(runs: Sequence[RunFigures], key: str) -> list[float]:
+    """A figure of all runs; none where some have none."""
     values = [getattr(run, key) for run in runs]
-    return (
-        None
-        if any(value is None for value in values)
-        else [float(v) for v in values if v is not None]
-    )
+    return [] if None in values else [float(value) for value in values]
 
 
 def _scores(runs: Sequence[RunFigures]) -> dict[str, Spread]:
@@ -200,12 +169,12 @@ def _scores(runs: Sequence[RunFigures]) -> dict[str, Spread]:
 
 def _against(ours: Sequence[RunFigures], theirs: Sequence[RunFigures]) -> dict[str, Difference]:
     found: dict[str, Difference] = {}
-    for score in _SCORES:
-        pair = [_values(runs, score.key) for runs in (ours, theirs)]
-        if score.is_compared and pair[0] and pair[1]:
-            result = paired(pair[0], pair[1])
-            in_words = _IN_WORDS[result.verdict][0 if score.higher_is_better else 1]
-            found[score.key] = Difference(**vars(result), in_words=in_words)
+    for key in _COMPARED:
+        pair = [_values(runs, key) for runs in (ours, theirs)]
+        if all(pair):
+            result = paired(*pair)
+            in_words = _IN_WORDS[result.verdict][SCORES[key].better == "lower"]
+            found[key] = Difference(**vars(result), in_words=in_words)
     return found
 
 
@@ -225,42 +194,30 @@ def cells(results: ComparisonRecord, *, brief: bool = False) -> list[dict[str, s
 
 
 def _row(
-    variant: VariantRecord, results: ComparisonRecord, shown: Sequence[_Score]
+    variant: VariantRecord, results: ComparisonRecord, shown: Sequence[Score]
 ) -> dict[str, str]:
     row = {"": variant.name}
     for score in shown:
         found = variant.scores.get(score.key)
-        row[score.heading] = "" if found is None else _with_spread(found, score.digits)
+        digits = min(score.digits, _MOST_DIGITS)
+        row[score.column] = "" if found is None else f"{found:.{digits}f}"
         if score.key == "top1":
-            row.update(_differences(variant, results))
+            row |= _differences(variant.against_baseline.get("top1"), results)
     return row
 
 
-def _with_spread(found: Spread, digits: int) -> str:
-    text = f"{found.mean:.{digits}f}"
-    return text if found.deviation is None else f"{text} ± {found.deviation:.{digits}f}"
-
-
-def _differences(variant: VariantRecord, results: ComparisonRecord) -> dict[str, str]:
-    """The columns about top-1 against the baseline."""
-    found = variant.against_baseline.get("top1")
-    row = {f"difference to {results.baseline}": "baseline" if found is None else ""}
+def _differences(found: Difference | None, results: ComparisonRecord) -> dict[str, str]:
+    """The columns about top-1 against the baseline, of the baseline itself too."""
     several = len(results.seeds) > 1
+    row = {f"difference to {results.baseline}": f"{found.mean:+.2f}" if found else "baseline"}
     if several:
-        row["95 % interval (t)"] = row["95 % interval (bootstrap)"] = ""
+        row["95 % interval (t)"] = _interval(found.t if found else None)
+        row["95 % interval (bootstrap)"] = _interval(found.bootstrap if found else None)
     if len(results.seeds) >= LEAST_SEEDS:
-        row["p (exact)"] = ""
+        p_value = found.p_value if found else None
+        row["p (exact)"] = "" if p_value is None else f"{p_value:.3f}"
     if several:
-        row["in words"] = ""
-    if found is None:
-        return row
-    row[f"difference to {results.baseline}"] = f"{found.mean:+.2f}"
-    if several:
-        row["95 % interval (t)"] = _interval(found.t)
-        row["95 % interval (bootstrap)"] = _interval(found.bootstrap)
-        row["in words"] = found.in_words
-    if found.p_value is not None:
-        row["p (exact)"] = f"{found.p_value:.3f}"
+        row["in words"] = found.in_words if found else ""
     return row
 
 
@@ -269,11 +226,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 
 def notes(results: ComparisonRecord) -> list[str]:
-    """Sentences that say what the figures can show.
-
-    Args:
-        results: As `results_of` gives them.
-    """
+    """Sentences that say what the figures can show."""
     count = len(results.seeds)
     teachers = ", ".join(f"{t.name} {t.top1:.2f} %" for t in results.teachers)
     taught = [f"Top-1 of what taught: {teachers}."] if teachers else []
@@ -296,7 +249,7 @@ def notes(results: ComparisonRecord) -> list[str]:
         )
     if any("fitted_ece" in variant.scores for variant in results.variants):
         found.append(
-            f"{_BY_KEY['fitted_ece'].heading}: fitted on one half of the test images and measured "
+            "ECE % after temperature: fitted on one half of the test images and measured "
             "on the other, both ways."
         )
     found += taught
@@ -306,54 +259,33 @@ def notes(results: ComparisonRecord) -> list[str]:
 
 
 def markdown(results: ComparisonRecord) -> str:
-    """The table, with its notes.
-
-    Args:
-        results: As `results_of` gives them.
-    """
+    """The table, with its notes."""
     rows = cells(results)
-    headings = [*rows[0]]
+    environment = results.environment
+    device = environment.accelerator or environment.device
     lines = [
         f"# {results.title}",
         "",
         f"`{results.command}`",
         "",
-        f"| {' | '.join(headings)} |",
-        f"| --- |{' ---: |' * (len(headings) - 1)}",
-        *(f"| {' | '.join(map(_escaped, row.values()))} |" for row in rows),
+        *markdown_table([*rows[0]], [row.values() for row in rows]),
         "",
         *(f"- {note}" for note in notes(results)),
         "",
-        _where(results.environment),
+        f"{environment.processor}, {environment.cores} cores, {environment.threads} "
+        f"thread(s) a run, device {device}, torch {environment.torch}, commit "
+        f"{environment.commit}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _where(environment: Environment) -> str:
-    device = environment.accelerator or environment.device
-    return (
-        f"{environment.processor}, {environment.cores} cores, {environment.threads} "
-        f"thread(s) a run, device {device}, torch {environment.torch}, commit "
-        f"{environment.commit}."
-    )
-
-
 def csv_text(results: ComparisonRecord) -> str:
-    """A line for each run with its own figures.
-
-    Args:
-        results: As `results_of` gives them.
-    """
-    table = io.StringIO()
-    keys = ["seed", *_BY_KEY, "best_epoch", "fitted_nll", "zipf_exponent", "commit", "folder"]
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["variant", *keys])
-    for variant in results.variants:
-        for run in variant.runs:
-            values = [getattr(run, key) for key in keys]
-            writer.writerow([variant.name, *("" if v is None else v for v in values)])
-    return table.getvalue()
+    """A line for each run with its own figures."""
+    shown = [score.key for score in _SCORES]
+    keys = ["seed", *shown, "best_epoch", "fitted_nll", "zipf_exponent", "commit", "folder"]
+    rows = (
+        [variant.name, *(getattr(run, key) for key in keys)]
+        for variant in results.variants
+        for run in variant.runs
+    )
+    return csv_table(["variant", *keys], rows)

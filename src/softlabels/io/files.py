@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["remove_leftovers", "replace_file", "write_json"]
+__all__ = ["remove_leftovers", "replace_file", "write_json", "write_text"]
 
 
 @contextlib.contextmanager
@@ -43,11 +43,15 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write a JSON file, whole or not at all; see `replace_file`."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all; see `replace_file`."""
     with replace_file(path) as file:
         file.write(text.encode(errors="replace"))  # the name of a file may be no Unicode
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file, whole or not at all; see `replace_file`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from softlabels.report.class_charts import draw_areas
-from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, without
+from softlabels.report.entries import (
+    CURVE_SCORES,
+    Block,
+    Chart,
+    Entry,
+    Section,
+    has_seeds,
+    without,
+)
 from softlabels.report.figures import Line, draw_curves, mean_line, pick_epochs, thin_out
-from softlabels.report.scores import CURVE_SCORES
 from softlabels.training.run_records import Curve
 from softlabels.training.schemas import Numbers
 

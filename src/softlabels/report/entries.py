@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from softlabels.analysis.scores import SCORES
 from softlabels.report.canvas import MARKERS, RUN_COLOURS
 from softlabels.training.run_records import Curve, RunRecord
 from softlabels.training.schemas import Analysis
+
+CURVE_SCORES = tuple(SCORES[key] for key in ("top1", "nll", "ece"))
+"""Those that are drawn over epochs."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from softlabels.analysis.scores import SCORES, Score
 from softlabels.report.canvas import decimals, printable
 from softlabels.report.entries import Entry, join
 from softlabels.report.render import Cell, Heading, Results, write_page
-from softlabels.report.scores import SCORES, Score
 from softlabels.training.run_records import RunRecord, read_run
 
 
@@ -95,7 +95,9 @@ def _introduction(records: Sequence[RunRecord]) -> str:
 
 
 def _results(entries: Sequence[Entry], columns: Sequence[Mapping[str, str | float]]) -> Results:
-    scores = [s for s in SCORES if any(s.key in entry.first.summary.final for entry in entries)]
+    scores = [
+        s for s in SCORES.values() if any(s.key in entry.first.summary.final for entry in entries)
+    ]
     extra = list(dict.fromkeys(heading for mapping in columns for heading in mapping))
     cells = [[_score_cell(entry.first, score) for entry in entries] for score in scores]
     cells += [_extra_column([mapping.get(name, "") for mapping in columns]) for name in extra]

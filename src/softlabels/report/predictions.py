@@ -18,8 +18,16 @@ from softlabels.report.diagrams import (
     draw_reliability,
     draw_zipf,
 )
-from softlabels.report.entries import Block, Chart, Entry, Section, has_seeds, same_classes, without
-from softlabels.report.scores import CURVE_SCORES
+from softlabels.report.entries import (
+    CURVE_SCORES,
+    Block,
+    Chart,
+    Entry,
+    Section,
+    has_seeds,
+    same_classes,
+    without,
+)
 from softlabels.training.schemas import Analysis, Features, Numbers, Reliability
 
 _CHANGES, _LOWEST, _POINTS = 10, 20, 20

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from softlabels.io.files import replace_file
+from softlabels.io.files import write_text
 from softlabels.report.canvas import RUN_COLOURS
 from softlabels.report.confusion import confusion_sections
 from softlabels.report.curves import curve_sections, loss_share_sections
@@ -125,8 +125,7 @@ def write_page(
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(output) as file:
-        file.write(page.encode(errors="replace"))  # half a surrogate pair has no bytes
+    write_text(output, page)
     return output
 
 
