@@ -55,15 +55,10 @@ _LARGEST_WRITTEN_OUT = 1e6
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes of a chart in pixels at its natural width.
+    """Sizes of a chart and its margins, in pixels at its natural width.
 
-    Attributes:
-        width: Of the whole picture.
-        height: Likewise.
-        left: Margin for the labels of the y axis.
-        right: Margin for labels at the ends of lines.
-        top: Margin for the name of the y axis.
-        bottom: Margin for the x axis.
+    The margins hold the labels of the y axis (left), those at the ends of lines (right), the name
+    of the y axis (top) and the x axis (bottom).
     """
 
     width: float
@@ -134,22 +129,15 @@ def draw(frame: Frame, description: str, paint: Callable[[Any], None]) -> str:
 
 
 def name_axes(axes: Any, frame: Frame, x_label: str, y_label: str) -> None:
-    """Writes the x axis' name below it, and the y axis' in a line above the plot.
-
-    Args:
-        axes: The axes.
-        frame: The chart's sizes.
-        x_label: With the unit.
-        y_label: Likewise.
-    """
+    """Writes the x axis' name below it, and the y axis' in a line above the plot."""
     axes.set_xlabel(x_label, labelpad=3)
-    axes.text(
-        -frame.left / frame.plot_width,
-        1 + 9 / frame.plot_height,
-        y_label,
-        transform=axes.transAxes,
-        va="bottom",
-    )
+    name_above(axes, frame, y_label, 9)
+
+
+def name_above(axes: Any, frame: Frame, text: str, gap: float) -> None:
+    """Writes a line so many pixels above the plot, from the picture's left edge on."""
+    place = -frame.left / frame.plot_width, 1 + gap / frame.plot_height
+    axes.text(*place, text, transform=axes.transAxes, va="bottom")
 
 
 def label_ends(
@@ -159,14 +147,9 @@ def label_ends(
     starts: Sequence[tuple[float, float]],
     colors: Sequence[str],
 ) -> None:
-    """Writes texts right of the plot, each with a thin line from what it names.
+    """Writes texts right of the plot, each with a thin line from the point that it names.
 
-    Args:
-        axes: The axes, with linear scales and their final limits.
-        frame: The chart's sizes.
-        ends: The texts.
-        starts: What they name: a point for each, in the axes' units.
-        colors: Colors of the thin lines.
+    The points are in the units of the axes, which have linear scales and their final limits.
     """
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     named = [((x - left) / (right - left), (y - low) / (high - low)) for x, y in starts]
@@ -191,12 +174,7 @@ def color(style: int | None) -> str:
 
 
 def decimals(value: float, digits: int) -> str:
-    """A number with so many decimal places; one of a run that went wrong in short.
-
-    Args:
-        value: The number; NaN and infinity have their names.
-        digits: Decimal places.
-    """
+    """A number with so many decimal places; one of a run that went wrong in short, or its name."""
     return f"{value:.{digits}f}" if abs(value) < _LARGEST_WRITTEN_OUT else f"{value:.3g}"
 
 

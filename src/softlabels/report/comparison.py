@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softlabels.report.canvas import printable
-from softlabels.report.entries import Entry, join
+from softlabels.report.entries import Entry, caveats, join, what_ran
 from softlabels.report.render import Cell, Heading, Results, write_page
 from softlabels.training.run_records import RunRecord, read_run
 
@@ -68,12 +68,13 @@ def write_comparison(
         for number, variant in enumerate(variants)
     ]
     _check_seeds(entries)
+    records = [record for entry in entries for record in entry.records]
     return write_page(
         output,
         entries,
-        _results(entries, table),
+        _results(entries, records, table),
         title=title,
-        introduction=_introduction(entries),
+        introduction=_introduction(entries, records),
         against_first=True,
         notes=notes,
         command=command,
@@ -87,12 +88,12 @@ def _check(variants: Sequence[Variant], table: Sequence[Mapping[str, str]]) -> N
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} variants are named {name!r}, expected one")
-    runs = len(variants[0].folders)
+    runs = max(len(variants[0].folders), 1)
     for variant in variants:
-        if not variant.folders or len(variant.folders) != runs:
+        if len(variant.folders) != runs:
             raise ValueError(
-                f"variant {variant.name!r} has {len(variant.folders)} runs, expected "
-                f"{max(runs, 1)}: the same seeds for each variant"
+                f"variant {variant.name!r} has {len(variant.folders)} runs, expected {runs}: the "
+                "same seeds for each variant"
             )
     if len(table) != len(variants):
         raise ValueError(
@@ -115,22 +116,23 @@ def _seeds(entry: Entry) -> list[int]:
     return [record.summary.seed for record in entry.records]
 
 
-def _introduction(entries: Sequence[Entry]) -> str:
-    summaries = [record.summary for entry in entries for record in entry.records]
+def _introduction(entries: Sequence[Entry], records: Sequence[RunRecord]) -> str:
     seeds = _seeds(entries[0])
-    epochs = join(run.epochs for run in summaries)
     variants = f"{len(entries)} variants" if len(entries) > 1 else "one variant"
-    runs = f"{len(summaries)} runs" if len(summaries) > 1 else "One run"
+    runs = f"{len(records)} runs" if len(records) > 1 else "One run"
     against = f" Differences are to {entries[0].name}." if len(entries) > 1 else ""
     return (
         f"{runs}: {variants} with {'seed' if len(seeds) == 1 else 'seeds'} {join(seeds)}, of "
-        f"{join(run.model for run in summaries)} on {join(run.data for run in summaries)}, "
-        f"{epochs} {'epoch' if epochs == '1' else 'epochs'}.{against}"
+        f"{what_ran(records)}{against}"
     )
 
 
-def _results(entries: Sequence[Entry], table: Sequence[Mapping[str, str]]) -> Results:
+def _results(
+    entries: Sequence[Entry], records: Sequence[RunRecord], table: Sequence[Mapping[str, str]]
+) -> Results:
     headings = list(table[0])
+    several = len({record.summary.seed for record in records}) > 1
+    evidence = [] if several else ["One seed is no evidence of a difference."]
     return Results(
         corner="variant",
         headings=tuple(map(Heading, headings)),
@@ -138,17 +140,5 @@ def _results(entries: Sequence[Entry], table: Sequence[Mapping[str, str]]) -> Re
             (entry, tuple(Cell(row.get(heading, "")) for heading in headings))
             for entry, row in zip(entries, table, strict=True)
         ),
-        remarks=tuple(_caveats([record for entry in entries for record in entry.records])),
+        remarks=tuple(caveats(records, evidence)),
     )
-
-
-def _caveats(records: Sequence[RunRecord]) -> list[str]:
-    counts = {r.summary.test_images for r in records if r.summary.test_images is not None}
-    sentences = []
-    if counts:
-        sentences.append(f"{join(f'{count:,}' for count in sorted(counts))} test images.")
-    if len({record.summary.seed for record in records}) == 1:
-        sentences.append("One seed is no evidence of a difference.")
-    if not all(record.summary.complete for record in records):
-        sentences.append("Incomplete runs stopped before their last epoch.")
-    return sentences

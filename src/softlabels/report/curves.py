@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from softlabels.report.entries import (
     Entry,
     Section,
     has_seeds,
+    section,
     without,
 )
 from softlabels.report.figures import Line, draw_curves, mean_line, pick_epochs, thin_out
@@ -46,7 +48,7 @@ def curve_sections(entries: Sequence[Entry]) -> list[Section]:
             digits=min(score.digits, 3),
         )
     ]
-    losses = tuple(_loss_chart(entries, key, part) for key, part in _LOSS_PARTS)
+    losses = [_loss_chart(entries, key, part) for key, part in _LOSS_PARTS]
     charts = tuple(chart for chart in losses if chart is not None)
     if charts:
         text = "Long training curves are drawn as means over equal stretches of steps."
@@ -55,49 +57,29 @@ def curve_sections(entries: Sequence[Entry]) -> list[Section]:
 
 
 def over_epochs(
-    entries: Sequence[Entry],
-    key: str,
-    *,
-    title: str,
-    remark: str,
-    y_label: str,
-    digits: int,
+    entries: Sequence[Entry], key: str, *, title: str, remark: str, y_label: str, digits: int
 ) -> list[Block]:
     """A quantity over epochs: a chart of all, or of each one beside the first if they are many."""
-    found = [
-        (entry, _line(entry, [pick_epochs(c) for c in entry.curves(key)])) for entry in entries
-    ]
+    found = [(entry, mean_line(entry, key, pick_epochs)) for entry in entries]
     lines = [(entry, line) for entry, line in found if line is not None]
     if not lines:
         return []
+    limits, is_cut = _limits([line for _, line in lines])
     remark += _BAND if any(line.band for _, line in lines) else ""
     remark += without(entries, lambda entry: entry.curves(key))
-    limits = _limits([line for _, line in lines])
-    if limits.cut:
-        remark += "; a bad start is cut off"
+    remark += "; a bad start is cut off" if is_cut else ""
+    draw = partial(
+        draw_curves, x_label="finished epochs", y_label=y_label, digits=digits, limits=limits
+    )
     if len(lines) <= _MOST_LINES:
-        svg = draw_curves(
-            [line for _, line in lines],
-            x_label="finished epochs",
-            y_label=y_label,
-            digits=digits,
-            limits=limits.ends,
-        )
-        return [Block(charts=(Chart(title, remark, svg),))]
+        return [Block(charts=(Chart(title, remark, draw([line for _, line in lines])),))]
     reference, baseline = lines[0]
-    background = Line(baseline.name, None, baseline.curve)
+    background = replace(baseline, style=None, band=None)
     charts = tuple(
         Chart(
             entry.name,
             "",
-            draw_curves(
-                [line] if entry is reference else [background, line],
-                x_label="finished epochs",
-                y_label=y_label,
-                digits=digits,
-                small=True,
-                limits=limits.ends,
-            ),
+            draw([line] if entry is reference else [background, line], small=True),
             entry,
         )
         for entry, line in lines
@@ -123,44 +105,27 @@ def loss_share_sections(entries: Sequence[Entry]) -> list[Section]:
     charts = []
     for entry in entries:
         for prefix, what in _SHARES:
-            parts, x, shares = _shares(entry, prefix)
-            if len(parts) > 1:
-                names = [part.removeprefix("method/") for part in parts]
-                charts.append(
-                    Chart(
-                        entry.name, "", draw_areas(entry.name, x, names, shares, what=what), entry
-                    )
-                )
+            found = _shares(entry, prefix)
+            if found is not None:
+                charts.append(Chart(entry.name, "", draw_areas(entry, *found, what), entry))
                 break
-    if not charts:
-        return []
     text = (
         "How much each part of the loss pulls at the network, step by step: the norm of its "
         "gradient on the logits, as a share of the sum over all parts (of the part's value where "
         f"a run logged no gradients){'; mean over seeds' if has_seeds(entries) else ''}."
     )
-    return [
-        Section("parts", "Parts of the loss", (Block(text, charts=tuple(charts), size="middle"),))
-    ]
+    return section("parts", "Parts of the loss", text, charts, size="middle")
 
 
-def _line(entry: Entry, curves: Sequence[Curve]) -> Line | None:
-    return mean_line(entry.name, entry.number, curves) if curves else None
+def _limits(lines: Sequence[Line]) -> tuple[tuple[float, float], bool]:
+    """Ends of an axis that hold all lines and bands, but no first quarter far above the rest.
 
-
-@dataclass(frozen=True)
-class _Limits:
-    ends: tuple[float, float]
-    cut: bool
-
-
-def _limits(lines: Sequence[Line]) -> _Limits:
-    """Ends of an axis that hold all lines and bands, but no first quarter far above the rest."""
+    Also whether there is one, which is cut off.
+    """
     curves = [curve for line in lines for curve in (line.curve, *(line.band or ()))]
-    whole = _ends(curves, 0.0)
-    later = _ends(curves, _START)
-    cut = whole[1] - later[1] > _FAR * (later[1] - later[0])
-    return _Limits((whole[0], later[1]) if cut else whole, cut)
+    whole, later = _ends(curves, 0.0), _ends(curves, _START)
+    is_cut = whole[1] - later[1] > _FAR * (later[1] - later[0])
+    return (whole[0], later[1]) if is_cut else whole, is_cut
 
 
 def _ends(curves: Sequence[Curve], start: float) -> tuple[float, float]:
@@ -172,7 +137,7 @@ def _ends(curves: Sequence[Curve], start: float) -> tuple[float, float]:
 
 
 def _loss_chart(entries: Sequence[Entry], key: str, part: str) -> Chart | None:
-    found = [_line(entry, [thin_out(curve) for curve in entry.curves(key)]) for entry in entries]
+    found = [mean_line(entry, key, thin_out) for entry in entries]
     lines = [line for line in found if line is not None]
     if not lines or len(lines) > _MOST_LINES:  # more cannot be told apart, and say little
         return None
@@ -182,16 +147,16 @@ def _loss_chart(entries: Sequence[Entry], key: str, part: str) -> Chart | None:
     return Chart(f"Training loss, the {part}'s part", remark, svg)
 
 
-def _shares(entry: Entry, prefix: str) -> tuple[list[str], Numbers, Numbers]:
-    """Names of the parts, steps, and each part's share at each step (mean over seeds)."""
+def _shares(entry: Entry, prefix: str) -> tuple[list[str], Numbers, Numbers] | None:
+    """Names of several parts, steps, and each part's share at each step (mean over seeds)."""
     keys = [key for key in entry.first.curves if key.startswith(prefix)]
-    lines = [_line(entry, [thin_out(c) for c in entry.curves(key)]) for key in keys]
-    known = [(key, line.curve) for key, line in zip(keys, lines, strict=True) if line is not None]
-    nothing = [key.removeprefix(prefix) for key, _ in known][:0], np.zeros(0), np.zeros((0, 0))
-    if not known or any(not np.array_equal(c.x, known[0][1].x) for _, c in known):
-        return nothing
-    values = np.array([curve.y for _, curve in known])
+    lines = {key: mean_line(entry, key, thin_out) for key in keys}
+    curves = {key: line.curve for key, line in lines.items() if line is not None}
+    if len(curves) < 2 or len({tuple(curve.x) for curve in curves.values()}) > 1:
+        return None
+    values = np.array([curve.y for curve in curves.values()])
     total = values.sum(0)
     if (values < 0).any() or not (total > 0).all():  # no shares of anything
-        return nothing
-    return [key.removeprefix(prefix) for key, _ in known], known[0][1].x, values / total
+        return None
+    names = [key.removeprefix(prefix).removeprefix("method/") for key in curves]
+    return names, next(iter(curves.values())).x, values / total

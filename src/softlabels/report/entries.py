@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         name: Its name, another one for each entry of a page.
-        number: Its place on the page, which picks its color.
+        number: Its place on the page, which picks its color and its mark.
         records: Its runs in the order of the seeds; at least one.
     """
 
@@ -60,14 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its heading.
-
-    Attributes:
-        title: The heading.
-        remark: What it says beside that.
-        svg: The picture.
-        entry: The entry that the picture is about, None for one about all.
-    """
+    """A picture with a heading and a remark; without an entry it is about all of them."""
 
     title: str
     remark: str
@@ -77,12 +70,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A cell of a table with a bar behind its text.
-
-    Attributes:
-        text: The text; empty: no value.
-        share: Length of the bar, 0 to 1.
-    """
+    """A cell of a table with a bar behind its text, of a length from 0 to 1; no text: no value."""
 
     text: str
     share: float = 0.0
@@ -90,13 +78,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarTable:
-    """A table with a column for each entry.
-
-    Attributes:
-        corner: Heading of the first column.
-        entries: The columns.
-        rows: Name and cells of each row.
-    """
+    """A table with a column for each entry, and rows of a name and a cell for each entry."""
 
     corner: str
     entries: tuple[Entry, ...]
@@ -105,15 +87,7 @@ class BarTable:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a section.
-
-    Attributes:
-        text: The sentences above it.
-        heading: Its own heading, empty for none.
-        charts: Its pictures.
-        size: Width of the pictures: `"large"`, `"middle"` or `"small"`.
-        table: Its table.
-    """
+    """A part of a section: sentences, then pictures (large, middle or small) or a table."""
 
     text: str = ""
     heading: str = ""
@@ -124,13 +98,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        key: Its name in addresses.
-        title: The heading.
-        blocks: Its parts; at least one.
-    """
+    """A section of the page, which addresses name by its key; it has a block at least."""
 
     key: str
     title: str
@@ -142,10 +110,35 @@ def join(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
+def what_ran(records: Sequence[RunRecord]) -> str:
+    """Models, data and epochs of runs, for an introduction."""
+    runs = [record.summary for record in records]
+    models, data, epochs = (
+        join(getattr(run, name) for run in runs) for name in ("model", "data", "epochs")
+    )
+    return f"{models} on {data}, {epochs} {'epoch' if epochs == '1' else 'epochs'}."
+
+
+def caveats(records: Sequence[RunRecord], evidence: Sequence[str]) -> list[str]:
+    """Sentences below the results: the test set, then what they can show, and incomplete runs."""
+    counts = {r.summary.test_images for r in records if r.summary.test_images is not None}
+    images = [f"{join(f'{count:,}' for count in sorted(counts))} test images."] if counts else []
+    stopped = not all(record.summary.complete for record in records)
+    end = ["Incomplete runs stopped before their last epoch."] if stopped else []
+    return [*images, *evidence, *end]
+
+
 def without(entries: Sequence[Entry], has: Callable[[Entry], object]) -> str:
     """The end of a remark, which names the entries that have no values."""
     missing = [entry.name for entry in entries if not has(entry)]
     return f"; no values: {', '.join(missing)}" if missing else ""
+
+
+def section(
+    key: str, title: str, text: str, charts: Sequence[Chart], *, size: str = "large"
+) -> list[Section]:
+    """A section of one block; none without charts."""
+    return [Section(key, title, (Block(text, charts=tuple(charts), size=size),))] if charts else []
 
 
 def has_seeds(entries: Sequence[Entry]) -> bool:

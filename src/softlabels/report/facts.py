@@ -18,12 +18,7 @@ _TOO_LONG_FOR_MANY = ("command",)
 
 @dataclass(frozen=True)
 class Fact:
-    """A row of a table with a column for each entry.
-
-    Attributes:
-        name: The row's heading.
-        values: A text for each entry; empty where there is none.
-    """
+    """A row of a table with a text for each entry, empty where there is none."""
 
     name: str
     values: tuple[str, ...]
@@ -62,10 +57,7 @@ def environment(entries: Sequence[Entry]) -> list[Fact]:
     keys = dict.fromkeys(key for of_entry in texts for of_run in of_entry for key in of_run)
     several = has_seeds(entries)
     return [
-        Fact(
-            key,
-            tuple(join(run[key] for run in of_entry if key in run) for of_entry in texts),
-        )
+        Fact(key, tuple(join(run[key] for run in of_entry if key in run) for of_entry in texts))
         for key in keys
         if not (several and key in _TOO_LONG_FOR_MANY)
     ]
@@ -123,5 +115,5 @@ def _best(record: RunRecord) -> str:
 def _duration(seconds: float) -> str:
     if not 100 <= seconds < math.inf:
         return f"{decimals(seconds, 1)} s"
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
-    return f"{minutes} min" if hours < 2 else f"{hours} h {round(seconds / 60) - 60 * hours} min"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from numpy.typing import NDArray
 
 from softlabels.report.canvas import (
     DASHES,
@@ -25,6 +24,7 @@ from softlabels.report.canvas import (
     shorten,
     text_width,
 )
+from softlabels.report.entries import Entry
 from softlabels.training.run_records import Curve
 
 # The natural width of a chart is that of a phone's screen, of a small one half of that.
@@ -68,11 +68,6 @@ def draw_curves(
         digits: Decimal places of the last values.
         small: One of many charts side by side: half the width, and values without names.
         limits: The y axis' ends; None: what holds all lines and bands.
-
-    Returns:
-        An `<svg>` element for an HTML page, with what it shows in words as `aria-label`. Text
-        takes the page's color and font, line i the CSS variable `--run-i` (i from 0, modulo
-        the number of `RUN_COLOURS`).
     """
     values = [decimals(line.curve.y[-1], digits) for line in lines]
     ends = (
@@ -125,53 +120,31 @@ def _draw_line(axes: Any, line: Line, *, clip: bool) -> None:
     )
 
 
-def mean_line(name: str, style: int | None, curves: Sequence[Curve]) -> Line | None:
-    """The mean of several curves with a band from the smallest to the largest.
+def mean_line(entry: Entry, key: str, shorter: Callable[[Curve], Curve]) -> Line | None:
+    """The mean of an entry's shortened curves, with a band from the smallest to the largest.
 
-    Args:
-        name: The line's name.
-        style: Its style.
-        curves: One of each seed; at least one. Only what all of them have an x for counts.
-
-    Returns:
-        The line; without a band for one curve; None where no x is in all of them.
+    Only what all of them have an x for counts; None where there is no such x, or no curve.
     """
-    common = reduce(np.intersect1d, [curve.x for curve in curves])
+    curves = [shorter(curve) for curve in entry.curves(key)]
+    common = reduce(np.intersect1d, [curve.x for curve in curves]) if curves else np.zeros(0)
     if not len(common):
         return None
     table = np.array([curve.y[np.isin(curve.x, common)] for curve in curves])
     low, high = Curve(common, table.min(0)), Curve(common, table.max(0))
     band = (low, high) if len(curves) > 1 else None
-    return Line(name, style, Curve(common, table.mean(0)), band)
+    return Line(entry.name, entry.number, Curve(common, table.mean(0)), band)
 
 
 def thin_out(curve: Curve) -> Curve:
-    """Replaces a long curve by the means of at most 60 groups of neighboring points.
-
-    Args:
-        curve: The curve.
-
-    Returns:
-        The shorter curve, or the same one where it is short.
-    """
+    """Replaces a long curve by the means of 60 groups of neighboring points; a short one stays."""
     if len(curve.x) <= _MOST_POINTS:
         return curve
-
-    def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.array([part.mean() for part in np.array_split(values, _MOST_POINTS)])
-
-    return Curve(means(curve.x), means(curve.y))
+    groups = [np.array_split(values, _MOST_POINTS) for values in (curve.x, curve.y)]
+    return Curve(*(np.array([group.mean() for group in each]) for each in groups))
 
 
 def pick_epochs(curve: Curve) -> Curve:
-    """Leaves out points of a very long curve, but not the first and the last: 120 stay.
-
-    Args:
-        curve: The curve.
-
-    Returns:
-        The shorter curve, or the same one where it is short.
-    """
+    """Leaves out points of a very long curve, but not the first and the last: 120 stay."""
     if len(curve.x) <= _MOST_EPOCHS:
         return curve
     kept = np.linspace(0, len(curve.x) - 1, _MOST_EPOCHS).round().astype(int)

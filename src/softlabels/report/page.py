@@ -8,7 +8,7 @@ from pathlib import Path
 
 from softlabels.analysis.scores import SCORES, Score
 from softlabels.report.canvas import decimals, printable
-from softlabels.report.entries import Entry, join
+from softlabels.report.entries import Entry, caveats, join, what_ran
 from softlabels.report.render import Cell, Heading, Results, write_page
 from softlabels.training.run_records import RunRecord, read_run
 
@@ -47,12 +47,13 @@ def write_report(
     """
     if not run_folders:
         raise ValueError("got no run folder, expected at least one")
-    columns = [{} for _ in run_folders] if table is None else list(table)
+    columns = [{}] * len(run_folders) if table is None else list(table)
     if len(columns) != len(run_folders):
         raise ValueError(
             f"table has {len(columns)} entries, expected one for each of {len(run_folders)} runs"
         )
     records = [read_run(folder) for folder in run_folders]
+    count = "One run" if len(records) == 1 else f"{len(records)} runs"
     entries = [
         Entry(name, number, (record,))
         for number, (record, name) in enumerate(zip(records, _names(records), strict=True))
@@ -62,7 +63,7 @@ def write_report(
         entries,
         _results(entries, columns),
         title=title,
-        introduction=_introduction(records),
+        introduction=f"{count} of {what_ran(records)}",
         against_first=False,
         notes=notes,
         command=command,
@@ -82,16 +83,6 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
             for name, detail in zip(names, details, strict=True)
         ]
     return names
-
-
-def _introduction(records: Sequence[RunRecord]) -> str:
-    count = "One run" if len(records) == 1 else f"{len(records)} runs"
-    runs = [record.summary for record in records]
-    epochs = join(run.epochs for run in runs)
-    return (
-        f"{count} of {join(run.model for run in runs)} on {join(run.data for run in runs)}, "
-        f"{epochs} {'epoch' if epochs == '1' else 'epochs'}."
-    )
 
 
 def _results(entries: Sequence[Entry], columns: Sequence[Mapping[str, str | float]]) -> Results:
@@ -115,21 +106,19 @@ def _results(entries: Sequence[Entry], columns: Sequence[Mapping[str, str | floa
 def _caveats(records: Sequence[RunRecord], scores: Sequence[Score]) -> list[str]:
     """The sentences under the table of results."""
     runs = [record.summary for record in records]
-    seeds = list(dict.fromkeys(run.seed for run in runs))
-    sentences = [f"{'Seed' if len(seeds) == 1 else 'Seeds'} {join(seeds)}."]
-    counts = {run.test_images for run in runs if run.test_images is not None}
-    if counts:
-        sentences.append(f"{join(f'{count:,}' for count in sorted(counts))} test images.")
-    sentences.append("Scores after the last finished epoch; every row is one run.")
+    seeds = {run.seed for run in runs}
     repeats = {len({r.seed for r in runs if r.label == run.label}) for run in runs}
-    if min(repeats) == 1:
-        sentences.append("One seed is no evidence of a difference between methods.")
-    else:
-        sentences.append("A difference that is within the spread over seeds is no evidence.")
-    if not all(run.complete for run in runs):
-        sentences.append("Incomplete runs stopped before their last epoch.")
-    sentences += [score.meaning for score in scores if score.meaning]
-    return sentences
+    evidence = (
+        "One seed is no evidence of a difference between methods."
+        if min(repeats) == 1
+        else "A difference that is within the spread over seeds is no evidence."
+    )
+    shown = "Scores after the last finished epoch; every row is one run."
+    return [
+        f"{'Seed' if len(seeds) == 1 else 'Seeds'} {join(run.seed for run in runs)}.",
+        *caveats(records, [shown, evidence]),
+        *(score.meaning for score in scores if score.meaning),
+    ]
 
 
 def _score_cell(record: RunRecord, score: Score) -> Cell:

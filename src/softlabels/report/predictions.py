@@ -12,7 +12,6 @@ from softlabels.report.canvas import decimals, printable
 from softlabels.report.class_charts import draw_bars, draw_features
 from softlabels.report.curves import merge, over_epochs
 from softlabels.report.diagrams import (
-    Difference,
     PowerLaw,
     draw_differences,
     draw_reliability,
@@ -26,6 +25,7 @@ from softlabels.report.entries import (
     Section,
     has_seeds,
     same_classes,
+    section,
     without,
 )
 from softlabels.training.schemas import Analysis, Features, Numbers, Reliability
@@ -38,59 +38,41 @@ def difference_sections(entries: Sequence[Entry]) -> list[Section]:
     baseline, *others = entries
     charts = []
     for score in CURVE_SCORES:
-        rows = [
-            Difference(entry.name, entry.number, np.array(values))
-            for entry in others
-            if (values := _differences(entry, baseline, score.key))
-        ]
+        found = [(entry, _differences(entry, baseline, score.key)) for entry in others]
+        rows = [(entry, values) for entry, values in found if len(values)]
         if rows:
             unit = "percentage points" if score.unit == "%" else score.unit
             svg = draw_differences(
                 rows, x_label=f"difference of {score.heading} ({unit})", digits=min(score.digits, 3)
             )
             side = "right" if score.better == "higher" else "left"
-            remark = f"{side} of zero is better"
-            charts.append(Chart(f"Test {score.heading}", remark, svg))
-    if not charts:
-        return []
+            charts.append(Chart(f"Test {score.heading}", f"{side} of zero is better", svg))
     what = "a dot for each seed, and a diamond for their mean" if has_seeds(entries) else "one seed"
     text = (
         f"Each variant minus {baseline.name}: {what}. Runs of the same seed see the same images in "
         "the same order and start from the same weights, so each difference is one of a pair."
     )
-    return [Section("differences", "Paired differences", (Block(text, charts=tuple(charts)),))]
+    return section("differences", "Paired differences", text, charts)
 
 
 def zipf_sections(entries: Sequence[Entry]) -> list[Section]:
     """The sorted softmax beside its power law."""
     known = [(entry, _mean_zipf(entry.analyses)) for entry in entries if entry.analyses]
     small = len(entries) > 1
-    curve = {entry.number: zipf.probabilities for entry, zipf in known}
-    reference = known[0][0] if known else None
-    limits = _limits(list(curve.values()))
-    charts = tuple(
-        Chart(
-            entry.name if small else "Probability over rank",
-            "",
-            draw_zipf(
-                entry.name,
-                entry.number,
-                zipf,
-                None if reference is None or entry is reference else curve[reference.number],
-                limits=limits,
-                small=small,
-            ),
-            entry if small else None,
-        )
-        for entry, zipf in known
-    )
+    limits = _limits([zipf.probabilities for _, zipf in known])
+    charts = []
+    for entry, zipf in known:
+        background = None if entry is known[0][0] else known[0][1].probabilities
+        svg = draw_zipf(entry, zipf, background, limits=limits, small=small)
+        charts.append(_own_chart(entries, entry, "Probability over rank", "", svg))
     text = (
         "Each test image's probabilities are sorted, and averaged rank by rank. Zipf's law would "
         "be a straight line; the line is fitted to the first ranks, over which it is drawn."
     )
-    if small and reference is not None:
-        text += f" Gray: {reference.name}" + _missing(entries) + "."
-    blocks = [Block(text, charts=charts, size="small" if small else "large")] if charts else []
+    if small and known:
+        text += f" Gray: {known[0][0].name}{_missing(entries)}."
+    size = "small" if small else "large"
+    blocks = [Block(text, charts=tuple(charts), size=size)] if charts else []
     blocks += over_epochs(
         entries,
         "eval/zipf_r2",
@@ -113,71 +95,48 @@ def zipf_sections(entries: Sequence[Entry]) -> list[Section]:
 def reliability_sections(entries: Sequence[Entry]) -> list[Section]:
     """How often an answer of some confidence is right."""
     small = len(entries) > 1
-    charts = tuple(
-        Chart(
-            entry.name if small else "Right answers over confidence",
-            "" if ece is None else f"ECE {decimals(ece, 2)} %",
-            draw_reliability(
-                entry.name,
-                entry.number,
-                _pooled([a.reliability for a in entry.analyses]),
-                ece,
-                small=small,
-            ),
-            entry if small else None,
-        )
-        for entry in entries
-        if entry.analyses
-        for ece in [_mean_score(entry, "ece")]
-    )
-    if not charts:
-        return []
+    charts = []
+    for entry in entries:
+        if entry.analyses:
+            pooled, ece = _pooled([a.reliability for a in entry.analyses]), _mean_ece(entry)
+            svg = draw_reliability(entry, pooled, ece, small=small)
+            remark = "" if ece is None else f"ECE {decimals(ece, 2)} %"
+            title = "Right answers over confidence"
+            charts.append(_own_chart(entries, entry, title, remark, svg))
     text = (
         "Test images by the probability of their first class, in 15 bins of equal width. On the "
         "diagonal a network is right as often as it says, below it is too sure, above too modest. "
         "A larger dot stands for more images"
         f"{'; all seeds together' if has_seeds(entries) else ''}{_missing(entries)}."
     )
-    block = Block(text, charts=charts, size="small" if small else "large")
-    return [Section("reliability", "Reliability", (block,))]
+    size = "small" if small else "large"
+    return section("reliability", "Reliability", text, charts, size=size)
 
 
 def class_sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:
     """Top-1 of single classes: the change against the first entry, or the lowest ones."""
     known = [entry for entry in entries if entry.analyses]
-    if not known:
-        return []
-    several = against_first and len(known) > 1
-    baseline = known[0] if several and known[0] is entries[0] else None
-    charts = []
-    for entry in known:
-        if baseline is None:
-            chosen = _lowest(entry)
-        elif entry is not baseline and same_classes(entry, baseline):
-            chosen = _largest_changes(entry, baseline)
-        else:
-            continue
-        if chosen is not None:
-            names, values = chosen
-            what = "top-1 (%)" if baseline is None else "change of top-1 (points)"
-            svg = draw_bars(
-                entry.name, entry.number, names, values, what=what, change=baseline is not None
-            )
-            charts.append(Chart(entry.name, "", svg, entry))
-    if not charts:
-        return []
+    change = against_first and len(known) > 1 and known[0] is entries[0]
     seeds = ", mean over seeds" if has_seeds(entries) else ""
-    if baseline is None:
-        title = "Hardest classes"
-        text = f"The classes with the lowest top-1 on the test images{seeds}{_missing(entries)}."
-    else:
+    if change:
+        baseline, *known = known
+        found = [(e, _largest_changes(e, baseline)) for e in known if same_classes(e, baseline)]
         title = "Change by class"
         text = (
             "The classes whose top-1 on the test images differs most from that of "
             f"{baseline.name}: at most {_CHANGES} upwards and {_CHANGES} downwards{seeds}"
             f"{_missing(entries)}. A class has few test images, so single bars are noisy."
         )
-    return [Section("classes", title, (Block(text, charts=tuple(charts), size="middle"),))]
+    else:
+        found = [(entry, _lowest(entry)) for entry in known]
+        title = "Hardest classes"
+        text = f"The classes with the lowest top-1 on the test images{seeds}{_missing(entries)}."
+    charts = [
+        Chart(entry.name, "", draw_bars(entry, names, values, change=change), entry)
+        for entry, (names, values) in found
+        if names
+    ]
+    return section("classes", title, text, charts, size="middle")
 
 
 def feature_sections(entries: Sequence[Entry]) -> list[Section]:
@@ -185,21 +144,21 @@ def feature_sections(entries: Sequence[Entry]) -> list[Section]:
     charts = []
     for entry in entries:
         analysis = entry.first.analysis
-        features = None if analysis is None else analysis.features
-        if analysis is None or features is None or not len(features.x):
-            continue
-        names = [printable(name) or "?" for name in analysis.class_names]
-        svg = draw_features(entry.name, _few_of_each_class(features), names)
-        charts.append(Chart(entry.name, "", svg, entry))
-    if not charts:
-        return []
+        if analysis is not None and analysis.features is not None and len(analysis.features.x):
+            names = [printable(name) or "?" for name in analysis.class_names]
+            svg = draw_features(entry, _few_of_each_class(analysis.features), names)
+            charts.append(Chart(entry.name, "", svg, entry))
     text = (
         "Some test images of a few classes, each at the first two principal components of what the "
         "classifier's last layer reads. Axes of different charts are not related"
         f"{'; the first seed' if has_seeds(entries) else ''}."
     )
-    block = Block(text, charts=tuple(charts), size="middle")
-    return [Section("features", "Features", (block,))]
+    return section("features", "Features", text, charts, size="middle")
+
+
+def _own_chart(entries: Sequence[Entry], entry: Entry, title: str, remark: str, svg: str) -> Chart:
+    """A chart of one entry, by its name; with a title where there is no other entry."""
+    return Chart(entry.name, remark, svg, entry) if len(entries) > 1 else Chart(title, remark, svg)
 
 
 def _few_of_each_class(features: Features) -> Features:
@@ -215,20 +174,20 @@ def _missing(entries: Sequence[Entry]) -> str:
     return without(entries, lambda entry: entry.analyses)
 
 
-def _mean_score(entry: Entry, key: str) -> float | None:
+def _mean_ece(entry: Entry) -> float | None:
     finals = [record.summary.final for record in entry.records]
-    values = [final[key] for final in finals if key in final]
+    values = [final["ece"] for final in finals if "ece" in final]
     return float(np.mean(values)) if values else None
 
 
-def _differences(entry: Entry, baseline: Entry, key: str) -> list[float]:
-    pairs = zip(entry.records, baseline.records, strict=False)
-    values = [
-        ours.summary.final[key] - theirs.summary.final[key]
-        for ours, theirs in pairs
-        if key in ours.summary.final and key in theirs.summary.final
-    ]
-    return [value for value in values if np.isfinite(value)]
+def _differences(entry: Entry, baseline: Entry, key: str) -> Numbers:
+    """Of the seeds that have a finite one."""
+    ours, theirs = (
+        [record.summary.final.get(key, math.nan) for record in each.records]
+        for each in (entry, baseline)
+    )
+    values: Numbers = np.subtract(ours, theirs)
+    return values[np.isfinite(values)]
 
 
 def _mean_zipf(analyses: Sequence[Analysis]) -> PowerLaw:
@@ -275,13 +234,13 @@ def _per_class(entry: Entry) -> Numbers:
     return np.asarray(np.mean(alike, 0), dtype=np.float64)
 
 
-def _lowest(entry: Entry) -> tuple[list[str], Numbers] | None:
+def _lowest(entry: Entry) -> tuple[list[str], Numbers]:
     """The classes with the lowest top-1, the lowest first."""
     values = _per_class(entry)
     return _named(entry, values, _order(values)[:_LOWEST])
 
 
-def _largest_changes(entry: Entry, baseline: Entry) -> tuple[list[str], Numbers] | None:
+def _largest_changes(entry: Entry, baseline: Entry) -> tuple[list[str], Numbers]:
     """The classes that changed most, from the largest gain to the largest loss."""
     change = _per_class(entry) - _per_class(baseline)
     order = _order(change)
@@ -295,8 +254,6 @@ def _order(values: Numbers) -> NDArray[np.int64]:
     return np.asarray(order[np.isfinite(values[order])], dtype=np.int64)
 
 
-def _named(
-    entry: Entry, values: Numbers, chosen: NDArray[np.int64]
-) -> tuple[list[str], Numbers] | None:
+def _named(entry: Entry, values: Numbers, chosen: NDArray[np.int64]) -> tuple[list[str], Numbers]:
     names = entry.analyses[0].class_names
-    return ([printable(names[i]) for i in chosen], values[chosen]) if len(chosen) else None
+    return [printable(names[i]) for i in chosen], values[chosen]

@@ -28,13 +28,7 @@ from softlabels.training.schemas import Gallery, GalleryImage
 
 @dataclass(frozen=True)
 class Heading:
-    """Heading of a column of the results.
-
-    Attributes:
-        text: Its words.
-        unit: Unit of the numbers, empty for none.
-        better: `"higher"`, `"lower"`, or empty.
-    """
+    """Heading of a column of the results; which side is better, higher or lower, may be empty."""
 
     text: str
     unit: str = ""
@@ -43,12 +37,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Cell:
-    """A result.
-
-    Attributes:
-        text: As it is shown; empty: there is none.
-        value: The exact number, None for a text.
-    """
+    """A result as it is shown, empty where there is none, with the exact number of a number."""
 
     text: str
     value: float | None = None
@@ -56,14 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """The table of results.
-
-    Attributes:
-        corner: Heading of the first column.
-        headings: The others.
-        rows: An entry's cells, in the order of the headings.
-        remarks: Sentences below.
-    """
+    """The table of results: cells in the order of the headings, and sentences below."""
 
     corner: str
     headings: tuple[Heading, ...]
@@ -91,20 +73,9 @@ def write_page(
     notes: Sequence[str],
     command: str | None,
 ) -> Path:
-    """Writes a page.
+    """Writes the page of entries, at least one; `against_first`: others are measured against it.
 
-    Args:
-        output: The HTML file; missing folders are made.
-        entries: What is compared; at least one.
-        results: The table.
-        title: The heading.
-        introduction: The paragraph below it.
-        against_first: Whether the first entry is the one that others are measured against.
-        notes: Further sentences.
-        command: The command that made the runs.
-
-    Returns:
-        `output`.
+    Below the title stand the introduction, a paragraph, and the notes, further sentences.
     """
     samples = _samples(entries)
     shares = [share for s in samples for _, image in s.answers for _, share in image.non_target]
