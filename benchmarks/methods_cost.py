@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from benchmarks.losses import check_memory_counter, extra_memory
 from softlabels.data import Batch, mixup_extras
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import reads_teacher
 from softlabels.distill.trainable import Trainable
 from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.inputs import PeerLogits
@@ -110,7 +109,7 @@ def _distiller(kind: str, pair: Pair, teacher: nn.Module) -> Distiller:
     return Distiller(
         _network(pair.student, pair),
         method,
-        teacher=teacher if any(map(reads_teacher, inputs)) else None,
+        teacher=teacher if any(kind.reads_teacher for kind in inputs) else None,
         peer=_network(pair.student, pair) if needs_peer else None,
         example_shape=(pair.in_channels, pair.image_size, pair.image_size),
     )

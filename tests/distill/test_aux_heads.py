@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.small_networks import NUM_CLASSES, images_of, small_cnn, small_vit
-from softlabels.distill.aux_heads import AuxBranchesProvider, Branch
+from softlabels.inputs.aux_branches import AuxBranchesProvider, Branch
 from softlabels.taps import FeatureTap, Layout, TapPoint
 
 

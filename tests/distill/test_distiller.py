@@ -501,8 +501,8 @@ def test_a_copy_of_the_trained_module_records_its_own_features():
 
     own, averaged = distiller.trainable(images64()), average(images64())
 
-    assert not torch.allclose(own["read/weak_logits"], averaged["read/weak_logits"])
-    torch.testing.assert_close(averaged["logits"], average.student(images64()))
+    assert not torch.allclose(own.read["weak_logits"], averaged.read["weak_logits"])
+    torch.testing.assert_close(averaged.logits, average.student(images64()))
 
 
 # Compiled
@@ -531,7 +531,7 @@ def test_votes_of_a_head_with_dropout_compile_in_training_mode():
 
     compiled = torch.compile(distiller.trainable, fullgraph=True, backend="aot_eager")
 
-    assert torch.equal(compiled(images64())["read/votes"], expected)
+    assert torch.equal(compiled(images64()).read["votes"], expected)
     assert distiller.student.dropout.training
 
 
@@ -677,7 +677,7 @@ def test_taps_name_another_last_for_the_votes():
     )
     distiller = Distiller(student, ZipfLSLoss(), taps={"last": "0"}, example_shape=IMAGE_SHAPE)
 
-    votes = distiller.trainable(images_of())["read/votes"]
+    votes = distiller.trainable(images_of()).read["votes"]
 
     maps = student[1](student[0](images_of())).permute(0, 2, 3, 1)
     assert torch.equal(votes, student[4](maps).argmax(3).flatten(1))

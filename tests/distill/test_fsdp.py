@@ -96,7 +96,7 @@ def outcome(case: tuple[str, str], way: str, part: slice) -> dict[str, Any]:
     weights = whole_weights(distiller)
     distiller.eval()
     with torch.no_grad():
-        logits = distiller.trainable(batch(0)[0])["logits"]
+        logits = distiller.trainable(batch(0)[0]).logits
     return {
         "losses": losses,
         "weights": weights,

@@ -21,8 +21,7 @@ from shared.small_networks import (
 )
 from shared.toy_method import ToyAdapters, ToyLoss
 from softlabels import Distiller, FeatureTap, NKDLoss, Teacher, ZipfLSLoss
-from softlabels.distill.external_inputs import external_values, reads_teacher
-from softlabels.distill.student_inputs import provider_for
+from softlabels.distill.external_inputs import external_values
 from softlabels.inputs import (
     Features,
     FromBatch,
@@ -164,11 +163,11 @@ def test_a_signal_costs_no_dry_run_unless_it_needs_one():
     def layout() -> None:
         raise AssertionError("a dry run")
 
-    for kind in (Logits(), Target(), TeacherLogits(), FromBatch(), Features(of="teacher")):
-        provider_for(kind, layout)
-    for kind in (WeakLogits(), Votes(), Features()):
+    for kind in (Logits(), TeacherLogits()):
+        kind.provider(layout)
+    for kind in (WeakLogits(), Votes(), Features(), Features(of="teacher")):
         with pytest.raises(AssertionError, match="a dry run"):
-            provider_for(kind, layout)
+            kind.provider(layout)
 
 
 # Whether the votes agree
@@ -287,7 +286,7 @@ def test_two_distillers_may_share_a_teacher_and_a_student():
     ],
 )
 def test_which_signals_need_a_teacher(kind, expected):
-    assert reads_teacher(kind) is expected
+    assert kind.reads_teacher is expected
     if expected:
         with pytest.raises(ValueError, match=r"Recording reads from a teacher: pass teacher=Tea"):
             Distiller(small_cnn(), Recording(value=kind), example_shape=IMAGE_SHAPE)
@@ -359,7 +358,7 @@ def test_the_toy_remembers_samples_after_a_step_and_counts_epochs():
     assert not heads.memory.any()  # a forward changes no state
     distiller.after_step()
 
-    features = torch.stack(distiller.trainable(images_of(), {"index": index})["read/features"])
+    features = torch.stack(distiller.trainable(images_of(), {"index": index}).read["features"])
     torch.testing.assert_close(heads.memory[index], features.mean(0))
     assert heads.memory.any(1).nonzero().flatten().tolist() == [0, 2, 5, 7]
     assert not heads.memory.requires_grad

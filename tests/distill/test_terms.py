@@ -169,7 +169,7 @@ def test_exits_are_linear_heads_whose_votes_join_those_of_the_last_map(student, 
         lambda module, args, output: features.update(middle=output.detach())
     )
 
-    logits, votes = distiller.trainable(images_of(3))["read/exits"]
+    logits, votes = distiller.trainable(images_of(3)).read["exits"]
 
     maps = provider.points[0].as_map(features["middle"])
     dense = torch.einsum("bdhw,cd->bhwc", maps, provider.fcs[0].weight) + provider.fcs[0].bias

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from shared.fuzzing import case, check_refusal, fuzz
 from softlabels import Distiller, LabelSmoothingLoss, Teacher
-from softlabels.distill.external_inputs import reads_teacher
 from softlabels.losses import METHODS
 
 DTYPES = (
@@ -153,7 +152,9 @@ def network() -> nn.Module:
 def step_with_labels(kind: str, settings: dict[str, object], target: Tensor) -> None:
     """A training step of a Distiller, and no NaN in the weights after it."""
     method = METHODS[kind](**settings)
-    teacher = Teacher(network()) if any(map(reads_teacher, method.inputs.values())) else None
+    teacher = (
+        Teacher(network()) if any(kind.reads_teacher for kind in method.inputs.values()) else None
+    )
     distiller = Distiller(network(), method, teacher=teacher, example_shape=(1, 8, 8))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     try:

@@ -21,7 +21,7 @@ from softlabels.data.augment import Affine, Compose, Noise
 from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.sources.glyphs import glyphs100
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.inputs import Input, PeerLogits, TeacherLogits
 from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS, Method
@@ -232,7 +232,7 @@ def method_of(kind: str, num_samples: int, **settings: Any) -> Method:
 def teacher_signals(kind: str) -> list[Input]:
     """What a method reads from a teacher."""
     inputs = checked_inputs(METHODS[kind]())
-    return [kind for kind in inputs.values() if reads_teacher(kind)]
+    return [kind for kind in inputs.values() if kind.reads_teacher]
 
 
 def reads_logits_alone(kind: str) -> bool:

@@ -359,9 +359,12 @@ def test_a_compiled_network_gives_what_the_plain_one_gives(name):
     compiled = distiller.trainable(samples()[0])
     distiller(*samples()).loss.backward()
 
-    assert torch.equal(compiled["read/votes"], plain["read/votes"])
-    for value in ("logits", "read/weak"):
-        torch.testing.assert_close(compiled[value], plain[value], rtol=1e-4, atol=1e-5)
+    assert torch.equal(compiled.read["votes"], plain.read["votes"])
+    for got, expected_value in (
+        (compiled.logits, plain.logits),
+        (compiled.read["weak"], plain.read["weak"]),
+    ):
+        torch.testing.assert_close(got, expected_value, rtol=1e-4, atol=1e-5)
     for parameter, gradient in zip(distiller.parameters(), expected.values(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
@@ -378,8 +381,8 @@ def test_a_copy_reads_its_own_features(name):
 
     of_copy = copied.trainable(samples()[0])
 
-    assert not torch.allclose(of_copy["read/weak"], plain["read/weak"])
-    assert torch.equal(distiller.trainable(samples()[0])["read/weak"], plain["read/weak"])
+    assert not torch.allclose(of_copy.read["weak"], plain.read["weak"])
+    assert torch.equal(distiller.trainable(samples()[0]).read["weak"], plain.read["weak"])
     tap = FeatureTap(distiller.student, [middle, last])
     tapped, tap_of_copy = copy.deepcopy((distiller.student, tap))
     tapped(samples()[0])
@@ -433,7 +436,7 @@ def test_swins_middle_is_normalized_before_the_mean_as_in_the_published_runs():
     with torch.no_grad():
         distiller.trainable.providers["weak"].norm.weight.copy_(torch.linspace(-1, 2, 384))
     with FeatureTap(distiller.student, ["layers.2"]) as tap:
-        weak = distiller.trainable(samples()[0])["read/weak"]
+        weak = distiller.trainable(samples()[0]).read["weak"]
         feature = tap.pop()["layers.2"].double()
 
     head = distiller.trainable.providers["weak"]

@@ -244,7 +244,7 @@ def test_the_size_of_the_chunks_does_not_change_the_votes(case, monkeypatch):
     monkeypatch.setattr(
         PositionHead, "logits", lambda *args: calls.append(len(args[2])) or logits(*args)
     )
-    monkeypatch.setattr("softlabels.taps.position_head._CHUNK_BYTES", 1)
+    monkeypatch.setattr("softlabels.taps.feature_tap._CHUNK_BYTES", 1)
     chunked = case.head.votes(case.model, feature)
 
     assert torch.equal(chunked, whole)
@@ -387,7 +387,7 @@ def test_tokens_without_patches_are_an_error():
 
 @pytest.mark.parametrize(("num_classes", "largest"), [(10, 128), (300, 59), (50_000, 1)])
 def test_a_chunk_has_room_for_the_logits_too(num_classes, largest, monkeypatch):
-    monkeypatch.setattr("softlabels.taps.position_head._CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("softlabels.taps.feature_tap._CHUNK_BYTES", 100_000)
     sizes = []
 
     def classify(positions):

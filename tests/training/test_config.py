@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from softlabels.data.sources.by_name import SOURCES
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.losses import METHODS
 from softlabels.losses._method import setting_fields
 from softlabels.training.config import (
@@ -49,7 +49,7 @@ def test_settings_and_defaults_are_those_of_the_method(kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_method_is_built_from_its_settings(kind):
     inputs = checked_inputs(METHODS[kind]()).values()
-    given = {"teacher": TEACHER} if any(map(reads_teacher, inputs)) else {}
+    given = {"teacher": TEACHER} if any(kind.reads_teacher for kind in inputs) else {}
     assert type(build_method(resolve({"method": kind, **given}))) is METHODS[kind]
 
 

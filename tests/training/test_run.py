@@ -18,7 +18,7 @@ import softlabels
 from shared.patterns import FAST
 from shared.signalling import Signalling
 from softlabels.data.in_memory import InMemorySource
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.inputs import Logits
 from softlabels.io.weights import load_weights
 from softlabels.losses import METHODS, Method
@@ -42,7 +42,9 @@ def lines(path: Path) -> list[dict]:
 
 
 def teacher_for(method: str | None) -> dict:
-    if method is None or not any(map(reads_teacher, checked_inputs(METHODS[method]()).values())):
+    if method is None or not any(
+        kind.reads_teacher for kind in checked_inputs(METHODS[method]()).values()
+    ):
         return {}
     torch.manual_seed(5)
     return {"teacher": create_model("resnet8_glyphs", num_classes=6)}

@@ -16,7 +16,7 @@ from softlabels.data import Batch, DataInfo, DataSource
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
 from softlabels.data.randomness import permutation
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.losses import Method
 
@@ -53,7 +53,7 @@ def make_gallery(
     cache = distiller.teacher
     method = distiller.method
     inputs = checked_inputs(method)
-    if isinstance(cache, TeacherCache) and any(map(reads_teacher, inputs.values())):
+    if isinstance(cache, TeacherCache) and any(kind.reads_teacher for kind in inputs.values()):
         split = "training"
         what = f"{_sentence(distiller)} These are training images: a cache has no other answers."
         chosen = permutation(0, 0, source.num_train)[:num_images].tolist()

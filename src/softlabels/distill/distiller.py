@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -17,15 +17,12 @@ from softlabels.distill.external_inputs import (
     checked_inputs,
     external_values,
     images_key,
-    reads_teacher,
-    teachers_of,
 )
 from softlabels.distill.output import StepOutput
-from softlabels.distill.provider import Value
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
-from softlabels.distill.trainable import Trainable, provided
-from softlabels.inputs import FromBatch, Input, PeerLogits, SecondPass, TeacherLogits
+from softlabels.distill.trainable import Outputs, Trainable, provided
+from softlabels.inputs import Input, PeerLogits, SecondPass, TeacherLogits, Value
 from softlabels.losses import MemoryBank, Method, SoftLabels
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._non_target import in_float32, label_probabilities
@@ -118,7 +115,7 @@ class Distiller(nn.Module):
             teacher = Teachers(teacher)
         elif teacher is not None and not isinstance(teacher, Teacher | Teachers | TeacherCache):
             teacher = Teacher(teacher)
-        reads_a_teacher = any(reads_teacher(kind) for kind in inputs.values())
+        reads_a_teacher = any(kind.reads_teacher for kind in inputs.values())
         # A cache may stand by: it says which draws of the augmentation are shown.
         teacher_unused = isinstance(teacher, TeacherCache) and not reads_a_teacher
         taught = None if teacher_unused else teacher
@@ -136,32 +133,28 @@ class Distiller(nn.Module):
             if other is not None and parameter is not None:
                 other.to(parameter.device)
         student_taps, teacher_taps = _split_taps(taps or {}, network)
-        layouts: dict[int | None, Layout] = {}
 
+        @cache
         def student_layout() -> Layout:
-            if None not in layouts:
-                layouts[None] = Layout(student, example_shape, student_taps)
-            return layouts[None]
+            return Layout(student, example_shape, student_taps)
 
-        def teacher_layout(number: int = 0) -> Layout:
+        @cache
+        def teacher_layout(number: int) -> Layout:
             assert network is not None
-            if number not in layouts:
-                one = teachers_of(network)[number]
-                example = one.prepared(student_layout().example())
-                overrides = teacher_taps if number == 0 else {}
-                layouts[number] = Layout(one.model, example.shape[1:], overrides)
-            return layouts[number]
+            one = network.all[number]
+            example = one.prepared(student_layout().example())
+            return Layout(one.model, example.shape[1:], {} if number else teacher_taps)
 
         # Paths that the user names are checked, whether or not the method reads there.
         if student_taps:
             student_layout()
         if teacher_taps:
-            teacher_layout()
+            teacher_layout(0)
         # A fork: the learned parts take their own draws, and the caller's stream is unchanged.
         with torch.random.fork_rng(devices=[]):
             providers, passes = provided(inputs, student_layout)
             self.trainable = Trainable(
-                student, providers, passes=passes, peer=peer, peer_arguments=peer_arguments
+                student, providers, passes, peer=peer, peer_arguments=peer_arguments
             )
             # Unregistered: neither trained nor stored. `_apply` moves them along.
             self.__dict__["teacher"] = teacher
@@ -174,9 +167,9 @@ class Distiller(nn.Module):
             self._inputs = inputs
             self._reader: TeacherReader | CacheReader | None = None
             if reads_a_teacher and isinstance(teacher, TeacherCache):
-                self._reader = CacheReader(teacher, list(inputs.values()))
+                self._reader = CacheReader(teacher, inputs.values())
             elif reads_a_teacher and network is not None:
-                self._reader = TeacherReader(network, list(inputs.values()), teacher_layout)
+                self._reader = TeacherReader(network, inputs.values(), teacher_layout)
             self._kept: list[dict[str, Value]] = []
             self._add_adapters(student_layout, needed=example_shape is not None)
         # Not `self.train`, which would thaw parts of the student that are kept in eval mode.
@@ -198,9 +191,9 @@ class Distiller(nn.Module):
                 given = external_values(self._from_teacher_alone(), example, {}, from_teacher)
                 further = {images_key(name): example for name in self._further_images()}
                 outputs = core(example, {**given, **further})
-            self._check_classes(outputs["logits"], given)
+            self._check_classes(outputs.logits, given)
             if method is not None and has_adapters:
-                values = {**given, **_read_values(outputs)}
+                values = {**given, **outputs.read}
                 shapes = {name: _shape(value) for name, value in values.items()}
                 core.adapters = method.build_adapters(shapes)
         parameter = next(core.student.parameters(), None)
@@ -210,7 +203,7 @@ class Distiller(nn.Module):
                     part.to(parameter)
 
     def _from_teacher_alone(self) -> dict[str, Input]:
-        return {name: kind for name, kind in self._inputs.items() if reads_teacher(kind)}
+        return {name: kind for name, kind in self._inputs.items() if kind.reads_teacher}
 
     def _further_images(self) -> list[str]:
         """Names of the batch's extras that are images for a further forward of the student."""
@@ -221,9 +214,9 @@ class Distiller(nn.Module):
     @property
     def extras(self) -> tuple[str, ...]:
         """Names of what the batch must bring besides images and labels, for `forward`."""
-        named = [s.name for s in self._inputs.values() if isinstance(s, FromBatch)]
+        named = [name for kind in self._inputs.values() for name in kind.extras]
         stored = ["index", "draw"] if isinstance(self._reader, CacheReader) else []
-        return (*dict.fromkeys([*named, *self._further_images(), *stored]),)
+        return (*dict.fromkeys([*named, *stored]),)
 
     @property
     def _core(self) -> Trainable:
@@ -262,16 +255,15 @@ class Distiller(nn.Module):
                 another number of classes and no class map.
         """
         given = self._given(images, target, extras)
-        outputs = self.trainable(images, self._for_trainable(given))
-        logits: Tensor = outputs["logits"]
+        outputs: Outputs = self.trainable(images, self._for_trainable(given))
+        logits = outputs.logits
         self._check_classes(logits, given)
         task = self.task_loss(logits, target)
         loss = self.task_weight * task
         terms = {"task": loss}
         heads = [logits]
         if self.method is not None:
-            read = _read_values(outputs)
-            values = {**self._arguments(given), **read}
+            values = {**self._arguments(given), **outputs.read}
             arguments = self.method.arguments_of(values)
             distilled = self.method(**arguments)
             if self.detailed:
@@ -285,7 +277,7 @@ class Distiller(nn.Module):
             else:
                 terms["method"] = self.method_weight * distilled
             loss = loss + self.method_weight * distilled
-            heads += [value for value in _logits_among(read) if value is not logits]
+            heads += [value for value in _logits_among(outputs.read) if value is not logits]
             if hasattr(self._core.adapters, "after_step"):
                 self._keep(values)
         if loss.dim() != 0:
@@ -293,12 +285,7 @@ class Distiller(nn.Module):
                 f"the loss must be a scalar, got {tuple(loss.shape)}: use reduction='mean' or "
                 "'sum' for the task's loss and the method"
             )
-        monitored = {
-            name.removeprefix("monitored/"): value
-            for name, value in outputs.items()
-            if name.startswith("monitored/")
-        }
-        return StepOutput(loss, logits, terms, monitored, tuple(heads))
+        return StepOutput(loss, logits, terms, outputs.monitored, tuple(heads))
 
     def _given(
         self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
@@ -388,8 +375,7 @@ class Distiller(nn.Module):
         with torch.no_grad():
             if self.method is not None and self.method.has_soft_labels():
                 given = self._given(images, target, extras)
-                outputs = self._core(images, given)
-                values = {**self._arguments(given), **_read_values(outputs)}
+                values = {**self._arguments(given), **self._core(images, given).read}
                 arguments = {**self.method.arguments_of(values), "target": target}
                 found = self.method.soft_labels(**arguments)
                 if found is not None:
@@ -500,14 +486,6 @@ def _split_taps(
     if of_teacher and network is None:
         raise ValueError(f"taps names {sorted(taps)}, but there is no teacher's network")
     return of_student, of_teacher
-
-
-def _read_values(outputs: Mapping[str, Value]) -> dict[str, Value]:
-    return {
-        name.removeprefix("read/"): value
-        for name, value in outputs.items()
-        if name.startswith("read/")
-    }
 
 
 def _detached(value: Value) -> Value:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels.distill.provider import Value
-from softlabels.distill.tap_points import in_form, points_of
 from softlabels.distill.teacher import Teacher, Teachers, ensembled
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import (
-    Classifier,
-    Features,
-    FromBatch,
+    BatchInput,
     Input,
-    NormParameters,
+    Provider,
     SecondPass,
-    Target,
+    TeacherInput,
     TeacherLogits,
+    Value,
 )
 from softlabels.losses import Method
-from softlabels.taps import FeatureTap, Layout, TapPoint
+from softlabels.taps import FeatureTap, Layout
 
 __all__ = [
     "CacheReader",
@@ -30,8 +29,6 @@ __all__ = [
     "checked_inputs",
     "external_values",
     "images_key",
-    "reads_teacher",
-    "teachers_of",
 ]
 
 
@@ -50,42 +47,28 @@ class TeacherReader:
     def __init__(
         self,
         teacher: Teacher | Teachers,
-        kinds: Sequence[Input],
+        kinds: Iterable[Input],
         layout: Callable[[int], Layout],
     ) -> None:
         self.teacher = teacher
-        self._teachers = teachers_of(teacher)
-        self._kinds = [kind for kind in dict.fromkeys(kinds) if reads_teacher(kind)]
-        self._points: dict[Input, list[TapPoint]] = {}
-        self._norms: dict[Input, list[nn.BatchNorm2d]] = {}
-        self._classifiers: dict[Input, nn.Linear] = {}
-        for kind in self._kinds:
-            number = _number_of(kind)
-            if number is not None and number >= len(self._teachers):
+        self._teachers = teacher.all
+        self._providers: dict[TeacherInput, Provider] = {}
+        points: list[set[str]] = [set() for _ in self._teachers]
+        for kind in dict.fromkeys(kinds):
+            if not kind.reads_teacher:
+                continue
+            kind = cast("TeacherInput", kind)
+            number = kind.teacher or 0
+            if number >= len(self._teachers):
                 raise ValueError(
                     f"the method reads teacher {number}, counted from 0, got "
                     f"{len(self._teachers)} teachers"
                 )
-            if isinstance(kind, Features):
-                self._points[kind] = points_of(kind, layout(kind.teacher))
-            elif isinstance(kind, NormParameters):
-                found = layout(kind.teacher)
-                self._norms[kind] = [found.norm(s) for s in found.expanded(kind.stages)]
-            elif isinstance(kind, Classifier):
-                self._classifiers[kind] = layout(kind.teacher).classifier()
+            self._providers[kind] = kind.provider(partial(layout, number))
+            points[number] |= {point.key for point in self._providers[kind].points}
         self._taps = [
-            FeatureTap(
-                each.model,
-                sorted(
-                    {
-                        point.key
-                        for kind, points in self._points.items()
-                        for point in points
-                        if _number_of(kind) == number
-                    }
-                ),
-            )
-            for number, each in enumerate(self._teachers)
+            FeatureTap(each.model, sorted(keys))
+            for each, keys in zip(self._teachers, points, strict=True)
         ]
         for tap in self._taps:
             tap.enabled = False
@@ -96,53 +79,19 @@ class TeacherReader:
 
     def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Input, Value]:
         """Logits and features of the teachers for a batch, without gradient."""
-        answers = [
-            self._answer(teacher, tap, images)
+        runs = [
+            tap.run(teacher, images)
             for teacher, tap in zip(self._teachers, self._taps, strict=True)
         ]
         values: dict[Input, Value] = {}
-        for kind in self._kinds:
-            if isinstance(kind, TeacherLogits):
-                logits = [of_one for of_one, _ in answers]
-                number = kind.teacher
-                values[kind] = ensembled(logits) if number is None else logits[number]
-            elif isinstance(kind, Features):
-                features = answers[kind.teacher][1]
-                values[kind] = [
-                    in_form(point, features[point.key], kind.form).detach()
-                    for point in self._points[kind]
-                ]
-            elif isinstance(kind, NormParameters):
-                values[kind] = [
-                    torch.stack([norm.weight.detach(), norm.bias.detach()])
-                    for norm in self._norms[kind]
-                ]
-            elif isinstance(kind, Classifier):
-                values[kind] = self._classifier(kind)
+        with torch.no_grad():
+            for kind, provider in self._providers.items():
+                number = kind.teacher or 0
+                logits, features = runs[number]
+                if kind.teacher is None:
+                    logits = ensembled([of_one for of_one, _ in runs])
+                values[kind] = provider(self._teachers[number], logits, features)
         return values
-
-    def _answer(
-        self, teacher: Teacher, tap: FeatureTap, images: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        tap.enabled = True
-        try:
-            return teacher(images), tap.pop()
-        finally:
-            tap.enabled = False
-            tap.clear()
-
-    def _classifier(self, kind: Classifier) -> list[Tensor]:
-        layer, teacher = self._classifiers[kind], self._teachers[kind.teacher]
-        weight = layer.weight.detach()
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-        if teacher.maps_classes:
-            weight, bias = weight[teacher.class_index], bias[teacher.class_index]
-        return [weight, bias]
-
-
-def _number_of(kind: Input) -> int | None:
-    number: int | None = getattr(kind, "teacher", None)
-    return number
 
 
 class CacheReader:
@@ -156,12 +105,10 @@ class CacheReader:
         ValueError: An input from the teacher that is not stored.
     """
 
-    def __init__(self, cache: TeacherCache, kinds: Sequence[Input]) -> None:
+    def __init__(self, cache: TeacherCache, kinds: Iterable[Input]) -> None:
         self.cache = cache
         for kind in kinds:
-            if reads_teacher(kind) and not (
-                isinstance(kind, TeacherLogits) and kind.teacher in (None, 0)
-            ):
+            if kind.reads_teacher and kind not in (TeacherLogits(), TeacherLogits(0)):
                 raise ValueError(
                     f"the method reads {kind}, but a teacher cache holds logits alone: pass the "
                     "teacher itself"
@@ -245,14 +192,14 @@ def external_values(
     Raises:
         ValueError: An extra that the method reads is missing from the batch.
     """
+    names = dict.fromkeys(name for kind in inputs.values() for name in kind.extras)
+    brought = {name: _extra(name, extras, target) for name in names}
     values: dict[str, Value] = {}
     for argument, kind in inputs.items():
-        if isinstance(kind, Target):
-            values[argument] = target
-        elif isinstance(kind, FromBatch):
-            values[argument] = _extra(kind.name, extras, target)
+        if isinstance(kind, BatchInput):
+            values[argument] = kind.read(target, brought)
         elif isinstance(kind, SecondPass):
-            values[images_key(kind.images)] = _extra(kind.images, extras, target)
+            values[images_key(kind.images)] = brought[kind.images]
         elif kind in from_teacher:
             values[argument] = from_teacher[kind]
     return values
@@ -271,15 +218,3 @@ def _extra(name: str, extras: Mapping[str, Tensor], target: Tensor) -> Tensor:
 def images_key(name: str) -> str:
     """The name under which further images of the batch are given to the trained module."""
     return f"images/{name}"
-
-
-def teachers_of(teacher: Teacher | Teachers) -> list[Teacher]:
-    """The single teachers."""
-    return teacher.all if isinstance(teacher, Teachers) else [teacher]
-
-
-def reads_teacher(kind: Input) -> bool:
-    """Whether an input comes from a teacher."""
-    return isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
-        isinstance(kind, Features) and kind.of == "teacher"
-    )

@@ -79,6 +79,11 @@ class Teacher(nn.Module):
         self.register_buffer("class_index", index, persistent=False)
         self.train(mode == "train")
 
+    @property
+    def all(self) -> list[Teacher]:
+        """Itself alone; as of `Teachers`."""
+        return [self]
+
     def train(self, mode: bool = True) -> Teacher:
         """Do nothing in `"eval"` mode: a teacher does not leave it by accident."""
         super().train(mode and self.mode == "train")

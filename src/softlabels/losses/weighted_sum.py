@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from softlabels.inputs import Classifier, Features, Input, NormParameters, TeacherLogits
+from softlabels.inputs import Input
 from softlabels.losses._checks import check_number
 from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._method import Method, Shapes, Value
@@ -231,10 +231,7 @@ class _AdaptersWithMemory(_Adapters):
 
 def of_teacher(kind: Input, number: int | None) -> Input:
     """An input, read from one of several teachers if it is a teacher's."""
-    is_teachers = isinstance(kind, TeacherLogits | NormParameters | Classifier) or (
-        isinstance(kind, Features) and kind.of == "teacher"
-    )
-    if number is None or not is_teachers:
+    if number is None or not kind.reads_teacher:
         return kind
     changed: Any = kind
     return cast("Input", replace(changed, teacher=number))

@@ -5,9 +5,9 @@ A *map* is a [B, C, H, W] or [B, H, W, C] output, *tokens* are a [B, N, D] outpu
 
 from softlabels.taps.describe import Classifier, Finding, TapSurvey, describe_taps
 from softlabels.taps.dry_run import undisturbed
-from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module
+from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module, votes_of
 from softlabels.taps.layout import Layout
-from softlabels.taps.position_head import PositionHead, votes_of
+from softlabels.taps.position_head import PositionHead
 
 __all__ = [
     "Classifier",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FeatureTap", "TapPoint", "find_module"]
+__all__ = ["FeatureTap", "TapPoint", "find_module", "votes_of"]
 
 Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
 
 _INPUT = ":input"  # no dotted name has a colon
+_CHUNK_BYTES = 64 * 2**20
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -138,6 +140,20 @@ class FeatureTap:
             recorder.value = None
         return features
 
+    def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a model gives for some images, and the outputs recorded in this forward alone.
+
+        Args:
+            model: The tapped one, or one that calls it.
+            images: What it is called with.
+        """
+        before, self.enabled = self.enabled, True
+        try:
+            return model(images), self.pop()
+        finally:
+            self.enabled = before
+            self.clear()
+
     def clear(self) -> None:
         """Forget what is recorded, for instance after a forward that failed."""
         for recorder in self._recorders.values():
@@ -216,3 +232,31 @@ class TapPoint:
             return feature.permute(0, 3, 1, 2)
         patches = feature[:, self.prefix_tokens :] if self.kind == "tokens" else feature[:, None]
         return patches.transpose(1, 2).reshape(len(patches), self.channels, self.height, self.width)
+
+    def votes(
+        self, feature: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The class with the largest logit at each position, [B, H * W]; see `votes_of`."""
+        return votes_of(self.as_map(feature), num_classes, classify)
+
+
+def votes_of(maps: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
+    """The class with the largest logit at each position of [B, D, H, W] maps, [B, H * W].
+
+    Args:
+        maps: Without gradient.
+        num_classes: Width of what `classify` gives.
+        classify: [n, D] -> [n, num_classes]; called with as many positions at a time as fit
+            in 64 MB with their logits.
+    """
+    positions = maps.flatten(2).transpose(1, 2)
+    num_positions = positions.shape[1]
+    # A position, its copy and what the head makes of it, and its logits.
+    per_position = (3 * maps.shape[1] + num_classes) * maps.element_size()
+    at_once = max(1, _CHUNK_BYTES // per_position)
+    votes = [
+        classify(part).argmax(1)
+        for samples in torch.split(positions, max(1, at_once // num_positions))
+        for part in torch.split(samples.flatten(0, 1), at_once)
+    ]
+    return torch.cat(votes).view(-1, num_positions)

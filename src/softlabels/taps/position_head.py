@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, runtime_checkable
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.taps.feature_tap import TapPoint, find_module
+from softlabels.taps.feature_tap import TapPoint, find_module, votes_of
 
-__all__ = ["PositionHead", "TwoHalves", "votes_of"]
+__all__ = ["PositionHead", "TwoHalves"]
 
 
 @runtime_checkable
@@ -25,9 +25,6 @@ class TwoHalves(Protocol):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """The last map or tokens to logits."""
-
-
-_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,28 +95,6 @@ class PositionHead:
                     maps, scale_factor=float(upsample), mode=mode, align_corners=False
                 )
             return votes_of(maps, self.num_classes, lambda part: self.logits(model, part))
-
-
-def votes_of(maps: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
-    """The class with the largest logit at each position of [B, D, H, W] maps, [B, H * W].
-
-    Args:
-        maps: Without gradient.
-        num_classes: Width of what `classify` gives.
-        classify: [n, D] -> [n, num_classes]; called with as many positions at a time as fit
-            in 64 MB with their logits.
-    """
-    positions = maps.flatten(2).transpose(1, 2)
-    num_positions = positions.shape[1]
-    # A position, its copy and what the head makes of it, and its logits.
-    per_position = (3 * maps.shape[1] + num_classes) * maps.element_size()
-    at_once = max(1, _CHUNK_BYTES // per_position)
-    votes = [
-        classify(part).argmax(1)
-        for samples in torch.split(positions, max(1, at_once // num_positions))
-        for part in torch.split(samples.flatten(0, 1), at_once)
-    ]
-    return torch.cat(votes).view(-1, num_positions)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from softlabels.data import DataInfo, DataSource, open_source
 from softlabels.data.mixup import MixupCutmix
 from softlabels.data.randomness import seeded
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.inputs import PeerLogits, TeacherLogits
@@ -184,7 +184,7 @@ def build_distiller(
         try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
     # A cache without a reader says which draws of the augmentation are shown.
     given = config.teacher.cache is None and config.teacher.name is not None
-    if given and not any(map(reads_teacher, inputs)):
+    if given and not any(kind.reads_teacher for kind in inputs):
         raise ValueError(
             f"{config.label} reads from no teacher, but one is given: leave teacher out"
         )

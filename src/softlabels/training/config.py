@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.losses import Defaults, Method, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
@@ -224,7 +224,7 @@ def method_reads_teacher(config: Config) -> bool:
 
 
 def _reads_teacher(method: Method | None) -> bool:
-    return any(reads_teacher(kind) for kind in checked_inputs(method).values())
+    return any(kind.reads_teacher for kind in checked_inputs(method).values())
 
 
 def taught_by_itself(config: Config) -> bool:
@@ -330,7 +330,7 @@ def checked(config: Config, method: Method | None = None) -> Config:
     """
     try:
         built = build_method(config) if method is None else method
-        reads = any(map(reads_teacher, checked_inputs(built).values()))
+        reads = any(kind.reads_teacher for kind in checked_inputs(built).values())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:

@@ -11,7 +11,7 @@ from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import checked_inputs, reads_teacher
+from softlabels.distill.external_inputs import checked_inputs
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.taps import undisturbed
 from softlabels.training.config import Config
@@ -51,7 +51,7 @@ def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
     """What a run calls its teacher: as the settings do, else by the networks' classes."""
     if teacher is None:
         return ""
-    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    every = teacher.all
     names: Sequence[str | None]
     names = [settings.name for settings in (config.teacher, *config.further_teachers)]
     if None in names or len(names) != len(every):
@@ -93,10 +93,10 @@ def checked_teacher(
     inputs = checked_inputs(distiller.method).values()
     if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
-    if not any(map(reads_teacher, inputs)):
+    if not any(kind.reads_teacher for kind in inputs):
         return None
     info = source.info
-    every = teacher.all if isinstance(teacher, Teachers) else [teacher]
+    every = teacher.all
     name = teacher_name(config, teacher)
     problem = None
     score = known

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.distill.provider import Provider, Value
-from softlabels.taps import TapPoint
+from softlabels.inputs.base import Provider, StudentInput, Value
 
-__all__ = ["AuxBranchesProvider", "Branch"]
+if TYPE_CHECKING:
+    from softlabels.taps import Layout, TapPoint
+
+__all__ = ["AuxBranches", "AuxBranchesProvider", "Branch"]
 
 _WIDENING = 2  # hidden width of a token block over the width that it gives
+
+
+@dataclass(frozen=True)
+class AuxBranches(StudentInput):
+    """Exits of the student with layers and a classifier of their own, shallow to deep.
+
+    A list of 2 E tensors: first the logits of the E exits, [B, C] each, then their maps before
+    pooling, all of the last map's shape [B, D, H, W]. All are learned with the student.
+
+    Attributes:
+        stages: Where the exits begin, as of `Features`; a place that is the last map is left out.
+    """
+
+    stages: tuple[str, ...] = ("stages",)
+
+    def provider(self, layout: Callable[[], Layout]) -> Provider:
+        """Finds the places and makes a `Branch` at each."""
+        found = layout()
+        points = [found.point(stage) for stage in found.expanded(self.stages)]
+        last = found.point("last")
+        if last.kind == "tokens" and self.stages == ("stages",):
+            points = points[:-1]  # the last block, which the final norm alone parts from the end
+        return AuxBranchesProvider(points, last, found.num_classes)
 
 
 class _TokenBlock(nn.Module):
@@ -123,7 +149,7 @@ class AuxBranchesProvider(Provider):
             )
         self.branches = nn.ModuleList(Branch(point, last, num_classes) for point in self.points)
 
-    def forward(self, student: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
+    def forward(self, network: nn.Module, logits: Tensor, features: Mapping[str, Tensor]) -> Value:
         """Logits of the exits, [B, C] each, shallow to deep; then their maps [B, D, H, W]."""
         reached = [
             cast("tuple[Tensor, Tensor]", branch(point.as_map(features[point.key])))
