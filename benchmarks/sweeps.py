@@ -22,6 +22,7 @@ from benchmarks.comparison_tables import RESULTS
 from softlabels.experiments.comparison import Comparison, planned, read_comparison
 from softlabels.experiments.search_space import nested, with_values
 from softlabels.experiments.sweep import run_sweep
+from softlabels.experiments.sweep_record import SweepOptions
 from softlabels.training.recipes import merged
 
 NAME = "few_fonts"
@@ -59,9 +60,8 @@ def main() -> None:
         folder = variant.config.label if number else "cross_entropy"
         result = run_sweep(
             config,
-            trials=TRIALS,
+            SweepOptions(trials=TRIALS, jobs=options.jobs),
             output=OUTPUT / folder,
-            jobs=options.jobs,
             threads=1,
             console=console,
         )

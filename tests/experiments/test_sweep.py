@@ -22,6 +22,7 @@ from softlabels.experiments.search_space import (
     with_values,
 )
 from softlabels.experiments.sweep import run_sweep
+from softlabels.experiments.sweep_record import SweepOptions
 from softlabels.losses import METHODS
 from softlabels.training.config import load_recipe, method_reads_teacher, parse, resolve
 from softlabels.training.errors import RunError
@@ -29,7 +30,7 @@ from softlabels.training.errors import RunError
 TEACHER = {"name": "timm:resnet20"}
 NOISE = {"source": "noise", "num_train": 60, "num_test": 10, "num_classes": 3, "image_size": 16}
 USKD = {"method": "uskd", "data": NOISE, "student": {"name": "timm:resnet8_glyphs"}}
-LR = {"optimizer.lr": Range(0.01, 1, log=True)}
+LR = ("optimizer.lr=0.01..1:log",)
 QUIET = Console(quiet=True)
 
 
@@ -85,9 +86,9 @@ def killed(*_, **__):
 
 
 def searched(output, *, space=LR, config=None, **more):
-    return run_sweep(
-        config or resolve(USKD), space, **{"trials": 12, "output": output, "console": QUIET, **more}
-    )
+    own = {name: more.pop(name) for name in ("seed",) if name in more}
+    options = SweepOptions(space=space, **{"trials": 12, **more})
+    return run_sweep(config or resolve(USKD), options, output=output, console=QUIET, **own)
 
 
 def tried(result):
@@ -157,8 +158,8 @@ def test_a_space_is_read_from_texts():
 def test_whole_numbers_stay_whole(tmp_path, trained):
     config = resolve(USKD)
     assert fitted_space(config, {"epochs": Range(2, 9)}) == {"epochs": Range(2, 9, whole=True)}
-    assert not fitted_space(config, LR)["optimizer.lr"].whole
-    space = {"epochs": Range(2, 9), "task.smooth_over": ("all", "non_target")}
+    assert not fitted_space(config, read_space(LR))["optimizer.lr"].whole
+    space = ("epochs=2..9", "task.smooth_over=all,non_target")
     result = searched(tmp_path, space=space)
     assert all(type(values["epochs"]) is int for values in tried(result)[1:])
     assert {values["task.smooth_over"] for values in tried(result)} == {"all", "non_target"}
@@ -324,11 +325,14 @@ def test_recorded_trials_need_no_folders(tmp_path, trained):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"space": {"optimizer.lr": Range(0.01, 2)}}, r"another space \(optimizer.lr\)"),
-        ({"metric": "nll"}, "another metric"),
-        ({"seed": 1}, "another search_seed"),
-        ({"seeds": 2}, "another seeds"),
-        ({"config": resolve({**USKD, "epochs": 3})}, r"another settings \(epochs\)"),
+        (
+            {"space": ("optimizer.lr=0.01..2",)},
+            "another sweep: space.optimizer.lr: 0.01..1:log there",
+        ),
+        ({"metric": "nll"}, "metric: top1 there, nll here"),
+        ({"seed": 1}, "search_seed: 0 there, 1 here"),
+        ({"seeds": 2}, r"seeds: \(0,\) there, \(0, 1\) here"),
+        ({"config": resolve({**USKD, "epochs": 3})}, "settings.epochs: 20 there, 3 here"),
     ],
 )
 def test_another_sweep_needs_another_folder(tmp_path, trained, more, message):
@@ -350,7 +354,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path, trained):
 
 
 def test_a_trial_whose_loss_is_not_finite_does_not_end_the_search(tmp_path, trained):
-    space = {"optimizer.lr": (0.1, 0.95, 0.3)}
+    space = ("optimizer.lr=0.1,0.95,0.3",)
     result = searched(tmp_path, space=space, jobs=2)
     failed = [trial for trial in result.record.trials if not trial.metrics]
     assert failed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -43,17 +44,13 @@ _EXAMPLE = "optimizer.lr=0.05..0.5:log or task.smooth_over=all,non_target"
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from one to another.
+    """Numbers from one to another, both finite and in order.
 
     Args:
-        low: The smallest.
+        low: The smallest; above 0 with `log`, and whole with `whole`, as is `high`.
         high: The largest.
         log: Whether equal factors are equally likely, rather than equal distances.
         whole: Whether they are whole numbers.
-
-    Raises:
-        ValueError: If the ends are not finite and in order, or not above 0 with `log`, or not whole
-            with `whole`.
     """
 
     low: float
@@ -273,35 +270,23 @@ def _types(annotation: Any) -> set[Any]:
 
 def value_of(config: Config, key: str) -> Any:
     """A setting's value; where it is left to the method's paper, the paper's."""
-    value: Any = with_method_defaults(config)
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return attrgetter(key)(with_method_defaults(config))
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Settings with some of them changed.
-
-    Args:
-        config: The settings.
-        values: By dotted name.
+    """Settings of which some, by dotted name, are changed.
 
     Raises:
         ConfigError: The settings do not take them.
     """
-    changed = config.model_dump()
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        place = changed
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return resolve(changed)
+    return resolve(nested(values, config.model_dump()))
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted name, as mappings in each other."""
-    result: dict[str, Any] = {}
+def nested(
+    values: Mapping[str, Any], within: MutableMapping[str, Any] | None = None
+) -> MutableMapping[str, Any]:
+    """Values by dotted name, as mappings in each other: new ones, or those that there are."""
+    result: MutableMapping[str, Any] = {} if within is None else within
     for key, value in values.items():
         *sections, last = key.split(".")
         place = result

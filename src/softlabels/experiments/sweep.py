@@ -26,17 +26,27 @@ from softlabels.experiments.search_space import (
     Space,
     default_space,
     fitted_space,
+    read_space,
     value_of,
     with_values,
 )
-from softlabels.experiments.sweep_record import MEASURED, Metric, SweepRecord, Trial, shown
+from softlabels.experiments.sweep_record import (
+    MEASURED,
+    Metric,
+    SweepOptions,
+    SweepRecord,
+    Trial,
+    shown,
+)
 from softlabels.experiments.sweep_results import write_results
 from softlabels.io.console import say
 from softlabels.io.files import write_text
 from softlabels.training.build import build_source
 from softlabels.training.config import Config, resolve
 from softlabels.training.errors import RunError
-from softlabels.training.run_folder import fixed_settings
+from softlabels.training.recipes import flattened
+from softlabels.training.run_folder import differences, fixed_settings
+from softlabels.training.schemas import Summary
 from softlabels.training.settings import PaperSettings
 
 __all__ = ["VALIDATION", "SweepResult", "run_sweep"]
@@ -45,6 +55,9 @@ VALIDATION = 0.2
 """What is held out if the settings do not say."""
 
 _JOURNAL = "journal.log"
+_USUAL = SweepOptions()
+# What the calls of one sweep share.
+_SHARED = {"settings", "space", "metric", "seeds", "search_seed", "startup"}
 
 
 @dataclass(frozen=True)
@@ -66,16 +79,11 @@ class SweepResult:
 
 def run_sweep(
     config: Config,
-    space: Space | None = None,
+    options: SweepOptions = _USUAL,
     *,
-    trials: int = 20,
     output: Path,
     seed: int = 0,
-    startup: int = 8,
-    seeds: int = 1,
-    jobs: int = 1,
     threads: int | None = None,
-    metric: Metric = "top1",
     console: Console,
 ) -> SweepResult:
     """Search settings with Optuna's TPE, on a part of the training set that is held out.
@@ -86,16 +94,12 @@ def run_sweep(
     Args:
         config: What the trials share. Without `data.validation` a fifth is held out; the test set
             is never read.
-        space: What may be tried, by setting; None: `default_space`.
-        trials: How many settings are tried, with those of an earlier call.
+        options: How it is searched; trials of an earlier call count, and runs of one trial have
+            the same seeds as those of another.
         output: Folder of the runs, journal.log (Optuna's record, with which a sweep goes on),
             sweep.json, sweep.csv, sweep.md and best.yaml.
         seed: Of the proposals. The runs have the configuration's seed.
-        startup: Trials that are drawn at random before the search learns from them.
-        seeds: Runs of each trial, with seeds one after the other, the same for all trials.
-        jobs: Runs at a time, each in a process of its own; so many trials are proposed together.
         threads: CPU threads of each process; None: its share of the cores.
-        metric: What decides: the highest `"top1"` or the lowest `"nll"`.
         console: Where progress is shown.
 
     Returns:
@@ -106,14 +110,6 @@ def run_sweep(
             is in use.
         RunError: A run failed, or no trial has a finite loss. The same call goes on from there.
     """
-    for name, value, least in (
-        ("trials", trials, 1),
-        ("seeds", seeds, 1),
-        ("jobs", jobs, 1),
-        ("startup", startup, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value}")
     given = config.model_copy(update={"output": None, "paper": PaperSettings()})
     config = given
     if given.data.validation is None:
@@ -125,7 +121,7 @@ def run_sweep(
         config = _with_data(given, validation=VALIDATION)
     # Nobody looks at the trials' galleries and pages.
     config = config.model_copy(update={"gallery": 0, "report": False})
-    space = fitted_space(config, default_space(config) if space is None else space)
+    space = fitted_space(config, read_space(options.space) or default_space(config))
     source = build_source(config)
     source.close()
     new = SweepRecord(
@@ -133,22 +129,22 @@ def run_sweep(
         data=source.info.name,
         train_images=source.num_train,
         validation_images=source.num_test,
-        metric=metric,
+        metric=options.metric,
         space={key: _as_text(values) for key, values in space.items()},
-        seeds=tuple(range(config.seed, config.seed + seeds)),
+        seeds=tuple(range(config.seed, config.seed + options.seeds)),
         search_seed=seed,
-        startup=startup,
-        settings=_recorded(config),
+        startup=options.startup,
+        settings=fixed_settings(config),
     )
     with _held(output):
         sweep = _Sweep(config, space, new, output)
         record = sweep.record
         if record.trials:
             say(console, f"{len(record.trials)} trials are in {output} already")
-        while (left := trials - len(record.trials)) > 0:
+        while (left := options.trials - len(record.trials)) > 0:
             # A sweep that was killed within a round goes on with the rest of it.
-            count = min(jobs - len(record.trials) % jobs, left)
-            sweep.extend(count, jobs=jobs, threads=threads, console=console)
+            count = min(options.jobs - len(record.trials) % options.jobs, left)
+            sweep.extend(count, jobs=options.jobs, threads=threads, console=console)
             record = sweep.record
     write_text(output / "sweep.json", record.model_dump_json(indent=1) + "\n")
     ranked = record.ranked
@@ -220,25 +216,22 @@ class _Sweep:
                     self._enqueue(self._values(trial), trial.params)
 
     def _check(self, earlier: SweepRecord) -> None:
-        for name in ("settings", "space", "metric", "seeds", "search_seed", "startup"):
-            before, now = getattr(earlier, name), getattr(self._new, name)
-            if name == "settings":  # with the defaults of settings that are newer than the record
-                before = _recorded(resolve(before))
-            if before != now:
-                differing = ""
-                if isinstance(now, dict):
-                    keys = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-                    differing = f" ({', '.join(keys)})"
-                raise ValueError(
-                    f"{self._output} holds a sweep with another {name}{differing}: choose another "
-                    "--output, or remove the folder"
-                )
+        # With the defaults of settings that are newer than the record.
+        settings = fixed_settings(resolve(earlier.settings))
+        before, now = (
+            flattened(each.model_dump(include=_SHARED))
+            for each in (earlier.model_copy(update={"settings": settings}), self._new)
+        )
+        found = differences(before, now)
+        if found:
+            raise ValueError(
+                f"{self._output} holds another sweep: {found}; choose another --output, or remove "
+                "the folder"
+            )
 
     def _enqueue(self, values: dict[str, Any], params: dict[str, Any] | None = None) -> None:
-        if self._is_inside(values):
-            self._study.enqueue_trial(params or values, user_attrs={"values": values})
-        else:
-            self._study.enqueue_trial({}, user_attrs={"values": values})
+        tried = (params or values) if self._is_inside(values) else {}
+        self._study.enqueue_trial(tried, user_attrs={"values": values})
 
     def _is_inside(self, values: Mapping[str, Any]) -> bool:
         return all(values[key] in self._space[key] for key in self._space)
@@ -311,9 +304,9 @@ class _Sweep:
     def _outcome(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
         metrics, seconds = dict[str, Any](), list[float]()
         if not any(run.folder.failure.is_file() for run in runs):
-            summaries = [json.loads(run.folder.summary.read_text(encoding="utf-8")) for run in runs]
-            metrics = {name: [s["final"][name] for s in summaries] for name in MEASURED}
-            seconds = [summary["seconds"] for summary in summaries]
+            summaries = [Summary.read(run.folder.summary) for run in runs]
+            metrics = {name: [s.final[name] for s in summaries] for name in MEASURED}
+            seconds = [summary.seconds for summary in summaries]
         folders = [run.folder.path.relative_to(self._output).as_posix() for run in runs]
         return {"runs": folders, "metrics": metrics, "seconds": seconds}
 
@@ -352,12 +345,6 @@ def _opened(journal: Path, metric: Metric) -> optuna.Study:
         )
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{journal} is no record of a sweep: {error!r:.200}") from error
-
-
-def _recorded(config: Config) -> dict[str, Any]:
-    """What decides a configuration's numbers, as it is read back from a record."""
-    values: dict[str, Any] = json.loads(json.dumps(fixed_settings(config), default=str))
-    return values
 
 
 def _train(runs: Sequence[PlannedRun], *, jobs: int, threads: int | None, console: Console) -> None:
