@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from rich.console import Console
 
 from softlabels.data import Batch, DataSource
-from softlabels.distill.distiller import Distiller
 from softlabels.experiments.launcher import PlannedRun, launch_runs
+from softlabels.experiments.search_space import nested
 from softlabels.experiments.timing import Ratio, interleaved, ratio
 from softlabels.io.console import say, show_table
 from softlabels.io.files import write_json
@@ -71,11 +70,12 @@ def run_demo(
     if num_fonts is not None:
         options["data.num_fonts"] = num_fonts
     configs = {name: _config(name, output, options) for name in RECIPES}
-    command = _command_line(epochs, seed, num_fonts)
+    fonts = "" if num_fonts is None else f" --fonts {num_fonts}"
+    command = f"softlabels demo --epochs {epochs} --seed {seed}{fonts}"
     source = build_source(configs[RECIPES[0]])
-    for config in configs.values():
-        resolved = with_findings(with_defaults(config, source.info), source)
-        RunFolder(Path(config.output or "")).check(resolved)
+    folders = {name: RunFolder(output / name) for name in configs}
+    for name, config in configs.items():
+        folders[name].check(with_findings(with_defaults(config, source.info), source))
     output.mkdir(parents=True, exist_ok=True)
     say(
         console,
@@ -89,9 +89,15 @@ def run_demo(
     )
     say(console, f"step times, in turn, {rounds} rounds")
     ratios = step_ratios(configs, source, rounds=rounds)
-    summaries = {name: Summary.read(RunFolder(output / name).summary) for name in configs}
+    summaries = {name: Summary.read(folder.summary) for name, folder in folders.items()}
     results = {name: _result(summaries[name], ratios[name]) for name in configs}
-    _write_results(output, results, command, summaries[RECIPES[0]].parameters)
+    content = {
+        "command": command,
+        "environment": Environment.read(folders[RECIPES[0]].environment).dump(),
+        "parameters": summaries[RECIPES[0]].parameters,
+        "results": results,
+    }
+    write_json(output / "demo.json", content)
     show_table(
         console,
         ("", "top-1 %", "group %", "NLL nats", "ECE %", "step time / cross-entropy"),
@@ -114,21 +120,9 @@ def run_demo(
     )
 
 
-def _command_line(epochs: int, seed: int, num_fonts: int | None) -> str:
-    fonts = "" if num_fonts is None else f" --fonts {num_fonts}"
-    return f"softlabels demo --epochs {epochs} --seed {seed}{fonts}"
-
-
 def _config(name: str, output: Path, options: Mapping[str, Any]) -> Config:
-    values = load_recipe(f"glyphs100/{name}")
-    values["output"] = str(output / name)
-    for key, value in options.items():
-        *sections, last = key.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return resolve(values)
+    own = {**options, "output": str(output / name)}
+    return resolve(nested(own, load_recipe(f"glyphs100/{name}")))
 
 
 def _arguments(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -162,16 +156,16 @@ def step_ratios(
     return {name: ratio(times, baseline) for name, times in seconds.items()}
 
 
-def _step(config: Config, source: DataSource, batch: Batch) -> Any:
+def _step(config: Config, source: DataSource, batch: Batch) -> Callable[[], None]:
     distiller = build_distiller(with_defaults(config, source.info), source.info)
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
-    return partial(_one_step, distiller, optimizer, batch)
 
+    def step() -> None:
+        distiller(batch.images, batch.target, index=batch.index).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-def _one_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    distiller(batch.images, batch.target, index=batch.index).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return step
 
 
 def _result(summary: Summary, time_ratio: Ratio) -> dict[str, float]:
@@ -182,22 +176,6 @@ def _result(summary: Summary, time_ratio: Ratio) -> dict[str, float]:
         "step_time_ratio_low": time_ratio.low,
         "step_time_ratio_high": time_ratio.high,
     }
-
-
-def _write_results(
-    output: Path,
-    results: Mapping[str, Mapping[str, float]],
-    command: str,
-    parameters: int,
-) -> None:
-    first = RunFolder(output / next(iter(results)))
-    content = {
-        "command": command,
-        "environment": Environment.read(first.environment).dump(),
-        "parameters": parameters,
-        "results": results,
-    }
-    write_json(output / "demo.json", content)
 
 
 def row_of(name: str, values: Mapping[str, float]) -> Sequence[str]:

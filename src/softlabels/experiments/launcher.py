@@ -166,46 +166,7 @@ def launch_runs(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        overall = _Overall(progress, [run for runs in waiting for run in runs])
-        for runs in waiting:
-            _run_round(runs, overall, progress, jobs, threads, processes)
-
-
-def _run_round(
-    waiting: list[PlannedRun],
-    overall: _Overall,
-    progress: Progress,
-    jobs: int,
-    threads: int | None,
-    processes: int,
-) -> None:
-    running: list[_Running] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                task = progress.add_task(run.name, total=run.config.epochs, news="starts")
-                running.append(_Running(run, _launched(run, threads, processes), task))
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            for one in list(running):
-                _show(progress, one)
-                status = one.process.poll()
-                if status is None:
-                    continue
-                running.remove(one)
-                if status:
-                    raise RunError(_failure(one.run, status))
-                news = _show(progress, one)
-                progress.remove_task(one.task)
-                seconds = time.perf_counter() - one.since
-                say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
-                overall.ended(one.run)
-            overall.show(running)
-    finally:
-        for one in running:
-            one.process.terminate()
-        for one in running:
-            one.process.wait()
+        _train(waiting, progress, jobs, threads, processes)
 
 
 @dataclass
@@ -218,37 +179,45 @@ class _Running:
     since: float = field(default_factory=time.perf_counter)
     done: float = 0.0
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it had not ended when it was looked at."""
+        return self.process.returncode is None
 
-class _Overall:
-    """The bar of all runs, with the time that is left.
 
-    Args:
-        progress: Where it is shown.
-        runs: Those that are to be trained.
-    """
-
-    def __init__(self, progress: Progress, runs: Sequence[PlannedRun]) -> None:
-        self._progress = progress
-        self._count = len(runs)
-        self._ended = 0
-        self._epochs = 0.0
-        self._total = sum(run.config.epochs for run in runs)
-        self._since = time.perf_counter()
-        self._task = progress.add_task("all runs", total=self._total, news="")
-
-    def ended(self, run: PlannedRun) -> None:
-        """Count a run that is complete."""
-        self._ended += 1
-        self._epochs += run.config.epochs
-
-    def show(self, running: Sequence[_Running]) -> None:
-        """Move the bar, and tell how long the rest takes at the speed so far."""
-        done = self._epochs + sum(one.done for one in running)
-        news = f"{self._ended} of {self._count}"
-        if done:
-            left = (time.perf_counter() - self._since) * (self._total - done) / done
-            news += f", {timedelta(seconds=round(left))} left"
-        self._progress.update(self._task, completed=done, news=news)
+def _train(
+    rounds: Sequence[list[PlannedRun]],
+    progress: Progress,
+    jobs: int,
+    threads: int | None,
+    processes: int,
+) -> None:
+    count = sum(map(len, rounds))
+    total = sum(run.config.epochs for runs in rounds for run in runs)
+    overall, since = progress.add_task("all runs", total=total, news=""), time.perf_counter()
+    started: list[_Running] = []
+    try:
+        for runs in rounds:
+            while runs or any(one.is_at_work for one in started):
+                free = jobs - sum(one.is_at_work for one in started)
+                for run in runs[:free]:
+                    task = progress.add_task(run.name, total=run.config.epochs, news="starts")
+                    started.append(_Running(run, _launched(run, threads, processes), task))
+                del runs[:free]
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                _look(progress, [one for one in started if one.is_at_work])
+                # What is left takes as long as it did so far.
+                done = sum(one.done for one in started)
+                news = f"{sum(not one.is_at_work for one in started)} of {count}"
+                if done:
+                    left = (time.perf_counter() - since) * (total - done) / done
+                    news += f", {timedelta(seconds=round(left))} left"
+                progress.update(overall, completed=done, news=news)
+    finally:
+        for one in started:
+            one.process.terminate()
+        for one in started:
+            one.process.wait()
 
 
 def _num_cores() -> int:
@@ -259,21 +228,32 @@ def _num_cores() -> int:
 
 
 def _launched(run: PlannedRun, threads: int | None, processes: int) -> subprocess.Popen[bytes]:
-    limit = (
-        {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-    )
+    limited = () if threads is None else ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     command += ["softlabels", "train", *run.arguments, "--output", str(run.folder.path)]
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("wb") as file:
-        return subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, **{name: str(value) for name, value in limit.items()}},
-        )
+        environment = os.environ | dict.fromkeys(limited, str(threads))
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def _look(progress: Progress, running: Sequence[_Running]) -> None:
+    """Show how far runs are; those that have ended get a line in place of their bar.
+
+    Raises:
+        RunError: One has failed.
+    """
+    for one in running:
+        status = one.process.poll()
+        news = _show(progress, one)
+        if status:
+            raise RunError(_failure(one.run, status))
+        if status == 0:
+            progress.remove_task(one.task)
+            seconds = time.perf_counter() - one.since
+            say(progress.console, f"{one.run.name}: {news}, {seconds:.0f} s")
 
 
 def _show(progress: Progress, one: _Running) -> str:

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from softlabels.data import DataInfo
 from softlabels.data.sources.by_name import FIXED_FACTS
+from softlabels.experiments.search_space import with_values
 from softlabels.experiments.train import ReportWriter
 from softlabels.export.export import Exported, export_run
 from softlabels.training.build import with_defaults
 from softlabels.training.config import Config
 from softlabels.training.distributed import start
-from softlabels.training.settings import DATA_SETTINGS, Section
+from softlabels.training.settings import Section
 from softlabels.training.trainer import TrainResult, run
 
 __all__ = ["TrainOptions", "shrunk", "smoke"]
@@ -95,42 +96,31 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
     )
     config = with_defaults(config, info)
     schedule = config.schedule
-    warmup = schedule.warmup_epochs / config.epochs
-    return config.model_copy(
-        update={
-            "data": DATA_SETTINGS["noise"].model_validate(
-                {
-                    "source": "noise",
-                    "num_classes": classes,
-                    "image_size": side,
-                    "in_channels": channels,
-                    "num_train": _STEPS * batch_size,
-                    "num_test": batch_size,
-                }
-            ),
-            "student": config.student.model_copy(update={"pretrained": False, "weights": None}),
-            "teacher": config.teacher.model_copy(
-                update={
-                    "cache": None,
-                    "check": "off",
-                    "pretrained": False,
-                    "recipe": None,
-                    "weights": None,
-                }
-            ),
-            "schedule": schedule.model_copy(
-                update={
-                    "decay_epochs": tuple(e / config.epochs for e in schedule.decay_epochs),
-                    "warmup_epochs": warmup,
-                    "warmup_steps": min(schedule.warmup_steps, 1),
-                }
-            ),
-            "grad_accum_steps": 1,
-            "batch_size": batch_size,
-            "epochs": 1,
-            "eval_batch_size": batch_size,
-            "gallery": min(config.gallery, 1),
-            "log_every": 1,
-            "precise_bn": None if config.precise_bn is None else batch_size,
-        }
-    )
+    small = {
+        "data": {
+            "source": "noise",
+            "num_classes": classes,
+            "image_size": side,
+            "in_channels": channels,
+            "num_train": _STEPS * batch_size,
+            "num_test": batch_size,
+        },
+        "student.pretrained": False,
+        "student.weights": None,
+        "teacher.cache": None,
+        "teacher.check": "off",
+        "teacher.pretrained": False,
+        "teacher.recipe": None,
+        "teacher.weights": None,
+        "schedule.decay_epochs": [epoch / config.epochs for epoch in schedule.decay_epochs],
+        "schedule.warmup_epochs": schedule.warmup_epochs / config.epochs,
+        "schedule.warmup_steps": min(schedule.warmup_steps, 1),
+        "grad_accum_steps": 1,
+        "batch_size": batch_size,
+        "epochs": 1,
+        "eval_batch_size": batch_size,
+        "gallery": min(config.gallery, 1),
+        "log_every": 1,
+        "precise_bn": None if config.precise_bn is None else batch_size,
+    }
+    return with_values(config, small)
