@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,27 +42,18 @@ class Analyzed:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the pass gathers, over all images.
+    """What the pass gathers; images are in the order of the test set.
 
     Attributes:
-        index: [N] of the images in the test set, ascending.
-        target: [N].
-        predicted: [N] first classes.
-        confidence: [N] float32, their probabilities.
-        taught: [N] the teacher's first classes, or None.
-        logits: [M, C] float32, of all images or a part of them.
-        logits_target: [M].
+        answers: Of all N images `index`, `target`, `predicted` (the first class), `confidence`
+            (its probability, float32) and, with a teacher, `teacher_predicted`; each [N].
+        held: Of all images or a part of them `index`, `target` and `logits`, [M, C] float32.
         mean_sorted: [R], the mean sorted softmax.
         features: Of a few images, in a plane.
     """
 
-    index: Tensor
-    target: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    taught: Tensor | None
-    logits: Tensor
-    logits_target: Tensor
+    answers: dict[str, Tensor]
+    held: dict[str, Tensor]
     mean_sorted: Tensor
     features: dict[str, Any] | None
 
@@ -109,14 +100,11 @@ def analyze(
     finally:
         for each, mode in zip(networks, modes, strict=True):
             each.train(mode)
+    whole = ("target", "predicted", "teacher_predicted")
     predictions = {
-        "index": seen.index.numpy(),
-        "target": seen.target.int().numpy(),
-        "predicted": seen.predicted.int().numpy(),
-        "confidence": seen.confidence.numpy(),
+        name: (values.int() if name in whole else values).numpy()
+        for name, values in seen.answers.items()
     }
-    if seen.taught is not None:
-        predictions["teacher_predicted"] = seen.taught.int().numpy()
     return Analyzed(_content(seen, source.info, teacher_name), predictions)
 
 
@@ -134,45 +122,40 @@ def _seen(
     holds[permutation(0, 0, source.num_test)[: memory // (4 * info.num_classes)]] = True
     ranked = MeanSortedSoftmax(info.num_classes, device, sync_on_compute=False)
     first = FirstFeatures(info)
-    of_all: list[tuple[Tensor, ...]] = []
-    held: list[tuple[Tensor, ...]] = []
-    taught: list[Tensor] = []
+    answers: list[dict[str, Tensor]] = []
+    held: list[dict[str, Tensor]] = []
     shape = (info.in_channels, *info.image_size)
     with classifier_inputs(network, shape) as read, torch.inference_mode():
         for batch in source.test_batches(batch_size=batch_size, device=device):
+            taught = {}
             with autocast():
                 logits = network(batch.images).float()
-                if teacher is not None and not of_all and not _fits(teacher, batch.images, info):
+                if teacher is not None and not answers and not _fits(teacher, batch.images, info):
                     teacher = None
                 if teacher is not None:
-                    taught.append(teacher(batch.images).argmax(1).cpu())
+                    taught["teacher_predicted"] = teacher(batch.images).argmax(1).cpu()
             probabilities = logits.softmax(1)
             ranked.update(probabilities)
             features = read()
             if features is not None:
                 first.add(batch.index, batch.target, features)
-            target = batch.target.cpu()
             # The first class as the accuracy counts it, also among equal ones.
             predicted, confidence = logits.argmax(1).cpu(), probabilities.amax(1).cpu()
-            of_all.append((batch.index, target, predicted, confidence))
+            of_all = {"index": batch.index, "target": batch.target.cpu()}
+            answers.append({**of_all, "predicted": predicted, "confidence": confidence, **taught})
             rows = holds[batch.index % len(holds)]  # a source of one's own may count on
-            held.append((batch.index[rows], logits.cpu()[rows], target[rows]))
-    if not any(len(rows) for rows, *_ in of_all):
+            part = {**of_all, "logits": logits.cpu()}
+            held.append({name: values[rows] for name, values in part.items()})
+    if not any(len(batch["index"]) for batch in answers):
         raise ValueError("the test set holds no images")
-    index, target, predicted, confidence = (torch.cat(parts) for parts in zip(*of_all, strict=True))
-    held_index, held_logits, held_target = (torch.cat(parts) for parts in zip(*held, strict=True))
-    order, held_order = index.argsort(), held_index.argsort()
-    return _Seen(
-        index=index[order],
-        target=target[order],
-        predicted=predicted[order],
-        confidence=confidence[order],
-        taught=torch.cat(taught)[order] if taught else None,
-        logits=held_logits[held_order],
-        logits_target=held_target[held_order],
-        mean_sorted=ranked.compute().cpu(),
-        features=first.plane(),
-    )
+    return _Seen(_joined(answers), _joined(held), ranked.compute().cpu(), first.plane())
+
+
+def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All batches in one, in the order of the images' index."""
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    order = whole["index"].argsort()
+    return {name: values[order] for name, values in whole.items()}
 
 
 def _fits(teacher: Teacher | Teachers, images: Tensor, info: DataInfo) -> bool:
@@ -182,26 +165,24 @@ def _fits(teacher: Teacher | Teachers, images: Tensor, info: DataInfo) -> bool:
 
 
 def _content(seen: _Seen, info: DataInfo, teacher_name: str) -> dict[str, Any]:
-    correct = seen.predicted == seen.target
-    temperature: dict[str, Any] | None = cross_fitted(seen.logits, seen.logits_target)
-    if temperature is not None and len(seen.logits) < len(seen.index):
-        temperature["fitted_on"] = len(seen.logits)
-    teacher = None
-    if seen.taught is not None:
-        teacher = {
-            "name": teacher_name,
-            "top1": _percent(seen.taught == seen.target),
-            "agreement": _percent(seen.taught == seen.predicted),
-        }
+    target, predicted = seen.answers["target"], seen.answers["predicted"]
+    correct = predicted == target
+    temperature: dict[str, Any] | None = cross_fitted(seen.held["logits"], seen.held["target"])
+    if temperature is not None and len(seen.held["index"]) < len(target):
+        temperature["fitted_on"] = len(seen.held["index"])
+    teacher, taught = None, seen.answers.get("teacher_predicted")
+    if taught is not None:
+        top1, agreement = _percent(taught == target), _percent(taught == predicted)
+        teacher = {"name": teacher_name, "top1": top1, "agreement": agreement}
     return {
-        "images": len(seen.index),
+        "images": len(target),
         "class_names": list(info.class_names),
         "groups": None if info.groups is None else list(info.groups),
         "temperature": temperature,
         "zipf": _zipf(seen.mean_sorted),
-        "reliability": reliability(seen.confidence, correct),
-        "per_class": [_percent(correct[seen.target == label]) for label in range(info.num_classes)],
-        "confusion": _confusion(seen.target, seen.predicted, info.num_classes),
+        "reliability": reliability(seen.answers["confidence"], correct),
+        "per_class": [_percent(correct[target == label]) for label in range(info.num_classes)],
+        "confusion": _confusion(target, predicted, info.num_classes),
         "teacher": teacher,
         "features": seen.features,
     }

@@ -18,6 +18,7 @@ from softlabels.export.model_card import (
     PUBLIC_FAMILIES,
     CardFacts,
     Format,
+    Trained,
     Weights,
     render_card,
 )
@@ -28,9 +29,9 @@ from softlabels.io.weights import load_weights
 from softlabels.models import build_model
 from softlabels.models.record import FileRecord, read_record
 from softlabels.training.build import try_out
-from softlabels.training.config import Config, load_recipe, parse
+from softlabels.training.config import load_recipe, parse
 from softlabels.training.run_folder import RunFolder
-from softlabels.training.run_records import RunRecord, read_run
+from softlabels.training.run_records import read_run
 
 __all__ = ["Exported", "Format", "Weights", "export_run"]
 
@@ -55,27 +56,6 @@ class Exported:
     file: Path
     card: Path
     largest_difference: float | None
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A trained student's file, and what is known of it.
-
-    Attributes:
-        file: The file.
-        record: What its header says.
-        image_shape: (channels, height, width).
-        weights: Which of the run's weights it holds.
-        run: The run with its results; None without a summary.
-        config: The run's settings; None without a run's folder.
-    """
-
-    file: Path
-    record: FileRecord
-    image_shape: tuple[int, int, int]
-    weights: Weights
-    run: RunRecord | None
-    config: Config | None
 
 
 def export_run(
@@ -156,21 +136,16 @@ def export_run(
                 _compare_tensors(trained.file, staged)
             else:
                 difference = _compare(_answers(original, trained), _answers(restored, trained))
-        text = render_card(
-            CardFacts(
-                file=file.name,
-                format=format,
-                record=trained.record,
-                weights=trained.weights,
-                network=_code_name(trained.record, network),
-                parameters=_count_parameters(original),
-                largest_difference=difference,
-                num_images=_NUM_IMAGES,
-                opset=written_opset,
-                license=license,
-                run=trained.run,
-                config=trained.config,
-            )
+        parameters = None if original is None else sum(p.numel() for p in original.parameters())
+        facts = CardFacts(
+            file=file.name,
+            format=format,
+            network=_code_name(trained.record, network),
+            parameters=parameters,
+            largest_difference=difference,
+            num_images=_NUM_IMAGES,
+            opset=written_opset,
+            license=license,
         )
         with (
             staged.open("rb") as content,
@@ -178,11 +153,11 @@ def export_run(
             replace_file(card) as card_content,
         ):
             shutil.copyfileobj(content, file_content)
-            card_content.write(text.encode())
+            card_content.write(render_card(trained, facts).encode())
     return Exported(file, card, difference)
 
 
-def _find(run: Path, weights: Weights) -> _Trained:
+def _find(run: Path, weights: Weights) -> Trained:
     """Find a student's file, and read what lies around it.
 
     Raises:
@@ -204,7 +179,7 @@ def _find(run: Path, weights: Weights) -> _Trained:
     if record.image_size is None:
         raise ValueError(f"the header of {file} does not say the size of the student's images")
     has_run = file in of_run
-    return _Trained(
+    return Trained(
         file,
         record,
         (record.in_channels, *record.image_size),
@@ -214,7 +189,7 @@ def _find(run: Path, weights: Weights) -> _Trained:
     )
 
 
-def _output_file(trained: _Trained, format: Format, output: str | Path | None) -> Path:
+def _output_file(trained: Trained, format: Format, output: str | Path | None) -> Path:
     """The file to write.
 
     Raises:
@@ -232,7 +207,7 @@ def _output_file(trained: _Trained, format: Format, output: str | Path | None) -
     return path
 
 
-def _build(trained: _Trained, file: Path, network: str | nn.Module | None) -> nn.Module | None:
+def _build(trained: Trained, file: Path, network: str | nn.Module | None) -> nn.Module | None:
     """The network with the weights of a file, in eval mode; None where nothing may build it."""
     record = trained.record
     if network is None:
@@ -260,10 +235,6 @@ def _code_name(record: FileRecord, network: str | nn.Module | None) -> str | Non
     return None if record.model.startswith("object:") else record.model
 
 
-def _count_parameters(network: nn.Module | None) -> int | None:
-    return None if network is None else sum(p.numel() for p in network.parameters())
-
-
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A hidden folder where the output will be; after a failure all that was made is gone.
@@ -283,7 +254,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _answers(network: _Classifier, trained: _Trained) -> Tensor:
+def _answers(network: _Classifier, trained: Trained) -> Tensor:
     """Logits of random images, [images, classes]; the last image is given alone once more."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_NUM_IMAGES, *trained.image_shape, generator=generator)

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from softlabels.analysis.scores import SCORES
 from softlabels.models.record import METADATA_KEY, FileRecord
 from softlabels.training.config import Config, dump
 from softlabels.training.run_records import RunRecord
 from softlabels.training.schemas import Summary
 
-__all__ = ["PUBLIC_FAMILIES", "CardFacts", "Format", "Weights", "render_card"]
+__all__ = ["PUBLIC_FAMILIES", "CardFacts", "Format", "Trained", "Weights", "render_card"]
 
 Format = Literal["safetensors", "onnx"]
 Weights = Literal["last", "best"]
@@ -36,25 +37,37 @@ _DATA_LICENCES = {
     "glyphs100": "images rendered from 319 open fonts, of which 306 are under the SIL Open Font "
     "License 1.1 and 13 under the Apache License 2.0; the NOTICE of softlabels tells more",
 }
-_HEADINGS = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "group_top1": "group top-1 %",
-    "nll": "NLL nats",
-    "ece": "ECE %",
-}
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&]|:(?=//))")  # the last would become a link
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained student's file, and what is known of it.
+
+    Attributes:
+        file: The file.
+        record: What its header says: how the network is built and fed.
+        image_shape: (channels, height, width).
+        weights: Which of the run's weights it holds.
+        run: The run with its results; None without a summary, as before its end.
+        config: The run's settings; None without a run's folder.
+    """
+
+    file: Path
+    record: FileRecord
+    image_shape: tuple[int, int, int]
+    weights: Weights
+    run: RunRecord | None
+    config: Config | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card tells.
+    """What a card tells of an exported file, besides what is known of the student.
 
     Attributes:
-        file: Name of the exported file, which lies beside the card.
+        file: Its name; it lies beside the card.
         format: Its format.
-        record: How the network is built and fed.
-        weights: Those after the last epoch, or of the best one.
         network: Name by which `build_model` builds the network; None: no name does.
         parameters: Number of the network's parameters, None where it was not built.
         largest_difference: Between the logits of the file and of the network, None where the
@@ -62,22 +75,16 @@ class CardFacts:
         num_images: Random images on which the two were compared.
         opset: The operator set of an ONNX file.
         license: Of the weights, None where nobody has said it.
-        run: The run with its results, None where there is none or it has not ended.
-        config: The run's settings, None where there are none.
     """
 
     file: str
     format: Format
-    record: FileRecord
-    weights: Weights
     network: str | None
     parameters: int | None
     largest_difference: float | None
     num_images: int
     opset: int | None
     license: str | None
-    run: RunRecord | None
-    config: Config | None
 
 
 class _Markdown(str):
@@ -86,19 +93,12 @@ class _Markdown(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row of the results."""
-
-    name: str
-    cells: tuple[str, ...]
-
-
-def render_card(facts: CardFacts) -> str:
+def render_card(trained: Trained, facts: CardFacts) -> str:
     """Write a model card as the Hugging Face hub reads it: YAML between two rules, then Markdown.
 
     Args:
-        facts: What it tells.
+        trained: The student.
+        facts: The file that was made of it.
 
     Returns:
         The text.
@@ -110,31 +110,35 @@ def render_card(facts: CardFacts) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "fenced": _fenced, "markdown": _Markdown}
+    environment.filters |= {"code": _code, "fenced": _fenced, "repr": lambda v: _Markdown(repr(v))}
     template = resources.files("softlabels.export").joinpath("model_card.md.j2")
-    record, config = facts.record, facts.config
-    run = None if facts.run is None else facts.run.summary
-    ran_on = None if facts.run is None else facts.run.environment
-    height, width = record.image_size or (0, 0)
-    scores = [key for key in _HEADINGS if run is not None and key in run.final]
+    record, config = trained.record, trained.config
+    run = None if trained.run is None else trained.run.summary
+    ran_on = None if trained.run is None else trained.run.environment
+    kind, _, name = record.model.partition(":")
+    height, width = trained.image_shape[1:]
+    scores = [key for key in SCORES if run is not None and key in run.final]
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         facts=facts,
         record=record,
+        weights=trained.weights,
         run=run,
         ran_on={} if ran_on is None else ran_on.texts(),
         config=config,
-        is_code=record.model.partition(":")[0] not in PUBLIC_FAMILIES,
-        front_matter=_Markdown(_front_matter(facts)),
-        title=_title(facts),
-        label=None if config is None else config.label,
-        data=None if run is None else run.data,
+        kind=kind,
+        name=name,
+        is_code=kind not in PUBLIC_FAMILIES,
+        is_ours=kind == "timm" and _is_ours(name),
+        size_argument=_Markdown(_size_argument(kind, name, record)),
+        metadata_key=METADATA_KEY,
+        front_matter=_Markdown(_front_matter(trained, facts)),
+        title=_title(trained),
         height=height,
         width=width,
         colors={1: "gray", 3: "RGB"}.get(record.in_channels, f"{record.in_channels} channels"),
         resize=_resize(record),
         normalization=_normalization(record),
-        blocks=_loading_code(facts),
-        headings=[_HEADINGS[key] for key in scores],
+        headings=[SCORES[key].column for key in scores],
         results=[] if run is None else _results(run, scores),
         published=None if config is None else _published(config),
         training={} if config is None else _training(config, run),
@@ -173,18 +177,18 @@ def _fenced(text: str, language: str) -> _Markdown:
     return _Markdown(f"{ticks}{language}\n{text.rstrip()}\n{ticks}")
 
 
-def _title(facts: CardFacts) -> str:
-    name = facts.record.model.partition(":")[2] or facts.record.model
-    return _one_line(name if facts.run is None else f"{name} on {facts.run.summary.data}")
+def _title(trained: Trained) -> str:
+    name = trained.record.model.partition(":")[2] or trained.record.model
+    return _one_line(name if trained.run is None else f"{name} on {trained.run.summary.data}")
 
 
-def _front_matter(facts: CardFacts) -> str:
-    run = None if facts.run is None else facts.run.summary
-    family = facts.record.model.partition(":")[0]
+def _front_matter(trained: Trained, facts: CardFacts) -> str:
+    run = None if trained.run is None else trained.run.summary
+    family = trained.record.model.partition(":")[0]
     tags = ["image-classification", "softlabels", facts.format]
     tags += [family] if family in PUBLIC_FAMILIES else []
     tags += [run.method] if run is not None and run.method else []
-    scores = {} if run is None else run.best if facts.weights == "best" else run.final
+    scores = {} if run is None else run.best if trained.weights == "best" else run.final
     results = [
         EvalResult(
             task_type="image-classification",
@@ -192,7 +196,7 @@ def _front_matter(facts: CardFacts) -> str:
             dataset_name=_one_line(run.data),
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=_HEADINGS[key],
+            metric_name=SCORES[key].column,
             metric_value=scores[key],
         )
         for key in ("top1", "top5")
@@ -204,7 +208,7 @@ def _front_matter(facts: CardFacts) -> str:
         datasets=None if run is None else [_one_line(run.data)],
         metrics=["accuracy"],
         pipeline_tag="image-classification",
-        model_name=_title(facts),
+        model_name=_title(trained),
         eval_results=results or None,
     )
     return data.to_yaml().strip()
@@ -229,16 +233,15 @@ def _normalization(record: FileRecord) -> str:
     return f"({mean}) and ({std}), for pixels in 0 to 1"
 
 
-def _results(run: Summary, scores: list[str]) -> list[_Row]:
-    def row(name: str, values: Mapping[str, float]) -> _Row:
-        digits = {"nll": 4}
-        cells = (f"{values[key]:.{digits.get(key, 2)}f}" if key in values else "" for key in scores)
-        return _Row(name, tuple(cells))
-
-    rows = [row(f"the last epoch, {run.epochs}", run.final)]
+def _results(run: Summary, scores: list[str]) -> list[tuple[str, list[str]]]:
+    """Names and cells of the rows: after the last epoch, and after the best one if it is known."""
+    rows = {f"the last epoch, {run.epochs}": run.final}
     if run.best:
-        rows.append(row(f"the best epoch, {run.best['epoch']}", run.best))
-    return rows
+        rows[f"the best epoch, {run.best['epoch']}"] = run.best
+    return [
+        (name, [f"{row[key]:.{SCORES[key].digits}f}" if key in row else "" for key in scores])
+        for name, row in rows.items()
+    ]
 
 
 def _published(config: Config) -> str | None:
@@ -294,86 +297,18 @@ def _origin(config: Config) -> str | None:
     return student.name if (student.name or "").startswith("file:") else None
 
 
-def _loading_code(facts: CardFacts) -> list[tuple[str, str]]:
-    """Blocks of Python that load the file, with a sentence before each."""
-    record, file = facts.record, facts.file
-    kind, _, name = record.model.partition(":")
-    if facts.format == "onnx":
-        return [("With onnxruntime, any number of images at a time:", _onnx_code(facts))]
-    if kind not in PUBLIC_FAMILIES:
-        return [] if facts.network is None else [("With the network's code:", _own_code(facts))]
-    by_itself = (
-        "With softlabels, which reads from the file what network it is:",
-        "from softlabels.export.predict import load_student\n\n"
-        f"model, record = load_student({file!r})",
-    )
+def _is_ours(name: str) -> bool:
+    """Whether timm knows a network from this package alone."""
+    entry = timm.model_entrypoint(name.partition(".")[0])
+    return str(entry.__module__).startswith("softlabels.")
+
+
+def _size_argument(kind: str, name: str, record: FileRecord) -> str:
+    """The argument that tells a network the size of its images, where it takes one."""
+    side = (record.image_size or (0,))[0]
     if kind == "timm":
-        return [by_itself, ("With timm:", _timm_code(name, file, record))]
-    if record.in_channels != 3:  # torchvision itself has no such network
-        return [by_itself]
-    return [by_itself, ("With torchvision:", _torchvision_code(name, file, record))]
-
-
-def _onnx_code(facts: CardFacts) -> str:
-    shape = (2, facts.record.in_channels, *(facts.record.image_size or ()))
-    return f"""\
-import json
-
-import numpy
-import onnxruntime
-
-session = onnxruntime.InferenceSession({facts.file!r}, providers=["CPUExecutionProvider"])
-images = numpy.zeros({shape}, dtype=numpy.float32)  # normalized as above
-(logits,) = session.run(["logits"], {{"images": images}})
-record = json.loads(session.get_modelmeta().custom_metadata_map["{METADATA_KEY}"])
-class_names = record["class_names"]"""
-
-
-def _own_code(facts: CardFacts) -> str:
-    record = facts.record
-    return f"""\
-from softlabels.models import build_model
-from softlabels.io.weights import load_weights
-
-model = build_model(
-    {facts.network!r}, num_classes={record.num_classes}, in_channels={record.in_channels},
-    image_size={record.image_size}, settings={record.settings!r},
-)
-load_weights(model, {facts.file!r})
-model.eval()"""
-
-
-def _timm_code(name: str, file: str, record: FileRecord) -> str:
-    architecture = name.partition(".")[0]
-    is_ours = timm.model_entrypoint(architecture).__module__.startswith("softlabels.")
-    published = timm.get_pretrained_cfg(name)
-    size = f", img_size={record.image_size}" if published and published.fixed_input_size else ""
-    imports = "import softlabels.models  # registers the network\n" if is_ours else ""
-    return f"""\
-{imports}import timm
-
-model = timm.create_model(
-    {name!r}, checkpoint_path={file!r}, num_classes={record.num_classes},
-    in_chans={record.in_channels}{size}{_as_arguments(record)}
-).eval()"""
-
-
-def _torchvision_code(name: str, file: str, record: FileRecord) -> str:
-    sizes = {
-        "vit": f", image_size={(record.image_size or (0,))[0]}",
-        "maxvit": f", input_size={record.image_size}",
-    }
-    size = sizes.get(name.partition("_")[0], "")
-    return f"""\
-import torchvision
-from safetensors.torch import load_file
-
-model = torchvision.models.get_model(
-    {name!r}, weights=None, num_classes={record.num_classes}{size}{_as_arguments(record)}
-)
-model.load_state_dict(load_file({file!r}))
-model.eval()"""
-
-
-def _as_arguments(record: FileRecord) -> str:
-    return f", **{record.settings!r}" if record.settings else ""
+        published = timm.get_pretrained_cfg(name)
+        is_fixed = published and published.fixed_input_size
+        return f", img_size={record.image_size}" if is_fixed else ""
+    sizes = {"vit": f", image_size={side}", "maxvit": f", input_size={record.image_size}"}
+    return sizes.get(name.partition("_")[0], "")
