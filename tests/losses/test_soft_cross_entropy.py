@@ -14,7 +14,7 @@ from shared.by_hand import assert_six_digits, logits_of, rows
 from shared.draws import Batch, batches
 from shared.loss_cases import CASES_AND_MAIN_KINDS, case_id
 from softlabels.losses import NKDLoss, USKDLoss, ZipfLSLoss
-from softlabels.losses._non_target import Labels, NonTarget, label_columns, softmax_parts
+from softlabels.losses._non_target import Labels, label_columns, softmax_parts
 from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
@@ -29,7 +29,7 @@ temperatures = st.sampled_from([0.5, 1.0, 3.0])
 class Soft(NamedTuple):
     labels: Labels
     target_values: Tensor
-    non_target: NonTarget
+    non_target: Tensor
     temperature: float
 
 
@@ -91,7 +91,7 @@ def test_the_gradient_is_the_written_out_formula(batch, temperature):
     labeled = batch.labels > 0
     pulled = p.sum(1, keepdim=True) * batch.logits.softmax(1) - p
     prediction = (batch.logits / temperature).masked_fill(labeled, -torch.inf).softmax(1)
-    difference = (prediction - soft.non_target.normalized()) / temperature
+    difference = (prediction - soft.non_target) / temperature
     difference = torch.where(labeled, 0.0, difference)
     assert_close(found, WEIGHTS[0] * pulled + WEIGHTS[1] * difference)
 
@@ -139,7 +139,7 @@ def test_the_loss_used_twice_in_one_graph_has_twice_the_gradient(batch, temperat
 @given(batch=batches(most_labels=7))
 def test_soft_labels_get_no_gradient(batch):
     soft = soft_of(batch, 1.0)
-    values, others = soft.target_values.requires_grad_(), soft.non_target.weights.requires_grad_()
+    values, others = soft.target_values.requires_grad_(), soft.non_target.requires_grad_()
     leaf = batch.logits.clone().requires_grad_()
 
     loss = soft_cross_entropy(leaf, soft.labels, values, soft.non_target)

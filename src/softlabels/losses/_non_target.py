@@ -17,7 +17,6 @@ from softlabels.losses._checks import check_unsmoothed
 __all__ = [
     "Labels",
     "MixedTarget",
-    "NonTarget",
     "Reduction",
     "RowSums",
     "SoftLabels",
@@ -27,6 +26,8 @@ __all__ = [
     "in_float32",
     "label_columns",
     "label_probabilities",
+    "labeled_probabilities",
+    "log_total",
     "non_target_weights",
     "reduce_terms",
     "removed",
@@ -58,17 +59,37 @@ class Labels(NamedTuple):
 
     Attributes:
         classes: [B, K] int64. An absent label repeats another labeled class of its row.
-        values: [B, K], the labels; 0 where absent.
+        values: [B, K], the labels, 0 where absent; the number 1 for a single column.
         kept: [B] boolean, False for ignored samples; None if there are none.
     """
 
     classes: Tensor
-    values: Tensor
+    values: Tensor | float
     kept: Tensor | None = None
 
+    # No properties: torch 2.6 does not compile those of tuples.
+
+    def single(self) -> bool:
+        """Whether each row has one label, of 1: the common case, in which none is absent."""
+        return not isinstance(self.values, Tensor)
+
     def present(self) -> Tensor:
-        """[B, K] boolean. No property: torch 2.6 does not compile those of tuples."""
+        """[B, K] boolean."""
+        if not isinstance(self.values, Tensor):
+            return torch.ones_like(self.classes, dtype=torch.bool)
         return self.values > 0
+
+    def masked(self, values: Tensor, absent: float = 0.0) -> Tensor:
+        """[B, K] values, with `absent` where the label is absent."""
+        if not isinstance(self.values, Tensor):
+            return values
+        return values.masked_fill(self.values <= 0, absent)
+
+    def weighted_sum(self, values: Tensor) -> Tensor:
+        """The sum of [B, K] values times the labels, [B]."""
+        if not isinstance(self.values, Tensor):
+            return values.squeeze(1)
+        return (self.values * values).sum(1)
 
 
 def in_float32(tensor: Tensor) -> Tensor:
@@ -107,8 +128,7 @@ def label_columns(
                 classes = torch.where(kept, classes, 0)
         else:
             classes = target.argmax(1)
-        classes = classes.unsqueeze(1)
-        return Labels(classes, torch.ones_like(classes, dtype=logits.dtype), kept)
+        return Labels(classes.unsqueeze(1), 1.0, kept)
     values = target.to(logits.dtype)
     first = values.argmax(1, keepdim=True)
     if mixed_target == "two":
@@ -144,15 +164,17 @@ def label_probabilities(
     return spread(labels, labels.values, logits)
 
 
-def spread(labels: Labels, values: Tensor, like: Tensor) -> Tensor:
+def spread(labels: Labels, values: Tensor | float, like: Tensor) -> Tensor:
     """Put [B, K] values at the labeled classes of a [B, C] tensor; 0 elsewhere."""
-    values = torch.where(labels.present(), values, 0.0)
-    return torch.zeros_like(like).scatter_add(1, labels.classes, values)
+    zeros = torch.zeros_like(like)
+    if not isinstance(values, Tensor):
+        return zeros.scatter(1, labels.classes, values)
+    return zeros.scatter_add(1, labels.classes, labels.masked(values))
 
 
 def removed(logits: Tensor, labels: Labels, value: float = -torch.inf) -> Tensor:
     """A copy of `logits` [B, C] with `value` at the labeled classes."""
-    if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
+    if labels.single() and torch.compiler.is_compiling():
         # The same as a scatter, which the compiler does not fuse with what comes next.
         return logits.masked_fill(single_mask(labels, logits), value)
     return logits.scatter(1, labels.classes, value)
@@ -166,54 +188,55 @@ def single_mask(labels: Labels, like: Tensor) -> Tensor:
 
 
 class RowSums(NamedTuple):
-    """Log-sums of exponentials of a row of logits over parts of its classes, [B, 1] each.
+    """Log-sums of exponentials of a row of logits over its non-target classes, [B, 1] each.
 
     Attributes:
         top: The largest non-target logit; 0 if there is none. No gradient.
         rest: Log-sum over the non-target classes; -inf if there is none.
-        everything: Log-sum over all classes.
         scaled: Log-sum over the non-target classes of `(logits - top) / temperature`.
     """
 
     top: Tensor
     rest: Tensor
-    everything: Tensor
     scaled: Tensor
 
 
-class NonTarget(NamedTuple):
-    """A distribution over the non-target classes, before it is normalized.
-
-    Attributes:
-        weights: [B, C], non-negative; 0 at labeled classes.
-        total: [B, 1], their sum, above 0 also where all are 0.
-    """
-
-    weights: Tensor
-    total: Tensor
-
-    def normalized(self) -> Tensor:
-        """[B, C]; rows sum to 1, or are 0 where no class is left."""
-        return self.weights / self.total
+def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSums:
+    """The log-sums of `softmax_parts` alone."""
+    return _exponentials(logits, labels, temperature)[0]
 
 
 def softmax_parts(
     logits: Tensor, labels: Labels, temperature: float = 1.0
-) -> tuple[RowSums, NonTarget]:
-    """Log-sums of exponentials of each row, and the non-target softmax at a temperature.
+) -> tuple[RowSums, Tensor]:
+    """Log-sums of exponentials of each row, and the non-target softmax at a temperature, [B, C].
 
-    Works in place on one [B, C] buffer (two besides temperature 1). The labeled entries are left
-    out, so that a target that is nearly certain does not blot the others out.
+    The labeled entries are left out, so that a target that is nearly certain does not blot the
+    others out. Rows of the softmax sum to 1, or are 0 where no class is left.
+    """
+    sums, others, total = _exponentials(logits, labels, temperature)
+    return sums, others / total
+
+
+def _exponentials(
+    logits: Tensor, labels: Labels, temperature: float
+) -> tuple[RowSums, Tensor, Tensor]:
+    """The log-sums, the softmax before it is divided by its sum, and that sum.
+
+    Works in place on one [B, C] buffer (two besides temperature 1).
     """
     others = removed(logits, labels)
     top = others.detach().amax(1, keepdim=True)
-    empty = top == -torch.inf
-    top = top.masked_fill(empty, 0.0)
+    # A single label leaves another class in every row.
+    empty = None if labels.single() else top == -torch.inf
+    if empty is not None:
+        top = top.masked_fill(empty, 0.0)
     others = others.sub_(top)
 
     def total(exponentials: Tensor) -> Tensor:
+        found = exponentials.sum(1, keepdim=True)
         # Not clamp(min=1), which takes the gradient of a sum that is 1.
-        return exponentials.sum(1, keepdim=True).masked_fill(empty, 1.0)
+        return found if empty is None else found.masked_fill(empty, 1.0)
 
     if temperature == 1:
         others = others.exp_()
@@ -223,27 +246,39 @@ def softmax_parts(
         others = others.div_(temperature).exp_()
         of_scaled = total(others)
     scaled = of_scaled.log()
-    rest = scaled if temperature == 1 else rest.log()
-    rest = rest + top
-    labeled = logits.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
-    if labeled.shape[1] > 1:
-        labeled = labeled.logsumexp(1, keepdim=True)
+    rest = (scaled if temperature == 1 else rest.log()) + top
+    if empty is not None:
+        rest = rest.masked_fill(empty, -torch.inf)
+    return RowSums(top, rest, scaled), others, of_scaled
+
+
+def log_total(logits: Tensor, labels: Labels, rest: Tensor) -> Tensor:
+    """Log-sum of exponentials over all classes, [B, 1], from that over the non-target ones."""
+    labeled = logits.gather(1, labels.classes)
+    if labels.single():
+        return torch.logaddexp(rest, labeled)
+    labeled = labels.masked(labeled, -torch.inf).logsumexp(1, keepdim=True)
     # The second gradient of logaddexp at -inf is NaN.
-    everything = torch.where(empty, labeled, torch.logaddexp(rest, labeled))
-    sums = RowSums(top, rest.masked_fill(empty, -torch.inf), everything, scaled)
-    return sums, NonTarget(others, of_scaled)
+    empty = rest == -torch.inf
+    return torch.where(empty, labeled, torch.logaddexp(rest.masked_fill(empty, 0.0), labeled))
 
 
-def row_sums(logits: Tensor, labels: Labels, temperature: float = 1.0) -> RowSums:
-    """The log-sums of `softmax_parts` alone."""
-    return softmax_parts(logits, labels, temperature)[0]
+def labeled_probabilities(logits: Tensor, labels: Labels, rest: Tensor) -> Tensor:
+    """The softmax at the labeled classes, [B, K], 0 where absent; `rest` as of `row_sums`."""
+    labeled = logits.gather(1, labels.classes)
+    if labels.single():
+        return (labeled - rest).sigmoid()
+    return labels.masked((labeled - log_total(logits, labels, rest)).exp())
 
 
-def non_target_weights(weights: Tensor, labels: Labels) -> NonTarget:
-    """Non-negative weights [B, C] as a distribution over the non-target classes."""
+def non_target_weights(weights: Tensor, labels: Labels) -> Tensor:
+    """Non-negative weights [B, C], without gradient, as a distribution over non-target classes.
+
+    Rows sum to 1, or are 0 where all weights are.
+    """
     kept = removed(weights, labels, 0.0)
     tiny = torch.finfo(kept.dtype).tiny
-    return NonTarget(kept, kept.sum(1, keepdim=True).clamp(min=tiny))
+    return kept.div_(kept.sum(1, keepdim=True).clamp(min=tiny))
 
 
 def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tensor:
@@ -254,12 +289,15 @@ def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tenso
         labels: Say which rows have which column.
         sync: Take sums and counts over all processes of the default group.
     """
+    values = values.detach()
+    sync = sync and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if labels.single() and labels.kept is None and not sync:
+        return values.mean(0)
     counted = labels.present()
     if labels.kept is not None:
         counted = counted & labels.kept.unsqueeze(1)
-    values = values.detach()
     sums = torch.stack((torch.where(counted, values, 0.0), counted.to(values.dtype))).sum(1)
-    if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if sync:
         torch.distributed.all_reduce(sums)
     return sums[0] / sums[1].clamp(min=1.0)
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from softlabels.losses._checks import in_transform
 from softlabels.losses._non_target import (
     Labels,
-    NonTarget,
     RowSums,
     finite_limit,
+    log_total,
     row_sums,
     single_mask,
 )
@@ -33,10 +34,11 @@ class Terms(NamedTuple):
 def soft_cross_entropy(
     logits: Tensor,
     labels: Labels,
-    target_values: Tensor,
-    non_target: NonTarget,
+    target_values: Tensor | None,
+    non_target: Tensor,
     temperature: float = 1.0,
     weights: tuple[float, float] = (1.0, 1.0),
+    rest: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of `soft_cross_entropy_terms`, [B], with its gradient in closed form.
 
@@ -47,23 +49,24 @@ def soft_cross_entropy(
     Args:
         logits: [B, C], float32 or float64. Gets the gradient.
         labels: The labeled classes.
-        target_values: [B, K], p at the labeled classes; no gradient.
-        non_target: q over the other classes; no gradient.
+        target_values: [B, K], p at the labeled classes, no gradient; None: no target term.
+        non_target: [B, C], q over the other classes, 0 at labeled ones; no gradient.
         temperature: lambda, of the non-target term.
         weights: Of the target and of the non-target term.
+        rest: [B, 1], `row_sums(logits, labels).rest`, where it is known.
     """
-    # One by one: torch 2.6 compiles no slices of named tuples.
-    tensors = labels.classes, labels.values, target_values, non_target.weights, non_target.total
+    values = labels.values if isinstance(labels.values, Tensor) else None
+    tensors = labels.classes, values, target_values, non_target
     if not torch.compiler.is_compiling() and in_transform():
         return _weighted(logits, *tensors, temperature, weights)
-    return cast("Tensor", _ClosedForm.apply(logits, *tensors, temperature, weights))
+    return cast("Tensor", _ClosedForm.apply(logits, *tensors, temperature, weights, rest))
 
 
 def soft_cross_entropy_terms(
     logits: Tensor,
     labels: Labels,
     target_values: Tensor,
-    non_target: NonTarget,
+    non_target: Tensor,
     temperature: float = 1.0,
 ) -> Terms:
     r"""Cross-entropy of soft labels, target and non-target part each by itself.
@@ -91,44 +94,59 @@ def log_non_target_mass(logits: Tensor, labels: Labels, temperature: float = 1.0
     limit = finite_limit(logits.dtype)
     if temperature != 1:
         logits = (logits / temperature).clamp(-limit, limit)
-    sums = row_sums(logits, labels)
-    empty = sums.rest == -torch.inf
-    mass = torch.where(empty, 0.0, sums.rest) - torch.where(empty, 0.0, sums.everything)
+    rest = row_sums(logits, labels).rest
+    everything = log_total(logits, labels, rest)
+    empty = rest == -torch.inf
+    mass = torch.where(empty, 0.0, rest) - torch.where(empty, 0.0, everything)
     return mass.clamp(min=-limit).squeeze(1)
 
 
 def _target_term(logits: Tensor, labels: Labels, values: Tensor, sums: RowSums) -> Tensor:
-    labeled = logits.gather(1, labels.classes) - sums.everything
+    labeled = logits.gather(1, labels.classes) - log_total(logits, labels, sums.rest)
     return -(values * labeled.clamp(min=-finite_limit(logits.dtype))).sum(1)
 
 
 def _non_target_term(
-    logits: Tensor, non_target: NonTarget, temperature: float, sums: RowSums
+    logits: Tensor, non_target: Tensor, temperature: float, sums: RowSums
 ) -> Tensor:
     limit = finite_limit(logits.dtype)
     others = logits - sums.top
     if temperature != 1:
         others = others.div_(temperature)
-    # Bound from above too: a labeled class may lie far above the others, where its q is 0.
+    # Bound from above too: a labeled class may lie far above the others, where its q is 0. In two
+    # steps, since vmap has no rule for clamp_.
     others = others.clamp_min_(-limit).clamp_max_(limit)
-    others = others.mul_(non_target.weights).sum(1, keepdim=True)
-    return (sums.scaled - others / non_target.total).squeeze(1)
+    return sums.scaled.squeeze(1) - others.mul_(non_target).sum(1)
 
 
 def _weighted(
     logits: Tensor,
     classes: Tensor,
-    values: Tensor,
-    target_values: Tensor,
-    others: Tensor,
-    total: Tensor,
+    values: Tensor | None,
+    target_values: Tensor | None,
+    non_target: Tensor,
     temperature: float,
     weights: tuple[float, float],
 ) -> Tensor:
-    terms = soft_cross_entropy_terms(
-        logits, Labels(classes, values), target_values, NonTarget(others, total), temperature
-    )
-    return weights[0] * terms.target + weights[1] * terms.non_target
+    labels = Labels(classes, 1.0 if values is None else values)
+    sums = row_sums(logits, labels, temperature)
+    return _value(logits, labels, target_values, non_target, temperature, weights, sums)
+
+
+def _value(
+    logits: Tensor,
+    labels: Labels,
+    target_values: Tensor | None,
+    non_target: Tensor,
+    temperature: float,
+    weights: tuple[float, float],
+    sums: RowSums,
+) -> Tensor:
+    value = weights[1] * _non_target_term(logits, non_target, temperature, sums)
+    if target_values is None:
+        return value
+    # Not `+=`, which torch 2.11 compiles to gradients of zero.
+    return value + weights[0] * _target_term(logits, labels, target_values, sums)
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -139,28 +157,30 @@ class _ClosedForm(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         classes: Tensor,
-        values: Tensor,
-        target_values: Tensor,
-        others: Tensor,
-        total: Tensor,
+        values: Tensor | None,
+        target_values: Tensor | None,
+        non_target: Tensor,
         temperature: float,
         weights: tuple[float, float],
+        rest: Tensor | None,
     ) -> Tensor:
-        labels, non_target = Labels(classes, values), NonTarget(others, total)
-        sums = row_sums(logits, labels, temperature)
-        value = weights[0] * _target_term(logits, labels, target_values, sums)
-        # Not `+=`, which torch 2.11 compiles to gradients of zero.
-        value = value + weights[1] * _non_target_term(logits, non_target, temperature, sums)
-        if ctx.needs_input_grad[0]:
-            gradient = _gradient(
-                logits, labels, target_values, non_target, temperature, weights, sums
+        of_soft = target_values, non_target, temperature, weights
+        gradient = None
+        if values is None:
+            value, gradient = _of_single_labels(
+                logits, Labels(classes, 1.0), *of_soft, rest, ctx.needs_input_grad[0]
             )
-            ctx.settings = temperature, weights
-            if torch.compiler.is_compiling():  # where there is no second gradient
-                ctx.save_for_backward(gradient)
-            else:
-                tensors = logits, classes, values, target_values, others, total
-                ctx.save_for_backward(gradient, *tensors)
+        else:
+            labels = Labels(classes, values)
+            sums = row_sums(logits, labels, temperature)
+            value = _value(logits, labels, *of_soft, sums)
+            if ctx.needs_input_grad[0]:
+                gradient = _gradient(logits, labels, *of_soft, sums)
+        ctx.settings = temperature, weights
+        if torch.compiler.is_compiling():  # where there is no second gradient
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(gradient, logits, classes, values, target_values, non_target)
         return value
 
     @staticmethod
@@ -174,31 +194,84 @@ class _ClosedForm(torch.autograd.Function):
         return found, None, None, None, None, None, None, None
 
 
+def _of_single_labels(
+    logits: Tensor,
+    labels: Labels,
+    target_values: Tensor | None,
+    non_target: Tensor,
+    temperature: float,
+    weights: tuple[float, float],
+    rest: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Value, [B], and gradient, [B, C], of `_weighted` for one label a row, in few operations.
+
+    With one label all follows from the log-odds r of the other classes against it, without a
+    softmax over all classes: -log S_t = softplus(r), and 1 - S_t = sigmoid(r).
+    """
+    limit = finite_limit(logits.dtype)
+    pushed = weights[1] / temperature
+    sums = row_sums(logits, labels, temperature) if rest is None or temperature != 1 else None
+    rest = sums.rest if sums is not None else rest
+    assert rest is not None
+    # 1. -log N(S) of each class; at the label it is r. Bounded, so that times a q of 0 it is 0.
+    far = (rest - logits).clamp_(-limit, limit)
+    odds = far.gather(1, labels.classes)
+    if sums is not None and temperature != 1:
+        far = (sums.top - logits).div_(temperature).add_(sums.scaled).clamp_(-limit, limit)
+    # 2. The value. In place, and made again below: so no step needs another buffer.
+    value = far.mul_(non_target).sum(1)
+    del far
+    if target_values is None:
+        value = weights[1] * value
+        given = torch.zeros_like(odds)
+    else:
+        pulled = target_values if weights[0] == 1 else weights[0] * target_values
+        # Above the threshold softplus is r itself, to the last bit.
+        of_target = pulled * functional.softplus(odds, threshold=50.0)
+        value = torch.add(of_target.squeeze(1), value, alpha=weights[1])
+        given = pulled * odds.sigmoid()  # what the target term moves from the others to the label
+    if not with_gradient:
+        return value, None
+    # 3. The gradient at the others, where S is N(S) (1 - S_t): both terms are multiples of N(S),
+    # but for q. At the label, which is written last, the exponent may be anything.
+    found = (logits - rest).exp_()
+    if sums is not None and temperature != 1:
+        others = (logits - sums.top).div_(temperature).sub_(sums.scaled).exp_()
+        found = found.mul_(given).add_(others, alpha=pushed)
+    else:
+        found = found.mul_(given + pushed)
+    found = found.sub_(non_target, alpha=pushed)
+    if torch.compiler.is_compiling():  # which does not fuse a scatter
+        return value, torch.where(single_mask(labels, logits), -given, found)
+    return value, found.scatter_(1, labels.classes, -given)
+
+
 def _gradient(
     logits: Tensor,
     labels: Labels,
-    target_values: Tensor,
-    non_target: NonTarget,
+    target_values: Tensor | None,
+    non_target: Tensor,
     temperature: float,
     weights: tuple[float, float],
     sums: RowSums,
 ) -> Tensor:
     """Gradient of `_weighted` with respect to the logits, [B, C], for a batch sum."""
+    if target_values is None:
+        target_values = torch.zeros_like(labels.classes, dtype=logits.dtype)
+    everything = log_total(logits, labels, sums.rest)
     pulled = weights[0] * target_values.sum(1, keepdim=True)
     pushed = weights[1] / temperature
-    filled = torch.where(sums.rest == -torch.inf, 0.0, pushed * non_target.total)
-    scale = pulled * (sums.rest - sums.everything).exp() * non_target.total  # S over N(S)
+    filled = torch.full_like(sums.rest, pushed).masked_fill(sums.rest == -torch.inf, 0.0)
+    scale = pulled * (sums.rest - everything).exp()  # S over N(S)
     if temperature == 1:
         scale = scale + filled
-    # Times the total until the end: so no step needs another buffer. At labeled classes, which
-    # are replaced below, the exponent may be anything.
+    # At labeled classes, which are replaced below, the exponent may be anything.
     found = (logits - sums.rest).clamp_(max=0.0).exp_().mul_(scale)
     if temperature != 1:
         others = (logits - sums.top).div_(temperature).sub_(sums.scaled).clamp_(max=0.0)
         found = found.add_(others.exp_().mul_(filled))
-    found = found.sub_(non_target.weights, alpha=pushed).div_(non_target.total)
-    labeled = (logits.gather(1, labels.classes) - sums.everything).exp()
-    labeled = torch.where(labels.present(), pulled * labeled - weights[0] * target_values, 0.0)
-    if labels.classes.shape[1] == 1 and torch.compiler.is_compiling():
-        return torch.where(single_mask(labels, logits), labeled, found)
+    found = found.sub_(non_target, alpha=pushed)
+    labeled = (logits.gather(1, labels.classes) - everything).exp()
+    labeled = labels.masked(pulled * labeled - weights[0] * target_values)
     return found.scatter_(1, labels.classes, 0.0).scatter_add_(1, labels.classes, labeled)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from softlabels.losses._checks import check_target
 from softlabels.losses._non_target import (
+    Labels,
     SoftLabels,
     finite_limit,
     in_float32,
@@ -14,16 +16,19 @@ from softlabels.losses._non_target import (
     spread,
 )
 
-__all__ = ["log_softened", "soft_target_cross_entropy", "taken_apart"]
+__all__ = ["label_cross_entropy", "log_softened", "soft_target_cross_entropy", "taken_apart"]
 
 
 def log_softened(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-softmax at a temperature, at least float32, finite for all finite logits."""
     logits = in_float32(logits)
-    # Shifted first, so that a small temperature overflows none.
-    top = logits.detach().amax(1, keepdim=True)
-    softened = ((logits - top) / temperature).log_softmax(1)
-    return softened.clamp(min=-finite_limit(logits.dtype))
+    if temperature < 1:  # shifted first, so that a small temperature overflows none
+        logits = logits - logits.detach().amax(1, keepdim=True)
+    if temperature != 1:
+        logits = logits / temperature
+    lowest = -finite_limit(logits.dtype)
+    # As clamp(min=lowest), whose gradient is three operations.
+    return functional.threshold(logits.log_softmax(1), lowest, lowest)
 
 
 def soft_target_cross_entropy(
@@ -41,6 +46,11 @@ def soft_target_cross_entropy(
     return -(soft_target * log_probabilities).sum(1)
 
 
+def label_cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
+    """Cross-entropy of the labels with the prediction, [B]."""
+    return -labels.weighted_sum(log_softened(logits).gather(1, labels.classes))
+
+
 def taken_apart(soft_target: Tensor, target: Tensor) -> SoftLabels:
     """A soft label [B, C] as what it gives to the labeled classes, and how it shares the rest."""
     check_target(target, soft_target)
@@ -48,5 +58,5 @@ def taken_apart(soft_target: Tensor, target: Tensor) -> SoftLabels:
     labels = label_columns(target, soft_target)
     return SoftLabels(
         spread(labels, soft_target.gather(1, labels.classes), soft_target),
-        non_target_weights(soft_target, labels).normalized(),
+        non_target_weights(soft_target, labels),
     )

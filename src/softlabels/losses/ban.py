@@ -146,6 +146,6 @@ def _weighted_labels(teacher_logits: Tensor, labels: Labels) -> Tensor:
     """Labels times the teacher's confidence, in units of its mean over the batch, [B, C]."""
     teacher_logits = in_float32(teacher_logits.detach())
     confidence = teacher_logits.softmax(1).amax(1, keepdim=True)
-    every = Labels(labels.classes[:, :1], torch.ones_like(confidence), labels.kept)
+    every = Labels(labels.classes[:, :1], 1.0, labels.kept)
     weight = confidence / column_means(confidence, every)
     return weight * spread(labels, labels.values, teacher_logits)

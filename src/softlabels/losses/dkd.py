@@ -20,6 +20,7 @@ from softlabels.losses._non_target import (
     checked_columns,
     finite_limit,
     in_float32,
+    log_total,
     softmax_parts,
     spread,
 )
@@ -40,11 +41,12 @@ def _split(
     limit = finite_limit(logits.dtype)
     scaled = (logits / temperature).clamp(-limit, limit)
     sums, others = softmax_parts(scaled, labels)
-    labeled = scaled.gather(1, labels.classes).masked_fill(~labels.present(), -torch.inf)
-    log_labeled = (labeled.logsumexp(1) - sums.everything.squeeze(1)).clamp(min=-limit)
+    labeled = labels.masked(scaled.gather(1, labels.classes), -torch.inf).logsumexp(1)
+    everything = log_total(scaled, labels, sums.rest).squeeze(1)
+    log_labeled = (labeled - everything).clamp(min=-limit)
     log_binary = torch.stack((log_labeled, log_non_target_mass(scaled, labels)), 1)
     log_others = (scaled - sums.top - sums.scaled).clamp(-limit, limit)
-    return (log_binary.exp(), log_binary), (others.normalized(), log_others)
+    return (log_binary.exp(), log_binary), (others, log_others)
 
 
 class DKDLoss(Method, name="dkd"):
@@ -135,5 +137,5 @@ class DKDLoss(Method, name="dkd"):
         labels = checked_columns(target, teacher_probs, self.mixed_target, self.ignore_index)
         return SoftLabels(
             spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
-            softmax_parts(teacher_probs, labels)[1].normalized(),
+            softmax_parts(teacher_probs, labels)[1],
         )

@@ -77,8 +77,9 @@ def _divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> T
     log_predicted = log_softened(logits, temperature)
     teacher_logits = teacher_logits.detach().to(log_predicted.dtype)
     log_teacher_probs = log_softened(teacher_logits, temperature)
-    divergence = (log_teacher_probs.exp() * (log_teacher_probs - log_predicted)).sum(1)
-    return temperature**2 * divergence
+    # The factor and the sign lie on the teacher's side, which has no gradient to go through them.
+    weights = log_teacher_probs.exp() * -(temperature**2)
+    return (weights * (log_predicted - log_teacher_probs)).sum(1)
 
 
 class KDLoss(Method, name="kd"):
@@ -104,5 +105,5 @@ class KDLoss(Method, name="kd"):
         labels = label_columns(target, teacher_probs)
         return SoftLabels(
             spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
-            softmax_parts(teacher_probs, labels)[1].normalized(),
+            softmax_parts(teacher_probs, labels)[1],
         )

@@ -36,7 +36,7 @@ SmoothOver: TypeAlias = Literal["all", "non_target"]
 
 def _shares(
     labels: Labels, num_classes: int, smoothing: float, smooth_over: SmoothOver
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor | float, float]:
     """The smoothed label as [B, K] at labeled classes beyond what every class gets, and that."""
     if smooth_over == "all":
         return (1 - smoothing) * labels.values, smoothing / num_classes
@@ -138,5 +138,5 @@ class LabelSmoothingLoss(Method):
         at_labeled, everywhere = _shares(labels, logits.shape[1], self.smoothing, self.smooth_over)
         return SoftLabels(
             spread(labels, at_labeled + everywhere, logits),
-            non_target_weights(torch.ones_like(logits), labels).normalized(),
+            non_target_weights(torch.ones_like(logits), labels),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 from softlabels.inputs import Logits, Target, TeacherLogits
@@ -20,11 +19,11 @@ from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     Labels,
     MixedTarget,
-    NonTarget,
     Reduction,
     SoftLabels,
     checked_columns,
     in_float32,
+    labeled_probabilities,
     reduce_terms,
     softmax_parts,
     spread,
@@ -139,7 +138,7 @@ class _Soft(NamedTuple):
     teacher_logits: Tensor
     labels: Labels
     target: Tensor  # [B, K], T at the labeled classes, 0 where absent
-    non_target: NonTarget  # N(T) at the temperature
+    non_target: Tensor  # [B, C], N(T) at the temperature
 
 
 def _soft(
@@ -160,8 +159,7 @@ def _soft(
     # One pass gives both: the non-target softmax at the temperature, and the log-sum over all
     # classes at temperature 1, which T_t needs.
     sums, others = softmax_parts(teacher_logits, labels, temperature)
-    teacher_probs = (teacher_logits.gather(1, labels.classes) - sums.everything).exp()
-    teacher_probs = torch.where(labels.present(), teacher_probs, 0.0)
+    teacher_probs = labeled_probabilities(teacher_logits, labels, sums.rest)
     return _Soft(logits, teacher_logits, labels, teacher_probs, others)
 
 
@@ -243,4 +241,4 @@ class NKDLoss(Method, name="nkd"):
             self.ignore_index,
         )
         target_labels = spread(soft.labels, soft.target, soft.teacher_logits)
-        return SoftLabels(target_labels, soft.non_target.normalized())
+        return SoftLabels(target_labels, soft.non_target)

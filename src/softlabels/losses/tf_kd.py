@@ -92,7 +92,7 @@ class TfKDLoss(Method, name="tf_kd"):
         softened = (virtual / self.temperature).softmax(1)
         return SoftLabels(
             spread(labels, softened.gather(1, labels.classes), softened),
-            non_target_weights(softened, labels).normalized(),
+            non_target_weights(softened, labels),
         )
 
     def _virtual_teacher(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from softlabels.inputs import Input, Logits, Target, TeacherLogits, WeakLogits
 from softlabels.losses._checks import (
@@ -22,14 +24,14 @@ from softlabels.losses._checks import (
 from softlabels.losses._method import Method, Weight
 from softlabels.losses._non_target import (
     Labels,
-    NonTarget,
     Reduction,
-    RowSums,
     SoftLabels,
     column_means,
     finite_limit,
     in_float32,
     label_columns,
+    labeled_probabilities,
+    log_total,
     non_target_weights,
     reduce_terms,
     row_sums,
@@ -62,6 +64,7 @@ _RANKS_FROM = ("both", "both_unnormalized", "weak", "final")
 
 _SMOOTHING = 0.1  # of the weak head's labels, fixed in equation 9
 _EPSILON = 1e-6  # in both rank denominators, as in the official code
+_LOG_EPSILON = math.log(_EPSILON)
 
 
 class _Inputs(NamedTuple):
@@ -97,47 +100,49 @@ def _inputs(
     return _Inputs(logits, alike(weak_logits), alike(teacher_logits), labels)
 
 
-def _target_values(inputs: _Inputs, sums: RowSums, squared: bool, sync_batch_stats: bool) -> Tensor:
+def _target_values(inputs: _Inputs, rest: Tensor, squared: bool, sync_batch_stats: bool) -> Tensor:
     """Equation 6 at the labeled classes, [B, K]; 0 where absent. With a teacher its T_t."""
     labels = inputs.labels
-    source = inputs.logits if inputs.teacher_logits is None else inputs.teacher_logits
     if inputs.teacher_logits is not None:
-        sums = row_sums(source, labels)
-    values = (source.gather(1, labels.classes) - sums.everything).exp()
-    if inputs.teacher_logits is None:
-        values = values.square() if squared else values
-        values = values + labels.values - column_means(values, labels, sync=sync_batch_stats)
-    return torch.where(labels.present(), values, 0.0)
+        rest = row_sums(inputs.teacher_logits, labels).rest
+        return labeled_probabilities(inputs.teacher_logits, labels, rest)
+    values = labeled_probabilities(inputs.logits, labels, rest)
+    values = values.square() if squared else values
+    values = values + labels.values - column_means(values, labels, sync=sync_batch_stats)
+    return labels.masked(values)
 
 
-def _share_of_rest(logits: Tensor, sums: RowSums) -> Tensor:
-    """One fraction of equation 10, [B, C]: probabilities over their non-target mass + epsilon."""
-    # The mass is summed from the small side: 1 - S_t is 0 in float32 where S_t is nearly 1.
-    mass = (sums.rest - sums.everything).exp() + _EPSILON
-    return (logits - (sums.everything + mass.log())).exp_()
+def _share_of_rest(logits: Tensor, labels: Labels, rest: Tensor) -> Tensor:
+    """One fraction of equation 10, [B, C]: probabilities over their non-target mass + epsilon.
+
+    Both log-sums are made from the small side: 1 - S_t is 0 in float32 where S_t is nearly 1.
+    """
+    of_epsilon = log_total(logits, labels, rest) + _LOG_EPSILON
+    return (logits - torch.logaddexp(rest, of_epsilon)).exp_()
 
 
-def _scores(inputs: _Inputs, sums: RowSums, rank_from: USKDRankFrom, rank_by: RankBy) -> Tensor:
-    """What the classes are ranked by, [B, C]."""
+def _zipf(inputs: _Inputs, rest: Tensor, rank_from: USKDRankFrom, rank_by: RankBy) -> Tensor:
+    """Zipf's law over what the classes are ranked by, [B, C]."""
     logits, weak_logits, labels = inputs.logits, inputs.weak_logits, inputs.labels
     if rank_from == "final":  # the order of the logits is that of their softmax
-        return logits
+        return zipf_by_order(logits)
     if weak_logits is None:
         raise ValueError(f"rank_from={rank_from!r} ranks by weak_logits, got None")
     if rank_from == "weak":
-        return weak_logits
-    by_probability = rank_by == "probability"
-    if rank_from == "both_unnormalized":
-        final = logits - sums.everything
-        final = final.exp_() if by_probability else final
-        return final.add_(weak_logits.softmax(1))
-    if by_probability:
-        final = _share_of_rest(logits, sums)
+        return zipf_by_order(weak_logits)
+    signed = rank_by == "log_probability"
+    if rank_from == "both" and not signed:
+        final = _share_of_rest(logits, labels, rest)
     else:
-        labeled = logits.gather(1, labels.classes) - sums.everything
-        labeled = torch.where(labels.present(), labeled, 0.0).sum(1, keepdim=True)
-        final = (logits - sums.everything).div_(1 - labeled + _EPSILON)
-    return final.add_(_share_of_rest(weak_logits, row_sums(weak_logits, labels)))
+        final = logits - log_total(logits, labels, rest)
+        final = final if signed else final.exp_()
+    if rank_from == "both_unnormalized":
+        return zipf_by_order(final.add_(weak_logits.softmax(1)), signed)
+    if signed:
+        labeled = labels.masked(final.gather(1, labels.classes)).sum(1, keepdim=True)
+        final = final.div_(1 - labeled + _EPSILON)
+    of_weak = _share_of_rest(weak_logits, labels, row_sums(weak_logits, labels).rest)
+    return zipf_by_order(final.add_(of_weak), signed)
 
 
 def uskd_targets(
@@ -206,12 +211,12 @@ def uskd_targets(
     """
     _check_settings(squared, rank_from, rank_by, sync_batch_stats)
     inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
-    sums = row_sums(inputs.logits, inputs.labels)
-    values = _target_values(inputs, sums, squared, sync_batch_stats)
-    zipf = zipf_by_order(_scores(inputs, sums, rank_from, rank_by))
+    rest = row_sums(inputs.logits, inputs.labels).rest
+    values = _target_values(inputs, rest, squared, sync_batch_stats)
+    zipf = _zipf(inputs, rest, rank_from, rank_by)
     return SoftLabels(
         spread(inputs.labels, values, inputs.logits),
-        non_target_weights(zipf, inputs.labels).normalized(),
+        non_target_weights(zipf, inputs.labels),
     )
 
 
@@ -324,11 +329,12 @@ def uskd_loss(
 
 
 class _Soft(NamedTuple):
-    """The soft labels: P_t at the labeled classes, [B, K], and N(Z) over the others."""
+    """The soft labels, and what the loss needs beside them."""
 
     labels: Labels
-    target: Tensor
-    non_target: NonTarget
+    target: Tensor  # [B, K], P_t at the labeled classes
+    non_target: Tensor  # [B, C], N(Z) over the others
+    rest: Tensor  # [B, 1], log-sum of the others
 
 
 def _soft(
@@ -341,23 +347,21 @@ def _soft(
 ) -> _Soft:
     """Make the soft labels; with a weight of 0 the ranks are left out."""
     labels = inputs.labels
-    sums = row_sums(inputs.logits, labels)
-    values = _target_values(inputs, sums, squared, sync_batch_stats)
+    rest = row_sums(inputs.logits, labels).rest
+    values = _target_values(inputs, rest, squared, sync_batch_stats)
     if non_target_weight:
-        # The scores die here: a buffer of [B, C] less while the loss is computed.
-        others = non_target_weights(
-            zipf_by_order(_scores(inputs, sums, rank_from, rank_by)), labels
-        )
+        others = non_target_weights(_zipf(inputs, rest, rank_from, rank_by), labels)
     else:
-        nothing = torch.zeros_like(sums.top).expand_as(inputs.logits)
-        others = NonTarget(nothing, torch.ones_like(sums.top))
-    return _Soft(labels, values, others)
+        others = torch.zeros_like(rest).expand_as(inputs.logits)
+    return _Soft(labels, values, others, rest)
 
 
 def _fused(logits: Tensor, soft: _Soft, weights: tuple[float, float]) -> Tensor:
     """Target and non-target term together, [B], with their gradient in closed form."""
     logits = in_float32(logits)
-    return soft_cross_entropy(logits, soft.labels, soft.target, soft.non_target, 1.0, weights)
+    return soft_cross_entropy(
+        logits, soft.labels, soft.target, soft.non_target, 1.0, weights, soft.rest
+    )
 
 
 def _terms(
@@ -379,13 +383,22 @@ def _terms(
 def _weak_terms(
     weak_logits: Tensor | None, labels: Labels, weight: float, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The weak head's own loss, by its name.
+    """The weak head's own loss, by its name: equation 9, cross-entropy with smoothed labels.
 
     Also with a weight of 0: a head that only ranks then has a gradient, of zeros, as DDP wants.
     """
-    if not weight and weak_logits is None:
-        return {}
-    return {"weak": weight * _weak_term(weak_logits, labels, dtype)}
+    if weak_logits is None:
+        if not weight:
+            return {}
+        raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
+    log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
+    num_classes = weak_logits.shape[1]
+    # threshold is clamp(min=...), whose gradient is three operations.
+    lowest, lowest_sum = -finite_limit(dtype), -finite_limit(dtype) * num_classes
+    labeled = functional.threshold(log_probabilities.gather(1, labels.classes), lowest, lowest)
+    of_all = functional.threshold(log_probabilities.sum(1), lowest_sum, lowest_sum)
+    of_labels = labels.weighted_sum(labeled) * (-weight * (1 - _SMOOTHING))
+    return {"weak": torch.add(of_labels, of_all, alpha=-weight * _SMOOTHING / num_classes)}
 
 
 def _check_others(target: Tensor) -> None:
@@ -397,18 +410,6 @@ def _check_others(target: Tensor) -> None:
                 f"target_term T2 is undefined for row {int(full.int().argmax())} of target: every "
                 "class has a label, so that 1 - S_t is 0 and its logarithm does not exist"
             )
-
-
-def _weak_term(weak_logits: Tensor | None, labels: Labels, dtype: torch.dtype) -> Tensor:
-    """Equation 9 without mu, [B]: cross-entropy with smoothed labels."""
-    if weak_logits is None:
-        raise ValueError("weak_weight is not 0, so weak_logits are needed, got None")
-    log_probabilities = in_float32(weak_logits).to(dtype).log_softmax(1)
-    lowest = -finite_limit(dtype)
-    labeled = log_probabilities.gather(1, labels.classes).clamp(min=lowest)
-    of_labels = torch.where(labels.present(), labels.values * labeled, 0.0).sum(1)
-    of_all = log_probabilities.mean(1).clamp(min=lowest)
-    return -(1 - _SMOOTHING) * of_labels - _SMOOTHING * of_all
 
 
 class USKDLoss(Method, name="uskd"):

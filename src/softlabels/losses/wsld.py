@@ -14,22 +14,20 @@ from softlabels.losses._checks import (
 )
 from softlabels.losses._method import Defaults, Method, Temperature
 from softlabels.losses._non_target import (
-    Labels,
     SoftLabels,
     in_float32,
     label_columns,
 )
-from softlabels.losses._soft_target import log_softened, soft_target_cross_entropy
+from softlabels.losses._soft_target import (
+    label_cross_entropy,
+    log_softened,
+    soft_target_cross_entropy,
+)
 from softlabels.losses.kd import KDLoss
 
 __all__ = ["WSLDLoss"]
 
 _EPSILON = 1e-7  # added to the teacher's loss, as in the published code
-
-
-def _cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
-    """Of the labels with the prediction, [B]."""
-    return -(labels.values * log_softened(logits).gather(1, labels.classes)).sum(1)
 
 
 class WSLDLoss(Method, name="wsld"):
@@ -90,8 +88,8 @@ class WSLDLoss(Method, name="wsld"):
         logits = in_float32(logits)
         teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
         labels = label_columns(target, logits, "all")
-        of_teacher = _cross_entropy(teacher_logits, labels) + _EPSILON
-        weight = -torch.expm1(-_cross_entropy(logits.detach(), labels) / of_teacher)
+        of_teacher = label_cross_entropy(teacher_logits, labels) + _EPSILON
+        weight = -torch.expm1(-label_cross_entropy(logits.detach(), labels) / of_teacher)
         teacher_probs = log_softened(teacher_logits, self.temperature).exp()
         soft = soft_target_cross_entropy(logits, teacher_probs, self.temperature)
         return {"soft": self.temperature**2 * weight * soft}

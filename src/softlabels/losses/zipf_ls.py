@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from softlabels.losses._method import (
 from softlabels.losses._non_target import (
     Labels,
     MixedTarget,
-    NonTarget,
     Reduction,
     SoftLabels,
     checked_columns,
@@ -40,8 +39,9 @@ from softlabels.losses._non_target import (
     spread,
     total_of,
 )
-from softlabels.losses._ranks import DISTRIBUTIONS, Distribution, law
+from softlabels.losses._ranks import DISTRIBUTIONS, Distribution, Law, over_ranks
 from softlabels.losses._soft_cross_entropy import soft_cross_entropy
+from softlabels.losses._soft_target import label_cross_entropy
 
 __all__ = ["Distribution", "RankFrom", "ZipfLSLoss", "zipf_ls_loss", "zipf_ls_targets"]
 
@@ -122,56 +122,38 @@ def zipf_ls_targets(
     check_ignore_index(ignore_index)
     check_target(target, logits, ignore_index)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
-    weights = _Law(
-        distribution, power, smallest_probability, decay, lower_bound, upper_bound
-    ).checked()
+    law = _checked(Law(distribution, power, smallest_probability, decay, lower_bound, upper_bound))
     logits = in_float32(logits.detach())
     labels = checked_columns(target, logits, mixed_target, ignore_index)
-    return weights.over(logits, votes, labels).normalized()
+    return _soft_labels(logits, votes, labels, law)
 
 
-class _Law(NamedTuple):
-    """Which weight a rank has."""
+def _checked(law: Law) -> Law:
+    """The law itself; ValueError or TypeError where it makes no sense."""
+    check_choice("distribution", law.distribution, DISTRIBUTIONS)
+    check_number("power", law.power, at_most=30)
+    check_number("smallest_probability", law.smallest_probability, at_most=1)
+    check_number("decay", law.decay, at_most=30)
+    check_number("lower_bound", law.lower_bound, positive=True)
+    check_number("upper_bound", law.upper_bound, positive=True)
+    if law.upper_bound <= law.lower_bound:
+        raise ValueError(
+            f"upper_bound must be above lower_bound {law.lower_bound}, got {law.upper_bound}"
+        )
+    return law
 
-    distribution: Distribution
-    power: float
-    smallest_probability: float
-    decay: float
-    lower_bound: float
-    upper_bound: float
 
-    def checked(self) -> _Law:
-        """Itself; ValueError or TypeError where it makes no sense."""
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_number("power", self.power, at_most=30)
-        check_number("smallest_probability", self.smallest_probability, at_most=1)
-        check_number("decay", self.decay, at_most=30)
-        check_number("lower_bound", self.lower_bound, positive=True)
-        check_number("upper_bound", self.upper_bound, positive=True)
-        if self.upper_bound <= self.lower_bound:
-            raise ValueError(
-                f"upper_bound must be above lower_bound {self.lower_bound}, got {self.upper_bound}"
-            )
-        return self
-
-    def over(self, logits: Tensor, votes: Tensor | None, labels: Labels) -> NonTarget:
-        """The law over the ranks of the non-target classes."""
-        num_classes = logits.shape[1]
-        if self.distribution == "linear_decay" and self.smallest_probability * num_classes > 1:
-            raise ValueError(
-                f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
-                f"got {self.smallest_probability}"
-            )
-        if votes is not None:
-            check_votes(votes, logits)
-        settings = {
-            "power": self.power,
-            "smallest_probability": self.smallest_probability,
-            "decay": self.decay,
-            "lower_bound": self.lower_bound,
-            "upper_bound": self.upper_bound,
-        }
-        return law(logits, votes, labels, self.distribution, settings)
+def _soft_labels(logits: Tensor, votes: Tensor | None, labels: Labels, law: Law) -> Tensor:
+    """The law over the ranks of the non-target classes, [B, C]."""
+    num_classes = logits.shape[1]
+    if law.distribution == "linear_decay" and law.smallest_probability * num_classes > 1:
+        raise ValueError(
+            f"smallest_probability must be at most 1 / {num_classes} for as many classes, "
+            f"got {law.smallest_probability}"
+        )
+    if votes is not None:
+        check_votes(votes, logits)
+    return over_ranks(logits, votes, labels, law)
 
 
 def zipf_ls_loss(
@@ -249,13 +231,11 @@ def zipf_ls_loss(
     check_number("exit_weight", exit_weight)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    weights = _Law(
-        distribution, power, smallest_probability, decay, lower_bound, upper_bound
-    ).checked()
+    law = _checked(Law(distribution, power, smallest_probability, decay, lower_bound, upper_bound))
     check_logits(logits)
     check_target(target, logits, ignore_index)
     labels = checked_columns(target, in_float32(logits), mixed_target, ignore_index)
-    terms = {"non_target": _divergence(logits, votes, labels, weights)}
+    terms = {"non_target": _divergence(logits, votes, labels, law)}
     if correct_only:
         correct = _correct(logits, target, labels.kept, ignore_index)
         terms["non_target"] = _of_correct(terms["non_target"], correct, labels.kept, reduction)
@@ -265,17 +245,13 @@ def zipf_ls_loss(
     return reduce_terms({"loss": total_of(terms)}, reduction, labels.kept)["loss"]
 
 
-def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, weights: _Law) -> Tensor:
+def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, law: Law) -> Tensor:
     """The equation above, [B]."""
     logits = in_float32(logits)
-    soft = weights.over(logits.detach(), votes, labels)
-    nothing = torch.zeros_like(labels.values, dtype=logits.dtype)
+    soft = _soft_labels(logits.detach(), votes, labels, law)
     # Temperature and weights as constants: dynamic compiled code takes a default for an input.
-    cross_entropy = soft_cross_entropy(logits, labels, nothing, soft, 1.0, (1.0, 1.0))
-    # sum of q log q, for q = weights / total
-    entropy = torch.xlogy(soft.weights, soft.weights).sum(1, keepdim=True) / soft.total
-    entropy = torch.where(soft.weights.any(1, keepdim=True), entropy - soft.total.log(), 0.0)
-    return cross_entropy + entropy.squeeze(1)
+    cross_entropy = soft_cross_entropy(logits, labels, None, soft, 1.0, (1.0, 1.0))
+    return cross_entropy + torch.xlogy(soft, soft).sum(1)
 
 
 def _correct(
@@ -298,18 +274,12 @@ def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: R
 
 def _exits(exit_logits: Sequence[Tensor], logits: Tensor, labels: Labels) -> Tensor:
     """The cross-entropy of all exits together, [B], over the labels themselves."""
-    total: Tensor | None = None
+    terms = {}
     for number, own in enumerate(exit_logits):
-        check_logits(own, f"exit_logits[{number}]", like=logits)
-        own = in_float32(own).to(labels.values.dtype)
-        ones = torch.ones_like(labels.values[:, :1])
-        nothing = NonTarget(torch.zeros_like(ones).expand_as(own), ones)
-        # A copy: compiled code cannot pass one tensor twice to an autograd function.
-        values = labels.values.clone()
-        term = soft_cross_entropy(own, labels, values, nothing, 1.0, (1.0, 0.0))
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+        name = f"exit_logits[{number}]"
+        check_logits(own, name, like=logits)
+        terms[name] = label_cross_entropy(in_float32(own).to(in_float32(logits).dtype), labels)
+    return total_of(terms)
 
 
 class ZipfLSLoss(Method, name="zipf_ls"):
@@ -354,7 +324,7 @@ class ZipfLSLoss(Method, name="zipf_ls"):
 
     def check_settings(self) -> None:
         """Raise ValueError where settings do not fit each other."""
-        self._law().checked()
+        _checked(self._law())
         if self.exit_taps and self.rank_from != "votes":
             raise ValueError("exit_taps need rank_from='votes', got rank_from='logits'")
         if self.exit_taps and self.exit_weight == 0:
@@ -399,15 +369,8 @@ class ZipfLSLoss(Method, name="zipf_ls"):
             terms["exits"] = self.exit_weight * _exits(exits[::2], logits, of_exits)
         return terms
 
-    def _law(self) -> _Law:
-        return _Law(
-            self.distribution,
-            self.power,
-            self.smallest_probability,
-            self.decay,
-            self.lower_bound,
-            self.upper_bound,
-        )
+    def _law(self) -> Law:
+        return Law(*(getattr(self, name) for name in Law._fields))
 
     def _joined(self, votes: Tensor | None, exits: Sequence[Tensor]) -> Tensor | None:
         """The votes of all heads."""
@@ -435,5 +398,5 @@ class ZipfLSLoss(Method, name="zipf_ls"):
         check_target(target, logits, self.ignore_index)
         logits = in_float32(logits.detach())
         labels = checked_columns(target, logits, self.mixed_target, self.ignore_index)
-        soft = self._law().over(logits, self._joined(votes, exits), labels).normalized()
+        soft = _soft_labels(logits, self._joined(votes, exits), labels, self._law())
         return SoftLabels(spread(labels, labels.values, soft), soft)
