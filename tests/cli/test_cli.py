@@ -197,7 +197,7 @@ def test_methods_lists_all(capsys):
         (["predict", "/no/run", "/no/image.png"], "/no/image.png does not exist"),
         (["config", "display"], "expected `config show`"),
         (["methods", "--kind", "x"], "no method 'x'"),
-        (["demo", "--epochs", "0"], "epochs must be 1 or more"),
+        (["demo", "--epochs", "0"], "epochs: Input should be greater than or equal to 1, got 0"),
     ],
 )  # fmt: skip
 def test_mistake_is_one_line_and_status_2(capsys, monkeypatch, tmp_path, arguments, message):

@@ -9,15 +9,18 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from pydantic.fields import FieldInfo
+import tyro
+from pydantic import BaseModel, Field, ValidationError, validate_call
+from pydantic.fields import FieldInfo
 
-__all__ = ["UsageError", "call", "configured", "is_main_process", "metrics_line"]
+from softlabels.io.records import problem_of
+
+__all__ = ["Count", "UsageError", "command", "configured", "is_main_process", "metrics_line"]
 
 Result = TypeVar("Result")
+Count = Annotated[int, Field(ge=1)]
 _WIDTH = 80
 
 # The settings that most runs give, in the order of the help, some with a shorter option.
@@ -40,14 +43,26 @@ class UsageError(ValueError):
     """The command line does not fit."""
 
 
-def call(command: Callable[..., int], arguments: list[str], prog: str) -> int:
-    """Parse the arguments of a command, then run it.
+def command(prog: str) -> Callable[[Callable[..., None]], Callable[[list[str]], None]]:
+    """Makes a command of a function: its arguments are the options, and pydantic checks them.
 
     Raises:
-        UsageError: Arguments that the command does not take.
+        UsageError: From the command, for arguments that it does not take.
     """
-    known = [f"--{name.replace('_', '-')}" for name in inspect.signature(command).parameters]
-    return _parsed(command, arguments, prog, known)
+
+    def decorate(function: Callable[..., None]) -> Callable[[list[str]], None]:
+        names = inspect.signature(function).parameters
+        known = [f"--{name.replace('_', '-')}" for name in names]
+
+        def run(arguments: list[str]) -> None:
+            try:
+                _parsed(validate_call(function), arguments, prog, known)
+            except ValidationError as error:
+                raise UsageError(problem_of(error)) from error
+
+        return run
+
+    return decorate
 
 
 def _parsed(
@@ -57,8 +72,6 @@ def _parsed(
 
     A version of tyro without its hook for errors prints them in its own way, and exits with 2 too.
     """
-    import tyro
-
     errors = getattr(tyro, "_errors", None)
 
     def refuse(event: Any) -> None:
@@ -103,8 +116,6 @@ def _of_value(event: Any, flag: str) -> str:
     if flag:
         reason = event.message.splitlines()[0].rstrip(".!")
         return f"{flag} takes {event.argument.lowered.metavar}: {reason}"
-    from pydantic import ValidationError
-
     from softlabels.training.config import explain
 
     error = sys.exc_info()[1]
@@ -131,9 +142,6 @@ def configured(
         further: The schema of the command's own options, whose names differ from a run's.
         load: Gives the settings of the recipe; None: as they stand in it.
     """
-    import tyro
-    from pydantic import ValidationError
-
     from softlabels.training.config import (
         checked,
         explain,

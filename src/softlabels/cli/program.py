@@ -5,13 +5,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from softlabels.cli import compare as comparing
-from softlabels.cli import runs, students
-from softlabels.cli import show as shown
-from softlabels.cli import sweep as sweeping
-from softlabels.cli.parsing import UsageError
 from softlabels.io.console import printable
 
 __all__ = ["main"]
@@ -19,39 +15,43 @@ __all__ = ["main"]
 _TRACEBACK = "SOFTLABELS_TRACEBACK"
 _LONGEST_MESSAGE = 2000
 
-_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "train": (runs.train, "train a classifier, from a recipe or from settings"),
+# Where each command is, and what the overview says of it.
+_COMMANDS = {
+    "train": ("runs.train", "train a classifier, from a recipe or from settings"),
     "cache-teacher": (
-        runs.cache_teacher,
+        "runs.cache_teacher",
         "store a teacher's answers, so that training needs no teacher",
     ),
-    "eval": (students.evaluate, "measure a trained student on a test set"),
+    "eval": ("students.evaluate", "measure a trained student on a test set"),
     "analyze": (
-        students.analyze,
+        "students.analyze",
         "write the statistics of a finished run's answers that its report shows",
     ),
-    "predict": (students.predict, "classify images with a trained student"),
+    "predict": ("students.predict", "classify images with a trained student"),
     "export": (
-        students.export,
+        "students.export",
         "write a trained student for others, as safetensors or ONNX, with a model card",
     ),
-    "demo": (runs.demo, "train one small student four ways on the embedded data, and compare"),
+    "demo": (
+        "experiments.demo",
+        "train one small student four ways on the embedded data, and compare",
+    ),
     "compare": (
-        comparing.compare,
+        "experiments.compare",
         "train several methods over the same seeds, and say what differs",
     ),
     "sweep": (
-        sweeping.sweep,
+        "experiments.sweep",
         "search a method's weights and temperature on images that are held out",
     ),
     "reproduce": (
-        runs.reproduce,
+        "experiments.reproduce",
         "train the rows of a published table, and compare with the paper",
     ),
-    "recipes": (shown.recipes, "list the recipes; `recipes show NAME` prints one"),
-    "taps": (shown.taps, "say where a network's features are read, and how its positions vote"),
-    "methods": (shown.methods, "list the methods, what they read, and their settings"),
-    "config": (shown.config, "`config show`: print a resolved configuration"),
+    "recipes": ("show.recipes", "list the recipes; `recipes show NAME` prints one"),
+    "taps": ("show.taps", "say where a network's features are read, and how its positions vote"),
+    "methods": ("show.methods", "list the methods, what they read, and their settings"),
+    "config": ("show.config", "`config show`: print a resolved configuration"),
 }
 
 
@@ -100,7 +100,8 @@ def _is_one_of_several() -> bool:
 
 def _status(name: str, rest: list[str]) -> int:
     try:
-        return _run(name, rest)
+        _run(name, rest)
+        return 0
     except SystemExit as stop:  # help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
@@ -143,16 +144,16 @@ def _complain(command: str, message: str) -> None:
     print(f"softlabels {printable(command):.80}: {line}", file=sys.stderr)
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(name: str, arguments: list[str]) -> None:
     if name in ("-h", "--help"):
         print(_overview(), flush=True)
-        return 0
-    if name == "--version":
+    elif name == "--version":
         from softlabels import __version__
 
         print(f"softlabels {__version__}")
-        return 0
-    if name not in _COMMANDS:
+    elif name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, n=2)
-        raise UsageError(f"no such command: expected {', '.join(near or _COMMANDS)}")
-    return _COMMANDS[name][0](arguments)
+        raise ValueError(f"no such command: expected {', '.join(near or _COMMANDS)}")
+    else:
+        module, _, function = _COMMANDS[name][0].partition(".")
+        getattr(import_module(f"softlabels.cli.{module}"), function)(arguments)
