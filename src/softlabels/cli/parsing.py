@@ -116,13 +116,11 @@ def _of_value(event: Any, flag: str) -> str:
     if flag:
         reason = event.message.splitlines()[0].rstrip(".!")
         return f"{flag} takes {event.argument.lowered.metavar}: {reason}"
-    from softlabels.training.config import explain
-
     error = sys.exc_info()[1]
     section = getattr(error, "arg", "").partition(".")[2]  # config.data is data to the user
     while error is not None and not isinstance(error, ValidationError):
         error = error.__context__
-    told = event.message if error is None else explain(error)
+    told = event.message if error is None else problem_of(error)
     return f"{section}.{told}" if section else told
 
 
@@ -142,14 +140,7 @@ def configured(
         further: The schema of the command's own options, whose names differ from a run's.
         load: Gives the settings of the recipe; None: as they stand in it.
     """
-    from softlabels.training.config import (
-        checked,
-        explain,
-        load_recipe,
-        parse,
-        with_data,
-        with_method,
-    )
+    from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
 
     arguments = [*map(_long_form, arguments)]
     values: dict[str, Any] = {}
@@ -177,7 +168,7 @@ def configured(
             config=(tyro.conf.AvoidSubcommands,),
         )
     except ValidationError as error:  # of what stands in no section; tyro leaves it as it is
-        raise UsageError(explain(error)) from error
+        raise UsageError(problem_of(error)) from error
     return checked(given_by.config), getattr(given_by, "further", None)
 
 

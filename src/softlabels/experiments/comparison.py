@@ -12,12 +12,12 @@ import yaml
 from pydantic import Field, ValidationError
 
 from softlabels.experiments.launcher import PlannedRun, RunPlan
+from softlabels.io.records import problem_of
 from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
     ConfigError,
     checked,
-    explain,
     load_recipe,
     method_reads_teacher,
     parse,
@@ -141,7 +141,7 @@ def read_comparison(path: str) -> Comparison | None:
     try:
         return Comparison.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
+        raise ConfigError(f"{path}: {problem_of(error)}") from error
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, str | dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +12,14 @@ from typing_extensions import Self
 
 from softlabels.io.files import write_json
 
-__all__ = ["Record", "problem_of", "read_lines"]
+__all__ = ["UNKNOWN_SETTING", "Record", "problem_of", "read_lines"]
 
+UNKNOWN_SETTING = "unknown_setting"
+"""The kind of error that tells of a key that is no setting: its `name`, and those that are."""
+
+_LONGEST_NAME = 200
+_LONGEST_MESSAGE = 600
+_TAGS = ("tuple[", "literal[", "constrained-")  # pydantic's, of the parts of a union
 _SAYS_ALL = ("value_error", "assertion_error", "json_invalid", "missing")
 
 
@@ -56,13 +63,16 @@ class Record(BaseModel):
 
 def problem_of(error: ValidationError) -> str:
     """One line about the first thing that does not fit a schema."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = "".join(
-        f"{part:.80}." if isinstance(part, str) else f"{part}." for part in first["loc"]
-    )
-    message = first["msg"].removeprefix("Value error, ")
+    first = error.errors(include_url=False)[0]
+    path = [f"{part:.80}" for part in map(str, first["loc"]) if not part.startswith(_TAGS)]
+    if first["type"] == UNKNOWN_SETTING:
+        name, known = str(first["ctx"]["name"]), first["ctx"]["known"]
+        near = difflib.get_close_matches(name[:_LONGEST_NAME], known, n=3)
+        where = ".".join([*path, name])
+        return f"unknown setting {where!r:.200}: expected {', '.join(near or known)}"
+    message = first["msg"].removeprefix("Value error, ")[:_LONGEST_MESSAGE]
     got = "" if first["type"] in _SAYS_ALL else f", got {first['input']!r:.80}"
-    return f"{where[:-1]}: {message}{got}" if where else f"{message}{got}"
+    return f"{'.'.join(path):.200}: {message}{got}" if path else f"{message}{got}"
 
 
 _R = TypeVar("_R", bound=Record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import textwrap
@@ -13,13 +12,13 @@ import yaml
 from pydantic import Field, ValidationError
 
 from softlabels.distill.external_inputs import checked_inputs
+from softlabels.io.records import problem_of
 from softlabels.losses import Defaults, Method, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
     DATA_SETTINGS,
     LARGEST_FACTOR,
     MOST,
-    UNKNOWN_SETTING,
     AnyData,
     AnyMethod,
     CheckpointSettings,
@@ -49,7 +48,6 @@ __all__ = [
     "defaults_of",
     "describe_method",
     "dump",
-    "explain",
     "load_recipe",
     "method_reads_teacher",
     "parse",
@@ -61,9 +59,6 @@ __all__ = [
     "with_method_defaults",
     "with_object",
 ]
-
-_LONGEST_MESSAGE = 600
-_TAGS = ("tuple[", "literal[", "constrained-")  # pydantic's, of the parts of a union
 
 
 class Config(Section):
@@ -214,8 +209,7 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
     try:
         return settings_class(further.kind)(kind=further.kind, **further.settings)
     except ValidationError as error:
-        message = explain(error)
-        raise ValueError(f"{further.kind}: {message}") from error
+        raise ValueError(f"{further.kind}: {problem_of(error)}") from error
 
 
 def method_reads_teacher(config: Config) -> bool:
@@ -315,7 +309,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(problem_of(error)) from error
 
 
 def checked(config: Config, method: Method | None = None) -> Config:
@@ -418,26 +412,6 @@ def with_object(config: Config, method: Method) -> Config:
             f"an object, {type(method).__name__}: give a WeightedSum of all"
         )
     return config.model_copy(update={"method": settings_of_method(method)})
-
-
-def explain(error: ValidationError) -> str:
-    """One line about the first thing that does not fit the schema."""
-    return _explain(error)[:_LONGEST_MESSAGE]
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(_TAGS)]
-    where = ".".join(path)
-    if first["type"] == UNKNOWN_SETTING:
-        name, known = str(first["ctx"]["name"]), first["ctx"]["known"]
-        near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], known, n=3)
-        where = ".".join([*path, name])
-        return f"unknown setting {where!r:.200}: expected {', '.join(near or known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("value_error", "assertion_error"):
-        return f"{where}: {message}" if where else message
-    return f"{where:.200}: {message}, got {first.get('input')!r:.80}"
 
 
 def dump(config: Config) -> str:

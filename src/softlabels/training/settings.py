@@ -28,6 +28,7 @@ from torch import nn
 
 from softlabels.data.sources.by_name import SOURCES, kind_of
 from softlabels.data.split import LARGEST_VALIDATION
+from softlabels.io.records import UNKNOWN_SETTING
 from softlabels.losses import METHODS, Method
 from softlabels.losses._method import setting_fields
 from softlabels.losses.label_smoothing import SmoothOver
@@ -39,7 +40,6 @@ __all__ = [
     "METHOD_SETTINGS",
     "MOST",
     "OBJECT",
-    "UNKNOWN_SETTING",
     "AnyData",
     "AnyMethod",
     "CheckpointSettings",
@@ -68,8 +68,6 @@ MOST = 1_000_000
 _MOST_PIXELS = 16_384
 OBJECT = "object:"
 """What the name of a part begins with that was given as an object."""
-UNKNOWN_SETTING = "unknown_setting"
-"""The kind of error that tells of a key that is no setting."""
 LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
