@@ -24,7 +24,13 @@ from softlabels.experiments.search_space import (
 from softlabels.experiments.sweep import run_sweep
 from softlabels.experiments.sweep_record import SweepOptions
 from softlabels.losses import METHODS
-from softlabels.training.config import load_recipe, method_reads_teacher, parse, resolve
+from softlabels.training.config import (
+    build_method,
+    load_recipe,
+    method_reads_teacher,
+    parse,
+    resolve,
+)
 from softlabels.training.errors import RunError
 
 TEACHER = {"name": "timm:resnet20"}
@@ -37,7 +43,9 @@ QUIET = Console(quiet=True)
 def config_of(kind, **more):
     values = {"method": kind, **more}
     return resolve(
-        {**values, "teacher": TEACHER} if method_reads_teacher(parse(values)) else values
+        {**values, "teacher": TEACHER}
+        if method_reads_teacher(build_method(parse(values)))
+        else values
     )
 
 

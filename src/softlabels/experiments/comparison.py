@@ -17,6 +17,7 @@ from softlabels.losses import METHODS
 from softlabels.training.config import (
     Config,
     ConfigError,
+    build_method,
     checked,
     load_recipe,
     method_reads_teacher,
@@ -241,7 +242,7 @@ def planned(comparison: Comparison, folder: Path) -> tuple[list[PlannedVariant],
 def _with_teacher(config: Config, own_teacher: bool) -> Config:
     """With the teacher that its method reads, and no other."""
     teacher = config.teacher
-    if config.generations > 1 or not method_reads_teacher(config):
+    if config.generations > 1 or not method_reads_teacher(build_method(config)):
         return checked(
             config.model_copy(update={"teacher": TeacherSettings(), "further_teachers": ()})
         )

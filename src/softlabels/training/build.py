@@ -27,6 +27,7 @@ from softlabels.taps import undisturbed
 from softlabels.training.config import (
     Config,
     build_method,
+    method_reads_teacher,
     with_method_defaults,
 )
 from softlabels.training.settings import (
@@ -163,28 +164,24 @@ def build_distiller(
     if method is None:
         method = build_method(config)
     shape = (info.in_channels, *info.image_size)
-    own_student = student is not None
-    if student is None:
-        with seeded(config.seed, "student"):
-            student = _built_student(config.student, info, config.student.pretrained)
-        if config.student.weights is not None:
-            load_weights(student, _file(config.student.weights))
-        try_out(student, f"the student {config.student.name!r}", shape, info.num_classes)
     inputs = checked_inputs(method).values()
     peer = None
     if any(isinstance(kind, PeerLogits) for kind in inputs):
-        if config.peer.name is None and own_student:
+        if config.peer.name is None and student is not None:
             raise ValueError(
                 f"{config.label} trains a second network along: beside a student of your own it "
                 "needs peer.name"
             )
         settings = config.student if config.peer.name is None else config.peer
-        with seeded(config.seed, "peer"):
-            peer = _built_student(settings, info)
-        try_out(peer, f"the peer {settings.name!r}", shape, info.num_classes)
+        peer = _trained_network("peer", settings, info, config.seed)
+    if student is None:
+        pretrained = config.student.pretrained
+        student = _trained_network("student", config.student, info, config.seed, pretrained)
+        if config.student.weights is not None:
+            load_weights(student, _file(config.student.weights))
     # A cache without a reader says which draws of the augmentation are shown.
     given = config.teacher.cache is None and config.teacher.name is not None
-    if given and not any(kind.reads_teacher for kind in inputs):
+    if given and not method_reads_teacher(method):
         raise ValueError(
             f"{config.label} reads from no teacher, but one is given: leave teacher out"
         )
@@ -192,16 +189,13 @@ def build_distiller(
         teacher = TeacherCache(config.teacher.cache)
     elif config.teacher.name is not None and not isinstance(teacher, TeacherCache | Teachers):
         reads_logits = any(isinstance(kind, TeacherLogits) for kind in inputs)
-        named = (
-            config.further_teachers
-            if teacher is not None
-            else (config.teacher, *config.further_teachers)
-        )
-        every: list[nn.Module] = [] if teacher is None else [teacher]
-        every += [
-            _tried_teacher(settings, info, info.num_classes if reads_logits else None)
-            for settings in named
-        ]
+        every = [] if teacher is None else [teacher]
+        for named in (config.teacher, *config.further_teachers)[len(every) :]:
+            built = build_teacher(named, info)
+            hint = ": teacher.class_map names the classes of the data among the teacher's"
+            num_classes = info.num_classes if reads_logits else None
+            try_out(built, f"the teacher {named.name!r}", shape, num_classes, hint=hint)
+            every.append(built)
         teacher = every[0] if len(every) == 1 else Teachers(every)
     task = config.task
     task_loss = (
@@ -221,29 +215,26 @@ def build_distiller(
         )
 
 
-def _built_student(
-    settings: StudentSettings | PeerSettings, info: DataInfo, pretrained: bool = False
+def _trained_network(
+    what: str,
+    settings: StudentSettings | PeerSettings,
+    info: DataInfo,
+    seed: int,
+    pretrained: bool = False,
 ) -> nn.Module:
-    return build_model(
-        settings.name or "",
-        num_classes=info.num_classes,
-        in_channels=info.in_channels,
-        image_size=info.image_size,
-        settings=settings.settings,
-        pretrained=pretrained,
-    )
-
-
-def _tried_teacher(settings: TeacherSettings, info: DataInfo, num_classes: int | None) -> Teacher:
-    teacher = build_teacher(settings, info)
-    try_out(
-        teacher,
-        f"the teacher {settings.name!r}",
-        (info.in_channels, *info.image_size),
-        num_classes,
-        hint=": teacher.class_map names the classes of the data among the teacher's",
-    )
-    return teacher
+    """The student, or its peer, with random numbers of its own."""
+    with seeded(seed, what):
+        network = build_model(
+            settings.name or "",
+            num_classes=info.num_classes,
+            in_channels=info.in_channels,
+            image_size=info.image_size,
+            settings=settings.settings,
+            pretrained=pretrained,
+        )
+    shape = (info.in_channels, *info.image_size)
+    try_out(network, f"the {what} {settings.name!r}", shape, info.num_classes)
+    return network
 
 
 def try_out(
@@ -369,11 +360,7 @@ def _record_of(name: str, weights: str | None) -> FileRecord | None:
 
 def _expected_input(settings: TeacherSettings, record: FileRecord | None) -> InputSpec:
     """What a teacher's weights expect to see, as far as anybody says it."""
-    known = InputSpec()
-    if record is not None:
-        known = InputSpec(record.mean, record.std, record.image_size)
-    elif settings.pretrained:
-        known = model_input(settings.name or "")
+    known = record or (model_input(settings.name or "") if settings.pretrained else InputSpec())
     size = settings.input_size
     return InputSpec(
         mean=settings.mean or known.mean,

@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -17,11 +17,11 @@ from softlabels.losses import Defaults, Method, WeightedSum
 from softlabels.training.recipes import ConfigError, load_recipe, merged, recipe_names
 from softlabels.training.settings import (
     DATA_SETTINGS,
-    LARGEST_FACTOR,
-    MOST,
     AnyData,
     AnyMethod,
     CheckpointSettings,
+    Count,
+    Factor,
     FurtherMethod,
     MethodSettings,
     MixSettings,
@@ -33,6 +33,7 @@ from softlabels.training.settings import (
     Section,
     StudentSettings,
     TaskSettings,
+    TeacherNumber,
     TeacherSettings,
     WarmupEpochs,
     method_class,
@@ -61,6 +62,9 @@ __all__ = [
 ]
 
 
+_Section = TypeVar("_Section", bound=Section)
+
+
 class Config(Section):
     """Settings of a run."""
 
@@ -70,21 +74,16 @@ class Config(Section):
     student: StudentSettings = Field(StudentSettings(), description="What is trained.")
     teacher: TeacherSettings = Field(TeacherSettings(), description="What may teach.")
     method: AnyMethod = Field(NoMethod(), description="What is added to the task's loss.")
-    method_weight: float | None = Field(
-        None,
-        ge=0,
-        le=LARGEST_FACTOR,
-        description="Weight of the method's loss. None: what its paper uses most.",
+    method_weight: Factor | None = Field(
+        None, description="Weight of the method's loss. None: what its paper uses most."
     )
     method_warmup_epochs: WarmupEpochs = Field(
         None,
         description="In epoch e, from 1, the method's weight is multiplied by min(e / this, 1); "
         "0: it is not; run: all epochs of the run. None: what its paper uses.",
     )
-    method_teacher: int | None = Field(
+    method_teacher: TeacherNumber = Field(
         None,
-        ge=0,
-        le=100,
         description="With further_teachers the number of the one that the method reads, from 0; "
         "None: all.",
     )
@@ -109,8 +108,8 @@ class Config(Section):
     taps: dict[str, str] = Field(
         {}, description="Paths to read features from, in place of what is found: middle, last."
     )
-    epochs: int = Field(20, ge=1, le=MOST, description="Passes over the training set.")
-    batch_size: int = Field(128, ge=1, le=MOST, description="Images per step, over all processes.")
+    epochs: Count = Field(20, description="Passes over the training set.")
+    batch_size: Count = Field(128, description="Images per step, over all processes.")
     grad_accum_steps: int = Field(1, ge=1, description="Parts that a process cuts its batch into.")
     max_grad_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of averaged weights.")
@@ -124,12 +123,8 @@ class Config(Section):
     compile: bool = Field(False, description="Compile the trained module.")
     channels_last: bool = Field(False, description="Memory format of images and weights.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of everything random.")
-    eval_batch_size: int = Field(
-        256, ge=1, le=MOST, description="Images per step of an evaluation."
-    )
-    eval_every: int = Field(
-        1, ge=1, le=MOST, description="Epochs between evaluations; one is always at the end."
-    )
+    eval_batch_size: Count = Field(256, description="Images per step of an evaluation.")
+    eval_every: Count = Field(1, description="Epochs between evaluations; the last has one.")
     log_every: int = Field(50, ge=1, description="Steps between log lines.")
     checkpoint: CheckpointSettings = Field(
         CheckpointSettings(), description="What is kept for going on."
@@ -212,12 +207,8 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
         raise ValueError(f"{further.kind}: {problem_of(error)}") from error
 
 
-def method_reads_teacher(config: Config) -> bool:
-    """Whether the method with these settings reads from a teacher."""
-    return _reads_teacher(build_method(config))
-
-
-def _reads_teacher(method: Method | None) -> bool:
+def method_reads_teacher(method: Method | None) -> bool:
+    """Whether a method, with its settings, reads from a teacher."""
     return any(kind.reads_teacher for kind in checked_inputs(method).values())
 
 
@@ -240,20 +231,23 @@ def with_method_defaults(config: Config, method: Method | None = None) -> Config
     """
     kind = config.method.kind
     defaults = defaults_of(method_class(kind) if method is None and kind != "none" else method)
-    filled: dict[str, Any] = {}
-    if config.method_weight is None:
-        filled["method_weight"] = defaults.weight
-    if config.method_warmup_epochs is None:
-        filled["method_warmup_epochs"] = defaults.warmup
-    if config.task.weight is None:
-        filled["task"] = config.task.model_copy(update={"weight": defaults.task_weight})
     further_methods = []
     for further in config.further_methods:
-        defaults = method_class(further.kind).defaults
-        own = {"weight": defaults.weight, "warmup_epochs": defaults.warmup}
-        missing = {key: value for key, value in own.items() if getattr(further, key) is None}
-        further_methods.append(further.model_copy(update=missing))
-    return config.model_copy(update={**filled, "further_methods": tuple(further_methods)})
+        own = method_class(further.kind).defaults
+        further_methods.append(_filled(further, weight=own.weight, warmup_epochs=own.warmup))
+    changed = {
+        "task": _filled(config.task, weight=defaults.task_weight),
+        "further_methods": tuple(further_methods),
+    }
+    weight, warmup = defaults.weight, defaults.warmup
+    filled = _filled(config, method_weight=weight, method_warmup_epochs=warmup)
+    return filled.model_copy(update=changed)
+
+
+def _filled(section: _Section, **defaults: Any) -> _Section:
+    """A section with these values where it has none."""
+    missing = {key: value for key, value in defaults.items() if getattr(section, key) is None}
+    return section.model_copy(update=missing)
 
 
 def describe_method(kind: str) -> str:
@@ -323,8 +317,7 @@ def checked(config: Config, method: Method | None = None) -> Config:
         ConfigError: They do not.
     """
     try:
-        built = build_method(config) if method is None else method
-        reads = any(kind.reads_teacher for kind in checked_inputs(built).values())
+        reads = method_reads_teacher(build_method(config) if method is None else method)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method: {error}") from error
     if config.method.kind == "none" and config.further_methods:

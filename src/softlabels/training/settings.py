@@ -36,14 +36,14 @@ from softlabels.models.user_code import import_method
 
 __all__ = [
     "DATA_SETTINGS",
-    "LARGEST_FACTOR",
     "METHOD_SETTINGS",
-    "MOST",
     "OBJECT",
     "AnyData",
     "AnyMethod",
     "CheckpointSettings",
+    "Count",
     "DataSettings",
+    "Factor",
     "FurtherMethod",
     "MethodSettings",
     "MixSettings",
@@ -55,6 +55,7 @@ __all__ = [
     "Section",
     "StudentSettings",
     "TaskSettings",
+    "TeacherNumber",
     "TeacherSettings",
     "UnknownMethod",
     "WarmupEpochs",
@@ -70,12 +71,16 @@ OBJECT = "object:"
 """What the name of a part begins with that was given as an object."""
 LARGEST_FACTOR = 1e30  # what float32 multiplies with, with room for products
 
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Factor = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+UpToMost = Annotated[float, Field(ge=0, le=MOST)]
+TeacherNumber: TypeAlias = Annotated[int, Field(ge=0, le=100)] | None
 # A whole number beyond the limit becomes a fraction, which no depth and no width can be.
 Setting: TypeAlias = bool | Annotated[int, Field(ge=-MOST, le=MOST)] | float | str
-
-
 # Epochs of a rise, the whole run, or None for what the method's paper uses.
-WarmupEpochs: TypeAlias = Annotated[float, Field(ge=0, le=MOST)] | Literal["run"] | None
+WarmupEpochs: TypeAlias = UpToMost | Literal["run"] | None
 
 
 class Section(BaseModel):
@@ -94,17 +99,6 @@ class Section(BaseModel):
                         UNKNOWN_SETTING, "unknown", {"name": name, "known": [*cls.model_fields]}
                     )
         return values
-
-
-def _keyword_settings(target: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
-    """Type, default and description of each keyword-only argument of a function."""
-    texts = _documented(target)
-    parameters = inspect.signature(target, eval_str=True).parameters
-    return {
-        name: (parameter.annotation, parameter.default, texts.get(name, ""))
-        for name, parameter in parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
 
 
 def _documented(target: Callable[..., Any]) -> dict[str, str]:
@@ -303,13 +297,14 @@ class DataSettings(Section):
 
 def _data_settings(source: str) -> type[DataSettings]:
     """The settings of a source: the keyword-only arguments of what opens it."""
-    open_it = SOURCES[source]
+    texts = _documented(SOURCES[source])
     described = DataSettings.model_fields["source"].description
     fields: dict[str, Any] = {"source": (Literal[source], Field(description=described))}
-    if "path" in inspect.signature(open_it).parameters:
-        fields["path"] = (str | None, Field(None, description="Folder of the data."))
-    for name, (annotation, default, text) in _keyword_settings(open_it).items():
-        fields[name] = (annotation, Field(default, description=text))
+    for name, given in inspect.signature(SOURCES[source], eval_str=True).parameters.items():
+        if given.kind is given.KEYWORD_ONLY:
+            fields[name] = (given.annotation, Field(given.default, description=texts.get(name, "")))
+        elif name == "path":
+            fields[name] = (str | None, Field(None, description="Folder of the data."))
     return create_model(f"{source}_settings", __base__=DataSettings, **fields)
 
 
@@ -403,12 +398,12 @@ class TeacherSettings(Section):
 class TaskSettings(Section):
     """The task's own loss, which every method is added to."""
 
-    weight: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] | Literal["rest"] | None = Field(
+    weight: Factor | Literal["rest"] | None = Field(
         None,
         description="Weight of the task's loss; rest: 1 minus the method's weight in that epoch. "
         "None: what the method's paper uses.",
     )
-    label_smoothing: float = Field(0.0, ge=0, le=1, description="0: plain cross-entropy.")
+    label_smoothing: Share = Field(0.0, description="0: plain cross-entropy.")
     smooth_over: SmoothOver = Field("all", description="Classes that share the smoothing.")
 
 
@@ -424,7 +419,7 @@ class OptimizerSettings(Section):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, or the first beta.")
     nesterov: bool = Field(False, description="Nesterov momentum, for sgd.")
-    weight_decay: float = Field(5e-4, ge=0, le=MOST, description="Weight decay.")
+    weight_decay: UpToMost = Field(5e-4, description="Weight decay.")
     decay_norm_and_bias: bool = Field(
         True, description="Whether vectors (norms, biases, tokens) decay too."
     )
@@ -442,18 +437,13 @@ class ScheduleSettings(Section):
     warmup: Literal["linear", "constant"] = Field(
         "linear", description="Rising from warmup_lr to the form's rate, or at warmup_lr."
     )
-    warmup_epochs: float = Field(0.0, ge=0, le=MOST, description="Epochs of warm-up.")
+    warmup_epochs: UpToMost = Field(0.0, description="Epochs of warm-up.")
     warmup_steps: int = Field(0, ge=0, le=2**31, description="In place of warmup_epochs: steps.")
-    warmup_lr: float = Field(
-        1e-6, ge=0, le=LARGEST_FACTOR, description="Learning rate at the first step of a warm-up."
+    warmup_lr: Factor = Field(1e-6, description="Learning rate at the first step of a warm-up.")
+    min_lr: Factor = Field(
+        0.0, description="Lowest learning rate of the cosine and of the linear fall."
     )
-    min_lr: float = Field(
-        0.0,
-        ge=0,
-        le=LARGEST_FACTOR,
-        description="Lowest learning rate of the cosine and of the linear fall.",
-    )
-    decay_epochs: tuple[Annotated[float, Field(ge=0, le=MOST)], ...] = Field(
+    decay_epochs: tuple[UpToMost, ...] = Field(
         (), description="multistep: epochs of the drops; step: one number, epochs per drop."
     )
     decay_rate: float = Field(0.1, gt=0, le=1, description="Factor of a drop.")
@@ -462,10 +452,10 @@ class ScheduleSettings(Section):
 class MixSettings(Section):
     """Mixup and cutmix, by timm."""
 
-    mixup: float = Field(0.0, ge=0, le=MOST, description="Alpha of mixup; 0: off.")
-    cutmix: float = Field(0.0, ge=0, le=MOST, description="Alpha of cutmix; 0: off.")
-    probability: float = Field(1.0, ge=0, le=1, description="Share of batches that are mixed.")
-    switch_probability: float = Field(0.5, ge=0, le=1, description="Cutmix's share if both are on.")
+    mixup: UpToMost = Field(0.0, description="Alpha of mixup; 0: off.")
+    cutmix: UpToMost = Field(0.0, description="Alpha of cutmix; 0: off.")
+    probability: Share = Field(1.0, description="Share of batches that are mixed.")
+    switch_probability: Share = Field(0.5, description="Cutmix's share if both are on.")
     further_alpha: float = Field(
         0.4,
         gt=0,
@@ -489,14 +479,10 @@ class FurtherMethod(Section):
     """A method that is added to the first one, with a weight of its own."""
 
     kind: str = Field("nkd", description="The method.")
-    weight: float | None = Field(
-        None, ge=0, le=LARGEST_FACTOR, description="As method_weight, for this method."
-    )
-    warmup_epochs: WarmupEpochs = Field(
-        None, description="As method_warmup_epochs, for this method."
-    )
-    teacher: int | None = Field(
-        None, ge=0, le=100, description="Number of the teacher that it reads, from 0; None: all."
+    weight: Factor | None = Field(None, description="As method_weight, for this method.")
+    warmup_epochs: WarmupEpochs = Field(None, description="As method_warmup_epochs, likewise.")
+    teacher: TeacherNumber = Field(
+        None, description="Number of the teacher that it reads, from 0; None: all."
     )
     settings: dict[str, Setting | tuple[str, ...]] = Field(
         {}, description="The method's own settings."
@@ -515,11 +501,9 @@ class PaperSettings(Section):
 
     table: str | None = Field(None, description="Paper and table.")
     row: str | None = Field(None, description="The row, and the column where there are several.")
-    top1: float | None = Field(None, ge=0, le=100, description="Published top-1, %.")
-    top1_std: float | None = Field(
-        None, ge=0, le=100, description="Published standard deviation over runs, points."
-    )
-    top5: float | None = Field(None, ge=0, le=100, description="Published top-5, %.")
+    top1: Percent | None = Field(None, description="Published top-1, %.")
+    top1_std: Percent | None = Field(None, description="Its standard deviation over runs, points.")
+    top5: Percent | None = Field(None, description="Published top-5, %.")
     gain: float | None = Field(
         None, ge=-100, le=100, description="Published gain over the baseline, points."
     )

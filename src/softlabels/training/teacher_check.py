@@ -11,10 +11,9 @@ from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.distill.distiller import Distiller
-from softlabels.distill.external_inputs import checked_inputs
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.taps import undisturbed
-from softlabels.training.config import Config
+from softlabels.training.config import Config, method_reads_teacher
 from softlabels.training.metrics import evaluate
 from softlabels.training.schemas import TeacherScore
 
@@ -90,10 +89,9 @@ def checked_teacher(
             not say that this is a warning.
     """
     teacher = distiller.teacher
-    inputs = checked_inputs(distiller.method).values()
     if config.teacher.check == "off" or not isinstance(teacher, Teacher | Teachers):
         return None
-    if not any(kind.reads_teacher for kind in inputs):
+    if not method_reads_teacher(distiller.method):
         return None
     info = source.info
     every = teacher.all
