@@ -29,7 +29,7 @@ from softlabels.data import Batch, DataSource, open_source
 from softlabels.data.sources.folder import FolderSource
 from softlabels.experiments.timing import interleaved
 from softlabels.models import build_model
-from softlabels.training.cache_teacher import build_cache
+from softlabels.training.cache_teacher import CacheOptions, build_cache
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import load_recipe, resolve
 from softlabels.training.run_folder import environment
@@ -265,7 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = resolve({**load_recipe("glyphs100/nkd"), "threads": 1})
-        cache = build_cache(config, folder / "cache", draws=1, top=10)
+        cache = build_cache(config, folder / "cache", CacheOptions(draws=1, top=10))
         files = FolderSource(_folder(folder / "images", 24, (48, 36)), image_size=32, workers=1)
         results = {
             "command": "make bench-scaling",

@@ -245,7 +245,7 @@ def test_the_source_is_opened_once_and_closed(tmp_path, monkeypatch):
         opened.append(source)
         return source
 
-    monkeypatch.setattr(trainer, "build_source", build)
+    monkeypatch.setattr("softlabels.training.build.build_source", build)
     softlabels.train(
         {"source": "noise", **DATA}, output=tmp_path / "run", progress=False, **SETTINGS
     )

@@ -29,7 +29,7 @@ from softlabels.inputs import Features, Logits
 from softlabels.io.weights import load_weights
 from softlabels.losses import Method
 from softlabels.models import build_model
-from softlabels.training.cache_teacher import build_cache
+from softlabels.training.cache_teacher import CacheOptions, build_cache
 from softlabels.training.config import resolve
 from softlabels.training.errors import Interrupted
 from softlabels.training.precise_bn import recompute_statistics
@@ -187,7 +187,11 @@ def test_a_teacher_of_features_is_measured_where_its_classes_are_the_datas(
 def test_a_cache_of_answers_is_not_measured(shaded, tmp_path):
     config = resolve({**{k: FAST[k] for k in ("epochs", "batch_size")}, "teacher": {"name": "x"}})
     build_cache(
-        config, tmp_path / "cache", draws=1, top=CLASSES, source=shaded, teacher=Teacher(Guessing())
+        config,
+        tmp_path / "cache",
+        CacheOptions(draws=1, top=CLASSES),
+        source=shaded,
+        teacher=Teacher(Guessing()),
     )
     printed = run(shaded, tmp_path / "run", {"cache": str(tmp_path / "cache")})
     assert "test images" not in printed

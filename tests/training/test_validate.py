@@ -23,7 +23,6 @@ from softlabels.data.in_memory import InMemorySource
 from softlabels.data.sources.noise import noise
 from softlabels.losses import CRDLoss, PSKDLoss
 from softlabels.models import build_model
-from softlabels.training import trainer
 from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import resolve
@@ -454,7 +453,7 @@ def test_the_source_of_a_refused_run_is_closed(monkeypatch):
         monkeypatch.setattr(source, "close", lambda: closed.append(1), raising=False)
         return source
 
-    monkeypatch.setattr(trainer, "build_source", build)
+    monkeypatch.setattr("softlabels.training.build.build_source", build)
     with pytest.raises(ValueError, match=r"mix\.mixup and"):
         softlabels.train(**{**SETTINGS, "method": "cs_kd", **MIXED})
     assert closed == [1]

@@ -45,14 +45,7 @@ def cache_teacher(arguments: list[str]) -> None:
     path = config.output or config.teacher.cache
     if path is None:
         raise UsageError("say where the cache shall be: --output FOLDER")
-    cache = build_cache(
-        config,
-        path,
-        draws=options.draws,
-        top=options.top,
-        images_per_file=options.images_per_file,
-        console=progress_console(),
-    )
+    cache = build_cache(config, path, options, console=progress_console())
     if not is_main_process():
         return
     error, views = cache.error, cache.num_images * cache.num_draws

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
-__all__ = ["echo", "printable", "progress_console", "say", "show_table"]
+__all__ = ["echo", "printable", "progress_bar", "progress_console", "say", "show_table"]
 
 
 def progress_console() -> Console:
@@ -22,6 +23,29 @@ def say(console: Console | None, text: str) -> None:
     """Show a line as it is, whatever it holds; without a console nothing is shown."""
     if console is not None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(console: Console | None) -> Progress:
+    """Bars that say what is done of how much; tasks need the fields `speed` and `news`, texts.
+
+    Without a console nothing is shown.
+    """
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[speed]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[news]}"),
+        console=console or Console(quiet=True),
+        disable=console is None,
+    )
 
 
 def show_table(

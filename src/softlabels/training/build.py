@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +31,7 @@ from softlabels.training.config import (
     method_reads_teacher,
     with_method_defaults,
 )
+from softlabels.training.errors import RunError
 from softlabels.training.settings import (
     OBJECT,
     FurtherMethod,
@@ -44,6 +46,7 @@ __all__ = [
     "build_mixer",
     "build_source",
     "build_teacher",
+    "opened_source",
     "try_out",
     "with_defaults",
     "with_findings",
@@ -69,6 +72,20 @@ def build_source(config: Config) -> DataSource:
     shares = {"validation": data.validation, "train_share": data.train_share}
     source = open_source(data.source, data.location, **data.of_source)
     return source if shares == dict.fromkeys(shares) else source.split(**shares)
+
+
+@contextmanager
+def opened_source(config: Config, given: DataSource | None = None) -> Iterator[DataSource]:
+    """The data that were given; else those of `build_source`, which are closed at the end.
+
+    Raises:
+        RunError: A worker of the data is lost.
+    """
+    try:
+        with closing(build_source(config)) if given is None else nullcontext(given) as source:
+            yield source
+    except ChildProcessError as error:
+        raise RunError(str(error)) from error
 
 
 def with_defaults(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,14 +15,6 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from pydantic import Field
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from softlabels.data import Batch, DataSource
@@ -35,29 +28,16 @@ from softlabels.distill.cache_format import (
 )
 from softlabels.distill.teacher import Teacher
 from softlabels.distill.teacher_cache import TeacherCache
-from softlabels.io.console import say
+from softlabels.io.console import progress_bar, say
 from softlabels.io.files import remove_leftovers
-from softlabels.training.build import build_source, build_teacher
-from softlabels.training.config import Config
+from softlabels.training.build import build_teacher, opened_source
+from softlabels.training.config import Config, check_unmixed
 from softlabels.training.distributed import from_main, lost_processes, start
-from softlabels.training.errors import (
-    Interrupted,
-    InterruptGuard,
-    RunError,
-    disk_full_as_run_error,
-)
+from softlabels.training.errors import Interrupted, InterruptGuard, disk_full_as_run_error
 from softlabels.training.settings import Section
 from softlabels.training.validate import check_fingerprints, teacher_fingerprint
 
-__all__ = [
-    "IMAGES_PER_FILE",
-    "CacheOptions",
-    "answer_error",
-    "build_cache",
-]
-
-IMAGES_PER_FILE = 65_536
-"""Images whose answers to a draw share a file, if nobody says."""
+__all__ = ["CacheOptions", "answer_error", "build_cache"]
 
 
 class CacheOptions(Section):
@@ -69,18 +49,14 @@ class CacheOptions(Section):
 
     draws: int = Field(8, ge=1, description="Draws of the augmentation for each image.")
     top: int = Field(10, ge=1, description="Classes of each answer that are stored exactly.")
-    images_per_file: int = Field(
-        IMAGES_PER_FILE, ge=1, description="Images whose answers share a file."
-    )
+    images_per_file: int = Field(65_536, ge=1, description="Images whose answers share a file.")
 
 
 def build_cache(
     config: Config,
     path: str | Path,
+    options: CacheOptions,
     *,
-    draws: int = 8,
-    top: int = 10,
-    images_per_file: int = IMAGES_PER_FILE,
     source: DataSource | None = None,
     teacher: Teacher | None = None,
     console: Console | None = None,
@@ -94,9 +70,8 @@ def build_cache(
     Args:
         config: Of the run that will use the cache: data, teacher, seed, device and precision.
         path: The folder: new, or with files of the same cache.
-        draws: K; training shows them in turn, epoch by epoch.
-        top: k, 1..C.
-        images_per_file: How much is lost at an interruption, and what a process takes at a time.
+        options: K `draws`, which training shows in turn, epoch by epoch; the `top` k classes, 1..C;
+            and `images_per_file`, which a process takes at a time and an interruption may lose.
         source: Data in place of those that the settings name.
         teacher: In place of the one that the settings name.
         console: Where progress is shown; None: nowhere.
@@ -110,23 +85,14 @@ def build_cache(
         RunError: A full disk, or a lost process.
         Interrupted: A signal came; finished files are kept.
     """
-    for name, value in (("draws", draws), ("images_per_file", images_per_file)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
     if teacher is None and config.teacher.name is None:
         raise ValueError("a teacher cache needs a teacher: give teacher.name")
-    if config.mix.mixup or config.mix.cutmix:
-        raise ValueError(
-            "a teacher cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
-            f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
-        )
+    check_unmixed(config)
     accelerator = start(config)
     console = console if accelerator.is_main_process else None
-    opened = source is None
-    source = build_source(config) if source is None else source
-    try:
-        info = source.info
-        if not 1 <= top <= info.num_classes:
+    with opened_source(config, source) as source:
+        info, top = source.info, options.top
+        if top > info.num_classes:
             raise ValueError(
                 f"top must be in 1..{info.num_classes}, the number of classes, got {top}"
             )
@@ -138,10 +104,10 @@ def build_cache(
         manifest = Manifest(
             num_images=source.num_train,
             num_classes=info.num_classes,
-            num_draws=draws,
+            num_draws=options.draws,
             top=top,
             seed=config.seed,
-            images_per_file=images_per_file,
+            images_per_file=options.images_per_file,
             precision=config.precision,
             teacher=config.teacher.name or type(network.model).__name__,
             fingerprints={},
@@ -149,11 +115,6 @@ def build_cache(
         )
         _fill(CacheFolder(path), manifest, config, source, network, accelerator, console)
         return TeacherCache(path)
-    except ChildProcessError as error:  # of the data's workers
-        raise RunError(str(error)) from error
-    finally:
-        if opened:
-            source.close()
 
 
 def _fill(
@@ -191,20 +152,16 @@ def _held(folder: CacheFolder, manifest: Manifest) -> Iterator[None]:
     path = folder.path
     _check_folder(folder, manifest)
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / "cache.lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(path / "cache.lock", timeout=0):
+            _check_folder(folder, manifest)  # what another one wrote before it let go
+            for part in (path, *path.glob("draw-*")):
+                remove_leftovers(part)
+            if not folder.manifest.is_file():
+                folder.write_manifest(manifest)
+            yield
     except Timeout as error:
         raise ValueError(f"{path} is being filled by another process: wait for its end") from error
-    try:
-        _check_folder(folder, manifest)  # what another one wrote before it let go
-        for part in (path, *path.glob("draw-*")):
-            remove_leftovers(part)
-        if not folder.manifest.is_file():
-            folder.write_manifest(manifest)
-        yield
-    finally:
-        lock.release()
 
 
 def _check_folder(folder: CacheFolder, manifest: Manifest) -> None:
@@ -244,51 +201,30 @@ def answer_error(logits: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
     return divergence, full.argmax(1) == dense.argmax(1)
 
 
+def _files_of(manifest: Manifest) -> list[tuple[int, int]]:
+    """Draw and chunk of each file."""
+    return [*product(range(manifest.num_draws), range(manifest.files_per_draw))]
+
+
+@dataclass(frozen=True)
 class _Builder:
     """Writes this process' share of the files."""
 
-    def __init__(
-        self,
-        folder: CacheFolder,
-        manifest: Manifest,
-        source: DataSource,
-        teacher: Teacher,
-        accelerator: Accelerator,
-        console: Console | None,
-    ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.source = source
-        self.teacher = teacher
-        self.accelerator = accelerator
-        self.console = console
+    folder: CacheFolder
+    manifest: Manifest
+    source: DataSource
+    teacher: Teacher
+    accelerator: Accelerator
+    console: Console | None
 
     def run(self, *, batch_size: int) -> None:
         """Write each file that is not there yet, or damaged."""
         manifest = self.manifest
-        files = [
-            (draw, chunk)
-            for draw in range(manifest.num_draws)
-            for chunk in range(manifest.files_per_draw)
-        ][self.accelerator.process_index :: self.accelerator.num_processes]
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with (
-            InterruptGuard() as interrupt,
-            Progress(
-                *columns,
-                console=self.console or Console(quiet=True),
-                disable=self.console is None,
-            ) as progress,
-        ):
-            num_views = sum(len(manifest.images_of(chunk)) for _, chunk in files)
-            task = progress.add_task("teacher's answers", total=num_views)
+        files = _files_of(manifest)
+        files = files[self.accelerator.process_index :: self.accelerator.num_processes]
+        with InterruptGuard() as interrupt, progress_bar(self.console) as progress:
+            total = sum(len(manifest.images_of(chunk)) for _, chunk in files)
+            task = progress.add_task("teacher's answers", total=total, speed="", news="")
             for number, (draw, chunk) in enumerate(files):
                 if self._is_done(draw, chunk):
                     progress.advance(task, len(manifest.images_of(chunk)))
@@ -364,11 +300,7 @@ class _Collected:
 
 def _finish(folder: CacheFolder, manifest: Manifest) -> None:
     """Write the manifest of the finished cache, with the error over all files."""
-    of_files = [
-        folder.read_error(manifest, draw, chunk)
-        for draw in range(manifest.num_draws)
-        for chunk in range(manifest.files_per_draw)
-    ]
+    of_files = [folder.read_error(manifest, *numbers) for numbers in _files_of(manifest)]
     views = sum(error["views"] for error in of_files)
     if not views:
         raise ValueError("none of the training images can be read")

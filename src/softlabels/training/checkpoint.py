@@ -343,8 +343,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no readable checkpoint: {reason:.300}") from error
-    if not isinstance(content, dict) or set(content) != {"progress", "parts"}:
-        raise ValueError("no checkpoint of a run: it must hold progress and parts")
-    if not all(isinstance(value, dict) for value in content.values()):
-        raise ValueError("no checkpoint of a run: progress and parts must be mappings")
-    return content
+    kinds = {key: type(v) for key, v in content.items()} if isinstance(content, dict) else {}
+    if kinds != {"progress": dict, "parts": dict}:
+        raise ValueError("no checkpoint of a run: it must hold two mappings, progress and parts")
+    return cast("dict[str, Any]", content)

@@ -45,6 +45,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "build_method",
+    "check_unmixed",
     "checked",
     "defaults_of",
     "describe_method",
@@ -329,11 +330,8 @@ def checked(config: Config, method: Method | None = None) -> Config:
             f"a method reads teacher {most}, counted from 0, got {1 + len(config.further_teachers)}"
         )
     _check_teachers(config, reads)
-    if config.teacher.cache is not None and (config.mix.mixup or config.mix.cutmix):
-        raise ConfigError(
-            f"teacher.cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
-            f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
-        )
+    if config.teacher.cache is not None:
+        check_unmixed(config)
     if (config.teacher.mean is None) != (config.teacher.std is None):
         raise ConfigError("teacher.mean and teacher.std go together, got one of them")
     if config.teacher.class_names is not None and config.teacher.class_map != "names":
@@ -359,6 +357,15 @@ def checked(config: Config, method: Method | None = None) -> Config:
             f"schedule {schedule.name} takes {wanted} in decay_epochs, got {schedule.decay_epochs}"
         )
     return config
+
+
+def check_unmixed(config: Config) -> None:
+    """Check that a teacher cache can serve a run: it holds no answers to mixed images."""
+    if config.mix.mixup or config.mix.cutmix:
+        raise ConfigError(
+            "a teacher cache holds answers to unmixed images: mix.mixup and mix.cutmix must be 0, "
+            f"got {config.mix.mixup:g} and {config.mix.cutmix:g}"
+        )
 
 
 def _check_teachers(config: Config, needed: bool) -> None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 __all__ = [
     "InterruptGuard",
@@ -84,22 +84,14 @@ class InterruptGuard:
                 break
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
         self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
-        self._restore()
+        self.__exit__()
 
 
 @contextmanager

@@ -70,7 +70,13 @@ def evaluate(
                     logits: Tensor = student(batch.images)
                 logits = logits.float()
                 probabilities = logits.softmax(1)
-                _update(metrics, logits, probabilities, batch.target, groups)
+                metrics["top1"].update(logits, batch.target)
+                metrics["top5"].update(logits, batch.target)
+                nll = functional.cross_entropy(logits, batch.target, reduction="none")
+                metrics["nll"].update(nll)
+                metrics["ece"].update(probabilities, batch.target)
+                if info.groups is not None:
+                    metrics["group_top1"].update(groups[logits.argmax(1)], groups[batch.target])
                 ranked.update(probabilities)
                 num_images += len(batch.target)
     finally:
@@ -84,18 +90,3 @@ def evaluate(
         "zipf_r2": fit.r2,
         "zipf_exponent": fit.exponent,
     }
-
-
-def _update(
-    metrics: dict[str, Metric],
-    logits: Tensor,
-    probabilities: Tensor,
-    target: Tensor,
-    groups: Tensor,
-) -> None:
-    metrics["top1"].update(logits, target)
-    metrics["top5"].update(logits, target)
-    metrics["nll"].update(functional.cross_entropy(logits, target, reduction="none"))
-    metrics["ece"].update(probabilities, target)
-    if "group_top1" in metrics:
-        metrics["group_top1"].update(groups[logits.argmax(1)], groups[target])

@@ -10,22 +10,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as ProgressBar
 from torch.utils.tensorboard import SummaryWriter
 
+from softlabels.io.console import progress_bar
 from softlabels.io.files import write_json
 from softlabels.io.records import Record
 from softlabels.io.weights import not_finite, save_weights
@@ -92,7 +82,7 @@ class Recorder(Observer):
         tracker: Where scalars and progress go.
         folder: The run's.
         metadata: Header of the student's file.
-        progress: Where the run goes on from.
+        progress: Where the run goes on from; the attribute of this name tells how far it is.
         infinite_before: `infinite_parts` of the network as it was built.
     """
 
@@ -110,11 +100,8 @@ class Recorder(Observer):
         self.folder = folder
         self.metadata = metadata
         self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
-        self.final = dict(progress.final)
-        self.best = dict(progress.best)
+        self.progress = progress
         self._infinite_before = infinite_before
-        self.seconds = progress.seconds
-        self._of_epoch = progress.of_epoch
         self._since = time.perf_counter()
         self._images = 0
 
@@ -123,7 +110,8 @@ class Recorder(Observer):
     ) -> None:
         """Take down a step."""
         images *= self.engine.accelerator.num_processes
-        self._of_epoch = (self._of_epoch[0] + seconds, self._of_epoch[1] + images)
+        before_seconds, before_images = self.progress.of_epoch
+        self._progressed(of_epoch=(before_seconds + seconds, before_images + images))
         self._images += images
         now, speed = time.perf_counter(), None
         if now - self._since > 1:
@@ -136,19 +124,21 @@ class Recorder(Observer):
     def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
         """Take down an epoch, and store the student."""
         self._check_weights()
-        seconds, images = self._of_epoch
+        progress, task = self.progress, self.engine.task
+        seconds, images = progress.of_epoch
+        final, improved = progress.final, False
         if scalars:
             self.tracker.metrics(epoch, step, scalars)
-            self.final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
+            final = {name.removeprefix("eval/"): value for name, value in scalars.items()}
+            improved = final[task.metric] > progress.best.get(task.metric, -math.inf)
+            self.tracker.advance(0, news=f"epoch {epoch}: {task.headline(final)}")
         self.tracker.timing(epoch, step, seconds, images / seconds if seconds else 0.0)
-        self.seconds += seconds
-        self._of_epoch = (0.0, 0)
-        metric = self.engine.task.metric
-        improved = bool(scalars) and self.final[metric] > self.best.get(metric, -math.inf)
-        if improved:
-            self.best = {**self.final, "epoch": epoch}
-        if scalars:
-            self.tracker.advance(0, news=f"epoch {epoch}: {self.engine.task.headline(self.final)}")
+        self._progressed(
+            final=final,
+            best={**final, "epoch": epoch} if improved else progress.best,
+            seconds=progress.seconds + seconds,
+            of_epoch=(0.0, 0),
+        )
         skipped = self._skipped_images()
         if self.engine.accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
@@ -180,24 +170,22 @@ class Recorder(Observer):
 
     def store(self) -> None:
         """Store a checkpoint."""
-        accelerator = self.engine.accelerator
-        parts = self.engine.stateful
-        progress = Progress(
-            step=self.engine.step,
-            finished_epochs=self.engine.finished_epochs,
-            final=self.final,
-            best=self.best,
-            seconds=self.seconds,
-            of_epoch=self._of_epoch,
+        engine = self.engine
+        self._progressed(
+            step=engine.step,
+            finished_epochs=engine.finished_epochs,
             lengths=self.tracker.lengths(),
         )
         # On every process: this looks at the losses since the last line, which tell more than
         # the weights do.
-        state = state_of(progress.model_dump(), parts)
+        state = state_of(self.progress.model_dump(), engine.stateful)
         self._check_weights()
-        if accelerator.is_main_process:
-            self.checkpoints.save(self.engine.step, state)
-        accelerator.wait_for_everyone()
+        if engine.accelerator.is_main_process:
+            self.checkpoints.save(engine.step, state)
+        engine.accelerator.wait_for_everyone()
+
+    def _progressed(self, **changes: Any) -> None:
+        self.progress = self.progress.model_copy(update=changes)
 
 
 def infinite_parts(engine: Engine) -> set[str]:
@@ -268,20 +256,8 @@ class Tracker:
         if folder is not None:
             self._files = {n: _JsonLines(folder / n, lengths.get(n, 0)) for n in self.FILES}
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._progress = ProgressBar(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
-            console=console or Console(quiet=True),
-            disable=console is None,
-        )
-        self._task: TaskID = self._progress.add_task(
+        self._progress = progress_bar(console)
+        self._task = self._progress.add_task(
             label, total=total_steps, completed=first_step, speed="", news=""
         )
 
@@ -289,12 +265,7 @@ class Tracker:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
         if self._writer is not None:
             self._writer.close()

@@ -8,7 +8,7 @@ each variance is the average of those of the batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -62,7 +62,8 @@ def recompute_statistics(
         if not num_batches:
             raise ValueError("precise_bn has no training images to average over")
         if average is not None:
-            statistics = [value for norm in norms for value in _statistics_of(norm)]
+            names = ("running_mean", "running_var")
+            statistics = [norm.get_buffer(name) for norm in norms for name in names]
             # One message, whatever the number of layers.
             averaged = average(torch.cat([value.float() for value in statistics]))
             parts = averaged.split([len(value) for value in statistics])
@@ -79,22 +80,12 @@ def _norms_of(network: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def _statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return norm.running_mean, norm.running_var
-
-
-def _count_of(norm: _BatchNorm) -> Tensor:
-    assert norm.num_batches_tracked is not None
-    return norm.num_batches_tracked
-
-
 @contextmanager
-def _counting(network: nn.Module, norms: Iterable[_BatchNorm]) -> Iterator[None]:
+def _counting(network: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let BatchNorms average anew over the batches of a block, each batch alike."""
     modes = {module: module.training for module in network.modules()}
-    before = [(norm, norm.momentum, _count_of(norm).clone()) for norm in norms]
+    counts = [norm.get_buffer("num_batches_tracked") for norm in norms]
+    before = [(norm.momentum, count.clone()) for norm, count in zip(norms, counts, strict=True)]
     network.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -103,8 +94,8 @@ def _counting(network: nn.Module, norms: Iterable[_BatchNorm]) -> Iterator[None]
     try:
         yield
     finally:
-        for norm, momentum, count in before:
+        for norm, count, (momentum, number) in zip(norms, counts, before, strict=True):
             norm.momentum = momentum
-            _count_of(norm).copy_(count)
+            count.copy_(number)
         for module, training in modes.items():
             module.training = training

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import yaml
@@ -110,16 +111,9 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package, without their ending."""
-    root = files("softlabels.recipes")
-    names = []
-    for folder in root.iterdir():
-        if folder.is_dir():
-            names += [
-                f"{folder.name}/{file.name.removesuffix('.yaml')}"
-                for file in folder.iterdir()
-                if file.name.endswith(".yaml")
-            ]
-    return sorted(names)
+    root = Path(str(files("softlabels.recipes")))
+    paths = (path.relative_to(root) for path in root.glob("*/*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -214,7 +208,7 @@ def _kind(method: object) -> object:
 
 
 def _with_base(name: str, above: tuple[str, ...]) -> dict[str, Any]:
-    values = _load(name)
+    values = parsed_text(read_recipe_text(name), name)
     base = values.pop("base", None)
     if base is None:
         return values
@@ -234,11 +228,16 @@ def _place_of_base(name: str, base: str) -> str:
     beside = os.path.join(os.path.dirname(name), base)
     if os.path.lexists(name) and base == os.path.basename(base) and os.path.lexists(beside):
         return beside
-    near = difflib.get_close_matches(base[:_LONGEST_MESSAGE], recipe_names(), n=3, cutoff=0.3)
     raise ConfigError(
         f"{name} is based on {base!r:.200}, which is neither one of the package's recipes nor a "
-        f"file in the same folder; near: {', '.join(near) or 'none'}"
+        f"file in the same folder; near: {_near(base)}"
     )
+
+
+def _near(name: str) -> str:
+    names = recipe_names()
+    near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], names, n=3, cutoff=0.3)
+    return ", ".join(near or names[:5]) or "none"
 
 
 def read_recipe_text(name: str) -> str:
@@ -252,16 +251,10 @@ def read_recipe_text(name: str) -> str:
     if name.removesuffix(".yaml") in recipe_names():
         file = files("softlabels.recipes") / f"{name.removesuffix('.yaml')}.yaml"
         return file.read_text(encoding="utf-8")
-    near = difflib.get_close_matches(name[:_LONGEST_MESSAGE], recipe_names(), n=3, cutoff=0.3)
     raise ConfigError(
         f"no recipe {name!r:.{_LONGEST_MESSAGE}}: neither a file nor one of the package's; "
-        f"near: {', '.join(near or recipe_names()[:5]) or 'none'}"
+        f"near: {_near(name)}"
     )
-
-
-def _load(name: str) -> dict[str, Any]:
-    """The settings that a recipe says itself."""
-    return parsed_text(read_recipe_text(name), name)
 
 
 def parsed_text(text: str, name: str) -> dict[str, Any]:

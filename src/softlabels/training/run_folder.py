@@ -130,30 +130,24 @@ class RunFolder:
         """
         self.check(config, data)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock, timeout=0)
         try:
-            lock.acquire()
+            with FileLock(self.lock, timeout=0):
+                self.check(config, data)  # what another run wrote before it let go
+                remove_leftovers(self.path)
+                self.checkpoints(config.checkpoint.keep).clean()
+                with replace_file(self.config) as file:
+                    file.write(dump(config).encode())
+                if data is not None:
+                    data.write(self.data)
+                self.failure.unlink(missing_ok=True)
+                yield
         except Timeout as error:
+            start = Environment.found(self.environment)
+            owner = "" if start is None else f", process {start.process} on {start.host}"
             raise ValueError(
-                f"{self.path} is in use by another run{self._owner()}: wait for its end, or "
-                "choose another --output"
+                f"{self.path} is in use by another run{owner}: wait for its end, or choose another "
+                "--output"
             ) from error
-        try:
-            self.check(config, data)  # what another run wrote before it let go
-            remove_leftovers(self.path)
-            self.checkpoints(config.checkpoint.keep).clean()
-            with replace_file(self.config) as file:
-                file.write(dump(config).encode())
-            if data is not None:
-                data.write(self.data)
-            self.failure.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
-
-    def _owner(self) -> str:
-        start = Environment.found(self.environment)
-        return "" if start is None else f", process {start.process} on {start.host}"
 
     def write_environment(self, start: Environment) -> None:
         """Write what a start runs on; what earlier starts of the run ran on stays beside it."""

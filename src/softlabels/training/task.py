@@ -77,14 +77,7 @@ class Task(ABC):
     def step(
         self, distiller: Distiller, batch: Batch, autocast: Autocast, *, detailed: bool
     ) -> StepLoss:
-        """The loss of a micro-batch.
-
-        Args:
-            distiller: Student, teacher and method.
-            batch: One of those that `split` gave.
-            autocast: Context of the forward.
-            detailed: Whether `details` are wanted.
-        """
+        """The loss of a micro-batch that `split` gave, with `details` if it is `detailed`."""
 
     @abstractmethod
     def evaluate(
@@ -94,13 +87,9 @@ class Task(ABC):
         device: torch.device,
         autocast: Autocast,
     ) -> dict[str, float]:
-        """Metrics of a network on a test set, the same on every process.
+        """Metrics of a plain network on a test set, the same on every process.
 
-        Args:
-            network: The plain network.
-            batches: This process' share of the test set.
-            device: Of the network.
-            autocast: Context of the forward.
+        `batches` are this process' share of it.
         """
 
     @abstractmethod
@@ -157,16 +146,11 @@ class ClassificationTask(Task):
 
     def split(self, batch: Batch, num_parts: int) -> Iterator[Batch]:
         """See `Task`."""
-        tensors = {"images": batch.images, "target": batch.target, "index": batch.index}
-        if batch.draw is not None:
-            tensors["draw"] = batch.draw
-        of_tensors = {name: value.tensor_split(num_parts) for name, value in tensors.items()}
-        of_extras = {name: value.tensor_split(num_parts) for name, value in batch.extras.items()}
+        own = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        split = {n: v.tensor_split(num_parts) for n, v in (own | batch.extras).items()}
         for part in range(num_parts):
-            extras = {name: values[part] for name, values in of_extras.items()}
-            yield Batch(
-                **{name: values[part] for name, values in of_tensors.items()}, extras=extras
-            )
+            extras = {name: split[name][part] for name in batch.extras}
+            yield Batch(**{name: split[name][part] for name in own}, extras=extras)
 
     def step(
         self, distiller: Distiller, batch: Batch, autocast: Autocast, *, detailed: bool

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.distill.distiller import Distiller
@@ -101,14 +100,21 @@ def checked_teacher(
     if score is None:
         shape = (info.in_channels, *info.image_size)
         for each in every:
-            num_classes = _num_classes_of(each, shape, accelerator)
+            with undisturbed(each):
+                num_classes = each(torch.zeros(1, *shape, device=accelerator.device)).shape[1]
             if num_classes != info.num_classes:
                 say(
                     f"teacher {name}: not checked, it has {num_classes} classes and the data have "
                     f"{info.num_classes}"
                 )
                 return None
-        metrics = _measured(teacher, source, accelerator, config.eval_batch_size)
+        batches = source.test_batches(
+            batch_size=config.eval_batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+        )
+        metrics = evaluate(teacher, batches, info, accelerator.device, accelerator.autocast)
         score = TeacherScore(
             name=name,
             top1=metrics["top1"],
@@ -130,22 +136,3 @@ def checked_teacher(
     if problem is not None:
         say(f"warning: {problem}")
     return score
-
-
-def _num_classes_of(
-    teacher: nn.Module, shape: tuple[int, int, int], accelerator: Accelerator
-) -> int:
-    with undisturbed(teacher):
-        return int(teacher(torch.zeros(1, *shape, device=accelerator.device)).shape[1])
-
-
-def _measured(
-    teacher: nn.Module, source: DataSource, accelerator: Accelerator, batch_size: int
-) -> dict[str, float]:
-    batches = source.test_batches(
-        batch_size=batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        device=accelerator.device,
-    )
-    return evaluate(teacher, batches, source.info, accelerator.device, accelerator.autocast)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +27,8 @@ from softlabels.losses import Method
 from softlabels.models import model_metadata
 from softlabels.training.build import (
     build_distiller,
-    build_source,
     build_teacher,
+    opened_source,
     with_defaults,
     with_findings,
 )
@@ -41,7 +40,6 @@ from softlabels.training.errors import (
     Interrupted,
     InterruptGuard,
     NonFiniteLossError,
-    RunError,
     disk_full_as_run_error,
 )
 from softlabels.training.observers import Observer, Recorder, Tracker, TrainedRun, infinite_parts
@@ -111,64 +109,48 @@ def run(
     """
     if method is not None:
         config = with_object(config, method)
+    if config.generations > 1 and (student is not None or teacher is not None):
+        raise ValueError(
+            f"generations {config.generations}: each begins with a new student that the last "
+            "one teaches, so student must be a name and teacher none"
+        )
+    one = partial(_run_one, observers=observers, console=console)
     if config.generations > 1:
-        if student is not None or teacher is not None:
-            raise ValueError(
-                f"generations {config.generations}: each begins with a new student that the last "
-                "one teaches, so student must be a name and teacher none"
-            )
-        return _run_generations(config, method, source, observers, console)
-    return _run_one(config, student, teacher, method, source, observers, console)
+        with opened_source(config, source) as source:
+            return _run_generations(config, method, source, partial(one, source=source))
+    return one(config, student, teacher, method, source=source)
 
 
 def _run_generations(
     config: Config,
     method: Method | None,
-    source: DataSource | None,
-    observers: Sequence[Observer],
-    console: Console | None,
+    source: DataSource,
+    run_one: Callable[[Config, None, nn.Module | None, Method | None], TrainResult],
 ) -> TrainResult:
-    opened = source is None
-    source = build_source(config) if source is None else source
-    try:
-        config = with_defaults(config, source.info, source.num_train, method)
-        config = _with_output(config, source.info)
-        taught_by: TeacherSettings | None = None
-        for number in range(1, config.generations + 1):
-            changed: dict[str, Any] = {}
-            teacher: nn.Module | None = None
-            if number < config.generations:
-                # A run of its own, that its own record repeats.
-                changed = {
-                    "output": str(Path(config.output or "") / f"generation-{number}"),
-                    "seed": derive_seed(config.seed, "generation", number),
-                    "generations": 1,
-                    "teacher": taught_by or config.teacher,
-                }
-            elif taught_by is not None:
-                teacher = build_teacher(taught_by, source.info)
-            if number == 1:
-                changed.update(
-                    method=NoMethod(),
-                    further_methods=(),
-                    method_weight=1.0,
-                    method_warmup_epochs=0.0,
-                    task=config.task.model_copy(update={"weight": 1.0}),
-                )
-            result = _run_one(
-                config.model_copy(update=changed),
-                None,
-                teacher,
-                None if number == 1 else method,
-                source,
-                observers,
-                console,
-            )
-            taught_by = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
-        return result
-    finally:
-        if opened:
-            source.close()
+    config = with_defaults(config, source.info, source.num_train, method)
+    config = _with_output(config, source.info)
+    # The first one has no teacher, and so no method.
+    untaught = {
+        "method": NoMethod(),
+        "further_methods": (),
+        "method_weight": 1.0,
+        "method_warmup_epochs": 0.0,
+        "task": config.task.model_copy(update={"weight": 1.0}),
+    }
+    taught_by = config.teacher
+    for number in range(1, config.generations):
+        # A run of its own, that its own record repeats.
+        changed = {
+            "output": str(Path(config.output or "") / f"generation-{number}"),
+            "seed": derive_seed(config.seed, "generation", number),
+            "generations": 1,
+            "teacher": taught_by,
+            **(untaught if number == 1 else {}),
+        }
+        own = config.model_copy(update=changed)
+        result = run_one(own, None, None, None if number == 1 else method)
+        taught_by = TeacherSettings(name=f"file:{RunFolder(result.folder).student}")
+    return run_one(config, None, build_teacher(taught_by, source.info), method)
 
 
 def _run_one(
@@ -176,6 +158,7 @@ def _run_one(
     student: nn.Module | None,
     teacher: nn.Module | None,
     method: Method | None,
+    *,
     source: DataSource | None,
     observers: Sequence[Observer],
     console: Console | None,
@@ -184,9 +167,7 @@ def _run_one(
     _check_batch_size(config, accelerator.num_processes)
     _check_kind_of_processes(accelerator)
     console = console if accelerator.is_main_process else None
-    opened = source is None
-    source = build_source(config) if source is None else source
-    try:
+    with opened_source(config, source) as source, ExitStack() as stack:
         config = with_defaults(config, source.info, source.num_train, method)
         config = with_findings(config, source)
         distiller = build_distiller(
@@ -202,27 +183,21 @@ def _run_one(
             distiller.trainable.to(memory_format=torch.channels_last)
         config = _with_output(config, source.info)
         folder = RunFolder(Path(config.output or ""))
-        with ExitStack() as stack:
-            stack.enter_context(lost_processes(accelerator, config.process_timeout))
-            stack.enter_context(disk_full_as_run_error(folder.path))
-            # The folder is the main process' alone: others may be on machines without it.
-            data = from_main(accelerator, lambda: content_of(source))
-            from_main(accelerator, lambda: folder.check(config, data))
-            score = checked_teacher(
-                config,
-                distiller,
-                source,
-                accelerator,
-                known=from_main(accelerator, lambda: TeacherScore.found(folder.teacher)),
-                say=partial(say, console),
-            )
-            from_main(accelerator, lambda: stack.enter_context(folder.held(config, data)))
-            return _fit(config, distiller, source, accelerator, folder, score, observers, console)
-    except ChildProcessError as error:  # of the data's workers
-        raise RunError(str(error)) from error
-    finally:
-        if opened:
-            source.close()
+        stack.enter_context(lost_processes(accelerator, config.process_timeout))
+        stack.enter_context(disk_full_as_run_error(folder.path))
+        # The folder is the main process' alone: others may be on machines without it.
+        data = from_main(accelerator, lambda: content_of(source))
+        from_main(accelerator, lambda: folder.check(config, data))
+        score = checked_teacher(
+            config,
+            distiller,
+            source,
+            accelerator,
+            known=from_main(accelerator, lambda: TeacherScore.found(folder.teacher)),
+            say=partial(say, console),
+        )
+        from_main(accelerator, lambda: stack.enter_context(folder.held(config, data)))
+        return _fit(config, distiller, source, accelerator, folder, score, observers, console)
 
 
 def _check_batch_size(config: Config, num_processes: int) -> None:
@@ -329,6 +304,7 @@ def _fit(
                     error=str(error), step=error.step, parts=error.parts, images=error.images
                 ).write(folder.failure)
             raise
+    progress = recorder.progress
     if accelerator.is_main_process:
         memory = peak_memory(accelerator.device)  # of the training, not of what follows
         trained = TrainedRun(config, engine, folder)
@@ -344,9 +320,9 @@ def _fit(
             test_images=source.num_test,
             seed=config.seed,
             epochs=config.epochs,
-            final=recorder.final,
-            best=recorder.best,
-            seconds=recorder.seconds,
+            final=progress.final,
+            best=progress.best,
+            seconds=progress.seconds,
             seconds_per_epoch=statistics.median(seconds) if seconds else None,
             peak_memory=memory,
             parameters=num_parameters,
@@ -362,7 +338,7 @@ def _fit(
         say(console, f"{skipped} unreadable images were left out: {name} names them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
-    return TrainResult(folder.path, recorder.final, recorder.best, exported.cpu().eval())
+    return TrainResult(folder.path, progress.final, progress.best, exported.cpu().eval())
 
 
 def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Progress:
