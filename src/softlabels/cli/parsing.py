@@ -237,7 +237,10 @@ def is_main_process() -> bool:
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """The metrics of an evaluation."""
-    parts = [f"top-1 {metrics['top1']:.2f} %", f"top-5 {metrics['top5']:.2f} %"]
-    if "group_top1" in metrics:
-        parts.append(f"group {metrics['group_top1']:.2f} %")
-    return ", ".join([*parts, f"NLL {metrics['nll']:.3f} nats", f"ECE {metrics['ece']:.2f} %"])
+    from softlabels.analysis.scores import SCORES
+
+    return ", ".join(
+        f"{score.heading} {metrics[key]:.{score.digits}f} {score.unit}"
+        for key, score in SCORES.items()
+        if key in metrics
+    )

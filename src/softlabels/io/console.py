@@ -56,15 +56,7 @@ def show_table(
     title: str,
     caption: str = "",
 ) -> None:
-    """Show a table: names in the first column, numbers in the others.
-
-    Args:
-        console: Where it is shown.
-        headings: Of the columns.
-        rows: Their cells.
-        title: Above the table.
-        caption: Below it.
-    """
+    """Show a table: names in the first column, numbers in the others; the caption is below it."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table

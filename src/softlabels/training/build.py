@@ -116,10 +116,6 @@ def with_defaults(
 def with_findings(config: Config, source: DataSource) -> Config:
     """Fill in what the data and the teachers' weights say of themselves, for the record.
 
-    Args:
-        config: The settings.
-        source: The data that they name.
-
     Raises:
         ValueError: A teacher's file of weights that cannot be read.
     """

@@ -66,11 +66,7 @@ class Progress(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Progress:
-        """Check what a checkpoint holds.
-
-        Raises:
-            ValueError: It is no progress of a run.
-        """
+        """That of a checkpoint; a ValueError if it is none."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -157,12 +153,7 @@ def _is_like(value: object, own: object) -> bool:
 def state_of(
     progress: Mapping[str, Any], parts: Mapping[str, Stateful | None]
 ) -> dict[str, dict[str, Any]]:
-    """What a checkpoint holds.
-
-    Args:
-        progress: Plain values: the place in the run, the best so far.
-        parts: Objects with state, by name; None is left out.
-    """
+    """What a checkpoint holds: plain values, and the state of each part that is not None."""
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     return {"progress": dict(progress), "parts": state}
 
@@ -170,14 +161,7 @@ def state_of(
 def restore(
     content: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Stateful | None]
 ) -> dict[str, Any]:
-    """Put a checkpoint's content into the objects that it came from.
-
-    Args:
-        content: What `state_of` gave.
-        parts: As they were saved.
-
-    Returns:
-        The plain values.
+    """Put what `state_of` gave back into the parts that it came from, and return the plain values.
 
     Raises:
         ValueError: It is of a run with other parts.
@@ -265,14 +249,7 @@ class CheckpointFolder:
         return sorted(found, key=_step, reverse=True)
 
     def save(self, step: int, content: Mapping[str, Any]) -> Path:
-        """Write a checkpoint whole or not at all, then remove the oldest ones.
-
-        Args:
-            step: Optimizer steps so far.
-            content: What `state_of` gave.
-
-        Returns:
-            The new file.
+        """Write what `state_of` gave whole or not at all, remove the oldest ones; the new file.
 
         Raises:
             OSError: It cannot be written; the older ones are as they were.

@@ -226,9 +226,7 @@ def defaults_of(method: type[Method] | Method | None) -> Defaults:
 def with_method_defaults(config: Config, method: Method | None = None) -> Config:
     """Fill in the weights and warm-ups that the settings leave to the methods' papers.
 
-    Args:
-        config: The settings.
-        method: A method that was given in place of the one that they name.
+    A `method` that is given stands in place of the one that they name.
     """
     kind = config.method.kind
     defaults = defaults_of(method_class(kind) if method is None and kind != "none" else method)
@@ -310,9 +308,7 @@ def parse(values: Mapping[str, Any]) -> Config:
 def checked(config: Config, method: Method | None = None) -> Config:
     """Check that the settings fit each other.
 
-    Args:
-        config: The settings.
-        method: A method that was given in place of the one that they name.
+    A `method` that is given stands in place of the one that they name.
 
     Raises:
         ConfigError: They do not.

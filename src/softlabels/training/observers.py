@@ -113,11 +113,12 @@ class Recorder(Observer):
         before_seconds, before_images = self.progress.of_epoch
         self._progressed(of_epoch=(before_seconds + seconds, before_images + images))
         self._images += images
-        now, speed = time.perf_counter(), None
+        self.tracker.advance()
+        now = time.perf_counter()
         if now - self._since > 1:
             speed = f"{self._images / (now - self._since):,.0f} images/s"
+            self.tracker.advance(0, speed=speed)
             self._since, self._images = now, 0
-        self.tracker.advance(speed=speed)
         if scalars:
             self.tracker.metrics(epoch, step, scalars)
 
@@ -200,8 +201,8 @@ class _JsonLines:
     """A file of JSON objects, one a line, that can be cut back to an earlier length."""
 
     def __init__(self, path: Path, length: int) -> None:
-        path.touch()
-        size = path.stat().st_size
+        self._file = path.open("a", encoding="utf-8")
+        size = self.length()
         if size < length:
             warnings.warn(
                 f"{path} has {size} bytes, the checkpoint was written after {length}: what is "
@@ -210,7 +211,6 @@ class _JsonLines:
             )
         if size > length:
             os.truncate(path, length)
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Record) -> None:
         self._file.write(json.dumps(line.dump()) + "\n")
@@ -277,13 +277,7 @@ class Tracker:
         return {name: file.length() for name, file in self._files.items()}
 
     def metrics(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars that a repetition of the run gives again.
-
-        Args:
-            epoch: Finished epochs for an evaluation, else the running one, from 0.
-            step: Optimizer steps so far.
-            values: By `split/name`.
-        """
+        """Write scalars that a repetition of the run gives again; see `Metrics`."""
         line = Metrics.model_validate({"epoch": epoch, "step": step, **values})
         self._write("metrics.jsonl", line, step, values)
 
@@ -300,8 +294,7 @@ class Tracker:
         for curve, value in curves.items():
             self._writer.add_scalar(curve, value, step)
 
-    def advance(self, steps: int = 1, speed: str | None = None, news: str | None = None) -> None:
-        """Move the bar; `speed` and `news` are shown beside it."""
-        fields = {"speed": speed, "news": news}
-        shown: dict[str, Any] = {name: text for name, text in fields.items() if text is not None}
-        self._progress.update(self._task, advance=steps, **shown)
+    def advance(self, steps: int = 1, **shown: str) -> None:
+        """Move the bar; the texts `speed` and `news` are shown beside it."""
+        fields: dict[str, Any] = dict(shown)
+        self._progress.update(self._task, advance=steps, **fields)

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from softlabels.data import DataSource
-from softlabels.io.files import remove_leftovers, replace_file
+from softlabels.io.files import remove_leftovers, write_text
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import Config, dump, load_recipe, parse
 from softlabels.training.recipes import flattened
@@ -111,13 +111,13 @@ class RunFolder:
                     f"{self.path} holds another run: {found}; choose another --output, or remove "
                     "the folder"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self._others())):
-            raise ValueError(f"{self.path} exists and is no run folder: choose another --output")
-
-    def _others(self) -> Iterator[Path]:
-        """What lies in the folder, without earlier generations and what a killed start leaves."""
-        leftovers = {self.lock, *self.path.glob(".*.part"), *self.path.glob("generation-*")}
-        return (path for path in self.path.iterdir() if path not in leftovers)
+        elif self.path.exists():
+            # A killed start leaves some files, and earlier generations have folders here.
+            ours = {self.lock, *self.path.glob(".*.part"), *self.path.glob("generation-*")}
+            if not self.path.is_dir() or not ours.issuperset(self.path.iterdir()):
+                raise ValueError(
+                    f"{self.path} exists and is no run folder: choose another --output"
+                )
 
     @contextlib.contextmanager
     def held(self, config: Config, data: DataContent | None = None) -> Iterator[None]:
@@ -135,8 +135,7 @@ class RunFolder:
                 self.check(config, data)  # what another run wrote before it let go
                 remove_leftovers(self.path)
                 self.checkpoints(config.checkpoint.keep).clean()
-                with replace_file(self.config) as file:
-                    file.write(dump(config).encode())
+                write_text(self.config, dump(config))
                 if data is not None:
                     data.write(self.data)
                 self.failure.unlink(missing_ok=True)
@@ -207,11 +206,11 @@ def environment(config: Config, device: torch.device, num_processes: int) -> Env
     """Versions, commit, hardware and seed of a run."""
     versions: dict[str, str] = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    name = Path(sys.argv[0]).name
+    program = "python -m softlabels" if name == "__main__.py" else name
     return Environment(
         python=platform.python_version(),
         **versions,
@@ -224,13 +223,8 @@ def environment(config: Config, device: torch.device, num_processes: int) -> Env
         accelerator=accelerator,
         processes=num_processes,
         seed=config.seed,
-        command=" ".join([_program(), *sys.argv[1:]]),
+        command=" ".join([program, *sys.argv[1:]]),
     )
-
-
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "python -m softlabels" if name == "__main__.py" else name
 
 
 def _processor() -> str:

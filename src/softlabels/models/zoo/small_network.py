@@ -63,12 +63,7 @@ class SmallNetwork(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Replace the last layer by a freshly initialized one.
-
-        Args:
-            num_classes: Number of classes; 0 leaves out the classifier.
-            global_pool: timm's name of the pooling before the classifier; "" for none.
-        """
+        """Replace the last layer by a freshly initialized one; arguments as of the class."""
         self.num_classes = num_classes
         self.global_pool, fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool
@@ -76,27 +71,15 @@ class SmallNetwork(nn.Module):
         self.fc = fc.to(next(self.parameters()))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last map.
-
-        Args:
-            x: Images, [B, in_chans, H, W].
-
-        Returns:
-            The map at the end of the chain, [B, num_features, h, w].
-        """
+        """Return the map at the end of the chain, [B, num_features, h, w], of [B, C, H, W]."""
         for name in self._chain:
             x = getattr(self, name)(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a last map.
+        """Return the logits, [B, num_classes], of what `forward_features` returns.
 
-        Args:
-            x: What `forward_features` returns, [B, num_features, h, w].
-            pre_logits: Return the pooled features, [B, num_features], instead.
-
-        Returns:
-            Logits, [B, num_classes].
+        With `pre_logits` the pooled features, [B, num_features], instead.
         """
         x = self.head_drop(self.global_pool(x))
         if not pre_logits:
