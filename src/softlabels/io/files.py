@@ -21,9 +21,6 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     atomic), is forced to the disk, and renamed. After a failure the older file is as it was and
     nothing else is left; after a kill or a power cut a hidden file may be (`remove_leftovers`).
 
-    Args:
-        path: The file, in an existing folder; an older one is replaced.
-
     Yields:
         The hidden file, open for writing bytes.
 
@@ -62,12 +59,9 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Force the folder's entries to the disk: until then a rename can be lost in a power cut."""
-    try:
+    with contextlib.suppress(OSError):  # not every system opens folders, or syncs them
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # not every system opens folders
-        return
-    try:
-        with contextlib.suppress(OSError):  # nor syncs them
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)

@@ -118,16 +118,10 @@ def build_model(
 
 
 def model_input(model: str | nn.Module) -> InputSpec:
-    """Return what a model's own weights expect to see.
+    """Return what a model's own weights expect to see; nothing for one without published weights.
 
-    A name says more than a built model: torchvision's models do not remember it, and timm's
-    remember the weights published for them, whatever they were loaded with since.
-
-    Args:
-        model: A name as for `build_model`, or a model.
-
-    Returns:
-        Normalization and size; all None for a model without published weights.
+    A name, as for `build_model`, says more than a built model: torchvision's models do not remember
+    it, and timm's remember the weights published for them, whatever they were loaded with since.
 
     Raises:
         FileNotFoundError: If the file of `file:PATH` does not exist.
@@ -163,18 +157,9 @@ def model_metadata(
 ) -> dict[str, str]:
     """Return the header with which `save_weights` makes a file that `file:PATH` builds.
 
-    Args:
-        name: The name that the model was built by; for `file:PATH`, that of the file's model and
-            its settings are taken over.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
-        image_size: The size that the model was built for or trained with.
-        settings: The settings that it was built with, of types that JSON has.
-        mean: Mean of each channel that its images were normalized with.
-        std: Standard deviation of each channel, likewise.
-        class_names: One for each class.
-        crop_fraction: The central part of a test image that is kept.
-        interpolation: How images are resized.
+    The arguments are those that the model was built with, of types that JSON has, and how its
+    images look: see `FileRecord`. For the name `file:PATH`, that of the file's model and its
+    settings are taken over.
 
     Returns:
         Texts for the header: one, because the order of several would differ from run to run.

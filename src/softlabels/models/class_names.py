@@ -35,11 +35,9 @@ def map_by_names(names: Sequence[str], teacher_names: Sequence[str], teacher: st
         near = difflib.get_close_matches(missing[0], index, n=_NEAR)
         shown = ", ".join(f"{name!r:.80}" for name in missing[:_SHOWN])
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        hint = (
-            f"near {missing[0]!r:.80}: {', '.join(near)}"
-            if near
-            else (f"its classes are like {', '.join(map(repr, teacher_names[:_SHOWN]))}")
-        )
+        hint = f"its classes are like {', '.join(map(repr, teacher_names[:_SHOWN]))}"
+        if near:
+            hint = f"near {missing[0]!r:.80}: {', '.join(near)}"
         raise ValueError(f"{teacher} has no class {shown}{more} of the data; {hint:.400}")
     times = Counter(teacher_names)
     twice = next((name for name in names if times[name] > 1), None)

@@ -75,13 +75,7 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
 
 
 def find_record(path: str | os.PathLike[str]) -> FileRecord | None:
-    """Read how the model of a weights file is built and fed, if the file says it.
-
-    Args:
-        path: The file, of any kind.
-
-    Returns:
-        None for a file that is no `.safetensors`, or whose header does not say.
+    """As `read_record`; None for a file that is no `.safetensors`, or whose header does not say.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -94,10 +88,7 @@ def find_record(path: str | os.PathLike[str]) -> FileRecord | None:
 
 
 def read_record(path: str | os.PathLike[str]) -> FileRecord:
-    """Read how the model of a weights file is built and fed.
-
-    Args:
-        path: The file, or the folder of the run that wrote it.
+    """Read how the model of a weights file, or of the student of a run's folder, is built and fed.
 
     Raises:
         FileNotFoundError: If the file does not exist.

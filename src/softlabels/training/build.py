@@ -34,7 +34,6 @@ from softlabels.training.config import (
 from softlabels.training.errors import RunError
 from softlabels.training.settings import (
     OBJECT,
-    FurtherMethod,
     PeerSettings,
     StudentSettings,
     TeacherSettings,
@@ -70,7 +69,7 @@ def build_source(config: Config) -> DataSource:
             "opens: give it again, softlabels.train(data=...)"
         )
     shares = {"validation": data.validation, "train_share": data.train_share}
-    source = open_source(data.source, data.location, **data.of_source)
+    source = open_source(**data.model_dump(exclude={*shares}))
     return source if shares == dict.fromkeys(shares) else source.split(**shares)
 
 
@@ -105,11 +104,16 @@ def with_defaults(
     filled = with_method_defaults(config, method)
     changed: dict[str, Any] = {"student": config.student.model_copy(update={"name": name})}
     if num_train is not None:
+        own = {_NUM_SAMPLES: num_train}
         if method is None and getattr(config.method, _NUM_SAMPLES, 0) is None:
-            changed["method"] = config.method.model_copy(update={_NUM_SAMPLES: num_train})
-        changed["further_methods"] = tuple(
-            _with_num_samples(further, num_train) for further in filled.further_methods
-        )
+            changed["method"] = config.method.model_copy(update=own)
+        further_methods = []
+        for further in filled.further_methods:
+            keeps = _NUM_SAMPLES in settings_class(further.kind).model_fields
+            if keeps and further.settings.get(_NUM_SAMPLES) is None:
+                further = further.model_copy(update={"settings": further.settings | own})
+            further_methods.append(further)
+        changed["further_methods"] = tuple(further_methods)
     return filled.model_copy(update=changed)
 
 
@@ -143,13 +147,6 @@ def _with_its_input(settings: TeacherSettings, info: DataInfo) -> TeacherSetting
     size = height if height == width and (height, width) != info.image_size else None
     found = {"mean": expects.mean, "std": expects.std, "input_size": settings.input_size or size}
     return settings.model_copy(update=found)
-
-
-def _with_num_samples(further: FurtherMethod, num_train: int) -> FurtherMethod:
-    keeps = _NUM_SAMPLES in settings_class(further.kind).model_fields
-    if not keeps or further.settings.get(_NUM_SAMPLES) is not None:
-        return further
-    return further.model_copy(update={"settings": {**further.settings, _NUM_SAMPLES: num_train}})
 
 
 def build_distiller(

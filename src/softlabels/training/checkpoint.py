@@ -20,7 +20,7 @@ from softlabels.io.weights import UNREADABLE, read_plain
 
 __all__ = ["CheckpointFolder", "OptimizerState", "Progress", "Stateful", "restore", "state_of"]
 
-_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+_NAME = re.compile(r"step-\d{8,}-[0-9a-f]{16}\.pt")
 _UNFINISHED = re.compile(r"step-\d{8,}\.pt")
 _DIGEST_BYTES = 8
 _BLOCK = 1 << 20
@@ -300,20 +300,16 @@ class CheckpointFolder:
 
 
 def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    return int(path.stem.split("-")[1])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
     try:
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-            if digest.hexdigest() != match[2]:
+            if digest.hexdigest() != path.stem.split("-")[2]:
                 raise ValueError("damaged, its content does not agree with the digest in its name")
             file.seek(0)
             content = read_plain(file)  # a checkpoint from a stranger cannot run code

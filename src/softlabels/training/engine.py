@@ -128,9 +128,7 @@ class Engine:
     def fit(self, observers: Sequence[Observer], interrupt: InterruptGuard) -> None:
         """Train up to the configured epoch, evaluating as often as configured and at the end.
 
-        Args:
-            observers: Told of steps and epochs, and when to store the state.
-            interrupt: Asked after each step.
+        Observers are told of steps and epochs, and when to store the state.
 
         Raises:
             NonFiniteLossError: The loss or the gradient is not finite.
@@ -139,7 +137,8 @@ class Engine:
         while self.finished_epochs < self.config.epochs:
             self._train_epoch(self.finished_epochs, observers, interrupt)
             scalars: dict[str, float] = {}
-            if self._evaluates(self.finished_epochs + 1):
+            epoch = self.finished_epochs + 1
+            if epoch == self.config.epochs or epoch % self.config.eval_every == 0:
                 self._recompute_statistics(self.finished_epochs)
                 scalars = self.evaluate()
             self.distiller.after_epoch()
@@ -147,10 +146,6 @@ class Engine:
             for observer in observers:
                 observer.epoch(self.finished_epochs, self.step, scalars)
             _store(observers)
-
-    def _evaluates(self, epoch: int) -> bool:
-        """Whether the student is evaluated after an epoch, counted from 1."""
-        return epoch == self.config.epochs or epoch % self.config.eval_every == 0
 
     def _train_epoch(
         self, epoch: int, observers: Sequence[Observer], interrupt: InterruptGuard

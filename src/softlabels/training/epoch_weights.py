@@ -12,14 +12,9 @@ __all__ = ["set_weights"]
 
 
 def set_weights(distiller: Distiller, config: Config, epoch: int) -> None:
-    """Give the losses their weights of an epoch.
+    """Give a distiller's losses their weights of an epoch, counted from 0.
 
-    A weight that rises over n epochs is multiplied by min(e / n, 1) in epoch e, counted from 1.
-
-    Args:
-        distiller: Has the losses.
-        config: With its defaults filled in.
-        epoch: From 0.
+    One that rises over n epochs is multiplied by min((epoch + 1) / n, 1).
     """
     weight = _risen(config.method_weight, config.method_warmup_epochs, config, epoch)
     task = config.task.weight

@@ -98,11 +98,7 @@ class InterruptGuard:
 def disk_full_as_run_error(
     folder: Path, kept: str = "the last checkpoint is whole"
 ) -> Iterator[None]:
-    """Tell in words that a run could not write into its folder.
-
-    Args:
-        folder: Where it writes.
-        kept: What is not lost.
+    """Tell in words that a run could not write into its folder, and what is `kept` all the same.
 
     Raises:
         RunError: In place of the system's error.

@@ -74,6 +74,7 @@ class Observer:
         """All of the run's own files are written."""
 
 
+@dataclass
 class Recorder(Observer):
     """Writes down what the engine tells, and stores weights and checkpoints.
 
@@ -86,24 +87,15 @@ class Recorder(Observer):
         infinite_before: `infinite_parts` of the network as it was built.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tracker: Tracker,
-        folder: RunFolder,
-        metadata: Mapping[str, str],
-        progress: Progress,
-        infinite_before: set[str],
-    ) -> None:
-        self.engine = engine
-        self.tracker = tracker
-        self.folder = folder
-        self.metadata = metadata
-        self.checkpoints = folder.checkpoints(engine.config.checkpoint.keep)
-        self.progress = progress
-        self._infinite_before = infinite_before
-        self._since = time.perf_counter()
-        self._images = 0
+    engine: Engine
+    tracker: Tracker
+    folder: RunFolder
+    metadata: Mapping[str, str]
+    progress: Progress
+    infinite_before: set[str]
+
+    def __post_init__(self) -> None:
+        self._since, self._images = time.perf_counter(), 0
 
     def step(
         self, epoch: int, step: int, images: int, seconds: float, scalars: dict[str, float]
@@ -158,7 +150,7 @@ class Recorder(Observer):
     def _check_weights(self) -> None:
         """Make sure that what is stored can be gone on with: a loss may be finite all the same."""
         by_process = gathered(self.engine.accelerator, infinite_parts(self.engine))
-        bad = sorted({name for names in by_process for name in names} - self._infinite_before)
+        bad = sorted({name for names in by_process for name in names} - self.infinite_before)
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             raise NonFiniteLossError(
@@ -182,7 +174,7 @@ class Recorder(Observer):
         state = state_of(self.progress.model_dump(), engine.stateful)
         self._check_weights()
         if engine.accelerator.is_main_process:
-            self.checkpoints.save(engine.step, state)
+            self.folder.checkpoints(engine.config.checkpoint.keep).save(engine.step, state)
         engine.accelerator.wait_for_everyone()
 
     def _progressed(self, **changes: Any) -> None:

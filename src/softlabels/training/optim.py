@@ -90,8 +90,8 @@ def build_schedule(
 ) -> Scheduler:
     """A schedule of timm's, per step.
 
-    With S steps in all, E steps an epoch, W steps of warm-up, the peak rate r and the lowest rate
-    m, the rate of step t = 0, 1, ... is, for t >= W:
+    With S steps in all, E steps an epoch, W steps of warm-up, the optimizer's rate r as the peak
+    and the lowest rate m, the rate of step t = 0, 1, ... is, for t >= W:
 
     * cosine: m + (r - m) (1 + cos(pi t / S)) / 2;
     * linear: m + (r - m) (1 - t / S);
@@ -108,12 +108,6 @@ def build_schedule(
     warm-up of 0.1 is 0.1 r (1 - t / S) there. From version 1.0 on its cosine and its linear fall
     start at the end of the warm-up, and the cosine changes once an epoch. In the recipes at hand
     the rates differ by 1 % of r at the end of the warm-up, and less later.
-
-    Args:
-        settings: Form, warm-up and lowest rate.
-        optimizer: With the peak rate of each of its groups.
-        epochs: Of the run.
-        steps_per_epoch: Optimizer steps in an epoch.
 
     Returns:
         The schedule. `step_update(t)` sets the rate of step t, whatever was set before: a resume

@@ -89,9 +89,7 @@ class RunFolder:
     def check(self, config: Config, data: DataContent | None = None) -> None:
         """Check that the folder is new, or holds a run of the same settings and the same data.
 
-        Args:
-            config: The run's settings.
-            data: What its data are (`content_of`). Where both runs tell it, their paths may differ.
+        Where both runs tell what their data are (`content_of`), the paths of these may differ.
 
         Raises:
             ValueError: It holds a run with other settings or data, or something that is no run.

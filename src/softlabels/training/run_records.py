@@ -70,9 +70,6 @@ def read_run(path: Path) -> RunRecord:
     `summary.json` must be there; everything else may be absent. Unreadable lines of a log (the
     last one, where a run was killed while writing) are left out with a warning.
 
-    Args:
-        path: The folder.
-
     Raises:
         ValueError: `summary.json` is missing, or a file does not fit its schema; the message names
             the file and the field.

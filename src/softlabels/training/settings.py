@@ -289,11 +289,6 @@ class DataSettings(Section):
         path: str | None = getattr(self, "path", None)
         return path
 
-    @property
-    def of_source(self) -> dict[str, Any]:
-        """What the source itself is opened with, besides its path."""
-        return self.model_dump(exclude={"path", *DataSettings.model_fields})
-
 
 def _data_settings(source: str) -> type[DataSettings]:
     """The settings of a source: the keyword-only arguments of what opens it."""

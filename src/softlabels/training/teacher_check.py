@@ -30,9 +30,6 @@ def near_chance(score: TeacherScore) -> bool:
     guessing. So for a teacher that is a quarter of the way from guessing to perfect, the range of
     three deviations must lie above that of guessing: 43 images of 100 classes are enough, 105 of
     10, and 558 of 2.
-
-    Args:
-        score: The teacher's.
     """
     guessing = 1 / score.num_classes
     knowing = guessing + (1 - guessing) / 4
@@ -69,15 +66,8 @@ def checked_teacher(
     """Measure a teacher on the test images, and refuse one that is near chance.
 
     It is measured as it teaches, with its class map, size and precision; a teacher in train mode
-    in eval mode all the same. Each process takes its share of the images.
-
-    Args:
-        config: The run's settings.
-        distiller: Has the teacher, on the accelerator's device.
-        source: The run's data.
-        accelerator: Of the run.
-        known: What an earlier start of the run measured.
-        say: Prints a line.
+    in eval mode all the same. Each process takes its share of the images. What an earlier start of
+    the run measured, `known`, is not measured again.
 
     Returns:
         The score; None if no network teaches, the settings turn the check off, or its answers are

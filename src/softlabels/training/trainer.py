@@ -164,8 +164,7 @@ def _run_one(
     console: Console | None,
 ) -> TrainResult:
     accelerator = start(config)
-    _check_batch_size(config, accelerator.num_processes)
-    _check_kind_of_processes(accelerator)
+    _check_processes(config, accelerator)
     console = console if accelerator.is_main_process else None
     with opened_source(config, source) as source, ExitStack() as stack:
         config = with_defaults(config, source.info, source.num_train, method)
@@ -200,16 +199,13 @@ def _run_one(
         return _fit(config, distiller, source, accelerator, folder, score, observers, console)
 
 
-def _check_batch_size(config: Config, num_processes: int) -> None:
-    parts = num_processes * config.grad_accum_steps
-    if config.batch_size % parts:
+def _check_processes(config: Config, accelerator: Accelerator) -> None:
+    num_processes, num_parts = accelerator.num_processes, config.grad_accum_steps
+    if config.batch_size % (num_processes * num_parts):
         raise ValueError(
             f"batch_size {config.batch_size} must be a multiple of processes * grad_accum_steps = "
-            f"{num_processes} * {config.grad_accum_steps}"
+            f"{num_processes} * {num_parts}"
         )
-
-
-def _check_kind_of_processes(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
@@ -273,7 +269,10 @@ def _fit(
         folder.write_environment(environment(config, accelerator.device, accelerator.num_processes))
         if teacher is not None:
             teacher.write(folder.teacher)
-    _announce(config, console, folder)
+    plan = f"{config.student.name}, {config.epochs} epochs, seed {config.seed}"
+    say(console, f"{label}: {plan} -> {folder.path}")
+    for key, reason in config.assumed.items():
+        say(console, f"assumed {key}: {reason}")
     remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
     if remembered:
         say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
@@ -365,16 +364,6 @@ def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Prog
         f"{engine.config.epochs} epochs done, from {found.name}",
     )
     return progress
-
-
-def _announce(config: Config, console: Console | None, folder: RunFolder) -> None:
-    say(
-        console,
-        f"{config.label}: {config.student.name}, {config.epochs} epochs, seed {config.seed} "
-        f"-> {folder.path}",
-    )
-    for key, reason in config.assumed.items():
-        say(console, f"assumed {key}: {reason}")
 
 
 def peak_memory(device: torch.device) -> int:

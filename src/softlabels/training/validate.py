@@ -43,7 +43,13 @@ def check_needs(
     mixed = bool(config.mix.mixup or config.mix.cutmix)
     label = config.label
     if config.task.weight == "rest":
-        _check_rest(config, distiller)
+        if distiller.method is None:
+            raise ValueError("task.weight rest is 1 - method_weight, and there is no method")
+        if config.method_weight is not None and config.method_weight > 1:
+            raise ValueError(
+                "task.weight rest is 1 - method_weight: method_weight must be at most 1, got "
+                f"{config.method_weight:g}"
+            )
     if PARTNER in further and mixed:
         raise ValueError(
             f"{label} reads another image of each image's class, and mixed images have two "
@@ -89,30 +95,13 @@ def check_needs(
     )
 
 
-def _check_rest(config: Config, distiller: Distiller) -> None:
-    """Check that what a method leaves for the task's loss is a weight."""
-    if distiller.method is None:
-        raise ValueError("task.weight rest is 1 - method_weight, and there is no method")
-    weight = 1.0 if config.method_weight is None else config.method_weight
-    if weight > 1:
-        raise ValueError(
-            "task.weight rest is 1 - method_weight: method_weight must be at most 1, got "
-            f"{weight:g}"
-        )
-
-
 def memory_of(distiller: Distiller) -> int:
     """Bytes that the method keeps between steps, in each process."""
     return sum(memory.num_bytes() for memory in distiller.memories())
 
 
 def check_cache(cache: TeacherCache, config: Config, source: DataSource) -> None:
-    """Check that a cache holds the answers that a run would get from its teacher.
-
-    Args:
-        cache: The answers.
-        config: The run's settings. The teacher is compared if they name one.
-        source: The run's data.
+    """Check that a cache holds the answers that a run would get from its teacher, if it names one.
 
     Raises:
         ValueError: They are another teacher's, or to other images.
@@ -125,12 +114,7 @@ def check_cache(cache: TeacherCache, config: Config, source: DataSource) -> None
 
 
 def check_fingerprints(path: Path, stored: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Compare what a cache was made from with what it is to be used for.
-
-    Args:
-        path: The cache's folder.
-        stored: Its fingerprints.
-        found: All or some of the present ones.
+    """Compare the fingerprints of the cache in a folder with all or some of those `found` now.
 
     Raises:
         ValueError: One of them is another.
