@@ -83,13 +83,12 @@ def checked_teacher(
     if not method_reads_teacher(distiller.method):
         return None
     info = source.info
-    every = teacher.all
     name = teacher_name(config, teacher)
     problem = None
     score = known
     if score is None:
         shape = (info.in_channels, *info.image_size)
-        for each in every:
+        for each in teacher.all:
             with undisturbed(each):
                 num_classes = each(torch.zeros(1, *shape, device=accelerator.device)).shape[1]
             if num_classes != info.num_classes:
