@@ -236,13 +236,14 @@ def test_pictures_that_are_no_files_are_not_waited_for(capsys, trained, pictures
 
 def test_class_names_of_a_file_give_a_terminal_no_orders(capsys, trained, pictures, tmp_path):
     from softlabels.io.weights import save_weights
-    from softlabels.models import build_model, model_metadata
+    from softlabels.models import FileRecord, build_model, model_metadata
 
-    metadata = model_metadata(
-        "resnet8", num_classes=2, in_channels=3, image_size=8, mean=(0.5,), std=(0.5,),
+    record = FileRecord(
+        model="resnet8", num_classes=2, in_channels=3, image_size=(8, 8), mean=(0.5,), std=(0.5,),
         class_names=("\x1b[2J", "b\n\u202e"),
     )  # fmt: skip
     file = tmp_path / "student.safetensors"
+    metadata = model_metadata(record)
     save_weights(build_model("resnet8", num_classes=2), file, metadata=metadata)
     picture = str(pictures / "val" / "dark" / "0.png")
     for form in ("text", "json"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from shared.tiny_runs import train_arguments, write_pictures
 from softlabels.cli import main
 from softlabels.io.weights import save_weights
-from softlabels.models import build_model, model_metadata
+from softlabels.models import FileRecord, build_model, model_metadata
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,10 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     network = build_model("timm:resnet8", num_classes=7)
     names = tuple(f"animal {number}" for number in range(7))
-    metadata = model_metadata("timm:resnet8", num_classes=7, image_size=8, class_names=names)
-    save_weights(network, folder / "seven.safetensors", metadata=metadata)
+    record = FileRecord(
+        model="timm:resnet8", num_classes=7, in_channels=3, image_size=(8, 8), class_names=names
+    )
+    save_weights(network, folder / "seven.safetensors", metadata=model_metadata(record))
     save_weights(build_model("timm:resnet20", num_classes=2), folder / "resnet20.safetensors")
     torch.save({"state_dict": network.state_dict(), "epoch": 3}, folder / "seven.pth")
     save_file({"a.b": torch.zeros(2), "a.c": torch.zeros(3)}, folder / "other.safetensors")

@@ -23,7 +23,7 @@ from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.export.export import export_run
 from softlabels.export.predict import load_student
 from softlabels.io.weights import save_weights
-from softlabels.models import build_model, model_metadata
+from softlabels.models import FileRecord, build_model, model_metadata
 
 NUM_CLASSES = 7
 HOSTILE = (
@@ -45,11 +45,11 @@ def student_file(
     model = build_model(
         name, num_classes=NUM_CLASSES, in_channels=channels, image_size=size, settings=settings
     )
-    metadata = model_metadata(
-        name,
+    record = FileRecord(
+        model=name,
         num_classes=NUM_CLASSES,
         in_channels=channels,
-        image_size=size,
+        image_size=(size, size),
         settings=settings,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
@@ -57,7 +57,7 @@ def student_file(
         crop_fraction=0.875,
         interpolation="bicubic",
     )
-    save_weights(model, folder / "student.safetensors", metadata=metadata)
+    save_weights(model, folder / "student.safetensors", metadata=model_metadata(record))
     return folder / "student.safetensors"
 
 
@@ -243,8 +243,9 @@ class OfTwo(OneLayer):
 
 
 def file_of(network: nn.Module, folder: Path, name: str, image_size: int | None = 16) -> Path:
-    metadata = model_metadata(name, num_classes=5, in_channels=3, image_size=image_size)
-    save_weights(network, folder / "student.safetensors", metadata=metadata)
+    size = None if image_size is None else (image_size, image_size)
+    record = FileRecord(model=name, num_classes=5, in_channels=3, image_size=size)
+    save_weights(network, folder / "student.safetensors", metadata=model_metadata(record))
     return folder / "student.safetensors"
 
 

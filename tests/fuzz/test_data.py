@@ -24,7 +24,7 @@ from shared.fuzzing import case, check_refusal, command, fuzz, mutated
 from shared.tiny_runs import SIDE
 from softlabels.data import DataSource, open_source
 from softlabels.io.weights import save_weights
-from softlabels.models import build_model, model_metadata
+from softlabels.models import FileRecord, build_model, model_metadata
 
 
 @contextlib.contextmanager
@@ -232,7 +232,8 @@ def gray_student(tmp_path_factory) -> Path:
     """A student of three classes of gray pictures."""
     path = tmp_path_factory.mktemp("gray") / "student.safetensors"
     facts = {"num_classes": 3, "in_channels": 1}
-    metadata = model_metadata("resnet8", **facts, image_size=SIDE, mean=(0.5,), std=(0.5,))
+    look = {"image_size": (SIDE, SIDE), "mean": (0.5,), "std": (0.5,)}
+    metadata = model_metadata(FileRecord(model="resnet8", **facts, **look))
     save_weights(build_model("resnet8", **facts), path, metadata=metadata)
     return path
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from softlabels.io.weights import read_metadata, save_weights
-from softlabels.models import InputSpec, build_model, model_input, model_metadata
+from softlabels.models import FileRecord, InputSpec, build_model, model_input, model_metadata
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,7 +33,7 @@ def saved(tmp_path, name="vit_mini_patch4_32", **described):
     names = ("num_classes", "in_channels", "image_size", "settings")
     model = build_model(name, **{key: described[key] for key in names if key in described})
     path = tmp_path / "student.safetensors"
-    save_weights(model, path, metadata=model_metadata(name, **described))
+    save_weights(model, path, metadata=model_metadata(FileRecord(model=name, **described)))
     return model, path
 
 
@@ -242,7 +242,7 @@ def test_setting_that_the_caller_sets():
 
 
 def test_file_round_trip(tmp_path):
-    model, path = saved(tmp_path, image_size=24, settings={"depth": 2})
+    model, path = saved(tmp_path, image_size=(24, 24), settings={"depth": 2})
     loaded = build_model(f"file:{path}", num_classes=5, in_channels=1)
     images = torch.randn(2, 1, 24, 24)
     assert len(loaded.blocks) == 2
@@ -311,18 +311,20 @@ def test_missing_file(tmp_path):
 
 def test_metadata_of_a_file_model_names_the_origin(tmp_path):
     _, path = saved(tmp_path, "resnet8", settings={"drop_rate": 0.3})
-    again = model_metadata(f"file:{path}", num_classes=5, in_channels=1)
+    again = model_metadata(FileRecord(model=f"file:{path}", num_classes=5, in_channels=1))
     assert again == read_metadata(path)
     assert json.loads(again["softlabels"])["model"] == "timm:resnet8"
 
 
 def test_metadata_refuses_what_json_lacks():
+    settings = {"act_layer": nn.GELU}
+    record = FileRecord(model="resnet8", num_classes=5, in_channels=3, settings=settings)
     with pytest.raises(ValueError, match=r"types that JSON has, got.*GELU"):
-        model_metadata("resnet8", num_classes=5, settings={"act_layer": nn.GELU})
+        model_metadata(record)
 
 
 def test_metadata_is_the_same_in_every_file(tmp_path):
-    described = {"image_size": 32, "mean": (0.1,), "std": (0.2,)}
+    described = {"image_size": (32, 32), "mean": (0.1,), "std": (0.2,)}
     contents = set()
     for _ in range(4):
         _, path = saved(tmp_path, **described)
@@ -356,5 +358,5 @@ def test_input_unknown_without_published_weights(name):
 
 
 def test_input_of_a_file(tmp_path):
-    _, path = saved(tmp_path, image_size=24, mean=(0.25,), std=(0.5,))
+    _, path = saved(tmp_path, image_size=(24, 24), mean=(0.25,), std=(0.5,))
     assert model_input(f"file:{path}") == InputSpec((0.25,), (0.5,), (24, 24))

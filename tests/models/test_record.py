@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from softlabels.io.weights import count_stored, save_weights
-from softlabels.models import build_model, model_metadata
+from softlabels.models import FileRecord, build_model, model_metadata
 from softlabels.models.record import METADATA_KEY, SizeLimit, find_record, read_record
 
 
@@ -20,9 +20,8 @@ def file(tmp_path):
     """Returns a function that writes a small student whose header says what it is told."""
 
     def write(**changes) -> str:
-        record = json.loads(
-            model_metadata("resnet8", num_classes=3, in_channels=1, image_size=8)[METADATA_KEY]
-        )
+        facts = FileRecord(model="resnet8", num_classes=3, in_channels=1, image_size=(8, 8))
+        record = json.loads(model_metadata(facts)[METADATA_KEY])
         record = {key: v for key, v in {**record, **changes}.items() if v is not ...}
         path = tmp_path / "student.safetensors"
         network = build_model("resnet8", num_classes=3, in_channels=1)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from softlabels.data import Batch, DataInfo
 from softlabels.data.sources.folder import FolderSource
 from softlabels.io.weights import save_weights
-from softlabels.models import build_model, model_metadata
+from softlabels.models import FileRecord, build_model, model_metadata
 from softlabels.models.class_names import map_by_names, read_class_names
 from softlabels.training.build import build_distiller, build_teacher, with_defaults
 from softlabels.training.config import ConfigError, resolve
@@ -46,11 +46,11 @@ def network(name: str, *, classes: int, size: int = 32, **settings: Any) -> nn.M
 def as_run(folder: Path, model: nn.Module, name: str, size: int, **settings: Any) -> Path:
     """The student of an earlier run, on images of other sizes, statistics and classes."""
     folder.mkdir()
-    metadata = model_metadata(
-        name, num_classes=len(MORE), image_size=size, settings=settings, mean=MEAN, std=STD,
-        class_names=MORE,
+    record = FileRecord(
+        model=name, num_classes=len(MORE), in_channels=3, image_size=(size, size),
+        settings=settings, mean=MEAN, std=STD, class_names=MORE,
     )  # fmt: skip
-    save_weights(model, folder / "student.safetensors", metadata=metadata)
+    save_weights(model, folder / "student.safetensors", metadata=model_metadata(record))
     return folder
 
 
@@ -181,11 +181,12 @@ def test_a_color_teacher_teaches_on_gray_images(source, tmp_path):
 
 def test_images_of_the_teachers_own_kind_are_not_converted(source, tmp_path):
     info = source.info
-    metadata = model_metadata(
-        "timm:resnet8", num_classes=6, in_channels=1, image_size=16, mean=info.mean, std=info.std
-    )
+    record = FileRecord(
+        model="timm:resnet8", num_classes=6, in_channels=1, image_size=(16, 16), mean=info.mean,
+        std=info.std,
+    )  # fmt: skip
     model = build_model("timm:resnet8", num_classes=6, in_channels=1)
-    save_weights(model, tmp_path / "same.safetensors", metadata=metadata)
+    save_weights(model, tmp_path / "same.safetensors", metadata=model_metadata(record))
     teacher = build_teacher(TeacherSettings(name=f"file:{tmp_path}/same.safetensors"), info)
     images = torch.randn(2, 1, 16, 16)
     assert teacher.prepared(images) is images

@@ -2,5 +2,6 @@
 
 from softlabels.models import zoo as zoo
 from softlabels.models.build import InputSpec, build_model, model_input, model_metadata
+from softlabels.models.record import FileRecord
 
-__all__ = ["InputSpec", "build_model", "model_input", "model_metadata"]
+__all__ = ["FileRecord", "InputSpec", "build_model", "model_input", "model_metadata"]

@@ -142,24 +142,12 @@ def model_input(model: str | nn.Module) -> InputSpec:
     return InputSpec()
 
 
-def model_metadata(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int = 3,
-    image_size: int | tuple[int, int] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    class_names: tuple[str, ...] | None = None,
-    crop_fraction: float = 1.0,
-    interpolation: str = "bilinear",
-) -> dict[str, str]:
+def model_metadata(record: FileRecord) -> dict[str, str]:
     """Return the header with which `save_weights` makes a file that `file:PATH` builds.
 
-    The arguments are those that the model was built with, of types that JSON has, and how its
-    images look: see `FileRecord`. For the name `file:PATH`, that of the file's model and its
-    settings are taken over.
+    Args:
+        record: What the model was built with, of types that JSON has, and how its images look. For
+            the name `file:PATH`, that of the file's model and its settings are taken over.
 
     Returns:
         Texts for the header: one, because the order of several would differ from run to run.
@@ -168,29 +156,20 @@ def model_metadata(
         FileNotFoundError: If the file of `file:PATH` does not exist.
         ValueError: If the name has an unknown form, or JSON lacks the type of a setting.
     """
-    kind, target = _parse_name(name)
-    settings = dict(settings or {})
+    kind, target = _parse_name(record.model)
+    changes: dict[str, Any] = {}
     if kind == "file":
         origin = read_record(target)
-        name, settings = origin.model, origin.settings | settings
+        changes = {"model": origin.model, "settings": origin.settings | record.settings}
     elif kind == "timm":
-        name = f"timm:{target}"
-    record = FileRecord(
-        model=name,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=_pair(image_size),
-        settings=settings,
-        mean=mean,
-        std=std,
-        class_names=class_names,
-        crop_fraction=crop_fraction,
-        interpolation=interpolation,
-    )
+        changes = {"model": f"timm:{target}"}
+    record = record.model_copy(update=changes)
     try:
         return {METADATA_KEY: record.model_dump_json(exclude_defaults=True)}
     except PydanticSerializationError as error:
-        raise ValueError(f"settings must be of types that JSON has, got {settings}") from error
+        raise ValueError(
+            f"settings must be of types that JSON has, got {record.settings}"
+        ) from error
 
 
 def _parse_name(name: str) -> tuple[str, str]:

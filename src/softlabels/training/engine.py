@@ -242,7 +242,9 @@ class Engine:
         parts[_STOP] = torch.full((), float(asked), device=self.accelerator.device)
         logged = self._over_processes(parts, share)
         any_asked = logged.pop(_STOP) > 0
-        logged[GRADIENT] = _largest_gradient(self.distiller)
+        gradients = [p.grad for p in self.distiller.parameters() if p.grad is not None]
+        # Not finite if any of them is not.
+        logged[GRADIENT] = get_total_norm(gradients, norm_type=math.inf)
         healthy = self.log.add(self.step, logged, index=batch.index, finite=finite)
         if not healthy:
             # Without gradients a step does nothing, but a scaler lowers its scale.
@@ -357,9 +359,3 @@ def _outside_of_memory(module: nn.Module) -> list[Tensor]:
         id(b) for part in module.modules() if isinstance(part, MemoryBank) for b in part.buffers()
     }
     return [buffer for buffer in module.buffers() if id(buffer) not in kept]
-
-
-def _largest_gradient(module: nn.Module) -> Tensor:
-    """The largest absolute value among all gradients; not finite if any of them is not."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return get_total_norm(gradients, norm_type=math.inf)

@@ -51,10 +51,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         message: Where the run stands.
-        number: The signal's number.
-
-    Attributes:
-        status: The exit status that says so: 128 + the signal's number.
+        number: The signal's number; the exit status that says so is 128 + number.
     """
 
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:

@@ -82,7 +82,9 @@ class _PlainLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode):
-            _check_number(node)
+            is_number = node.tag in (f"{_TAG}int", f"{_TAG}float")
+            if is_number and len(node.value) > _LONGEST_NUMBER:
+                raise _refused(f"a number of {len(node.value)} characters", node)
         elif isinstance(node, yaml.MappingNode):
             _check_keys(node)
         return node
@@ -91,11 +93,6 @@ class _PlainLoader(yaml.SafeLoader):
 def _refused(problem: str, place: Any) -> yaml.YAMLError:
     """An error at the place of an event or a node."""
     return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
-
-
-def _check_number(node: yaml.ScalarNode) -> None:
-    if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > _LONGEST_NUMBER:
-        raise _refused(f"a number of {len(node.value)} characters", node)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

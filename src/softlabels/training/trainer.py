@@ -24,7 +24,7 @@ from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.io.console import say
 from softlabels.io.records import read_lines
 from softlabels.losses import Method
-from softlabels.models import model_metadata
+from softlabels.models import FileRecord, model_metadata
 from softlabels.training.build import (
     build_distiller,
     build_teacher,
@@ -242,8 +242,8 @@ def _fit(
         epochs=config.epochs,
         steps_per_epoch=source.steps_per_epoch(config.batch_size),
     )
-    metadata = model_metadata(
-        config.student.name or "",
+    record = FileRecord(
+        model=config.student.name or "",
         num_classes=info.num_classes,
         in_channels=info.in_channels,
         image_size=info.image_size,
@@ -287,7 +287,7 @@ def _fit(
             first_step=engine.step,
         ) as tracker,
     ):
-        recorder = Recorder(engine, tracker, folder, metadata, progress, infinite)
+        recorder = Recorder(engine, tracker, folder, model_metadata(record), progress, infinite)
         try:
             engine.fit([recorder, *observers], interrupt)
         except Interrupted as error:

@@ -17,7 +17,7 @@ from softlabels.distill.cache_format import FINGERPRINTS
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher import Teacher
 from softlabels.distill.teacher_cache import TeacherCache
-from softlabels.models import model_metadata
+from softlabels.models import FileRecord, model_metadata
 from softlabels.training.build import build_teacher
 from softlabels.training.config import Config
 from softlabels.training.settings import TeacherSettings
@@ -136,9 +136,12 @@ def teacher_fingerprint(teacher: Teacher, settings: TeacherSettings, info: DataI
         info: Facts about the images.
     """
     network = model_metadata(
-        settings.name or type(teacher.model).__qualname__,
-        num_classes=settings.num_classes or info.num_classes,
-        settings=settings.settings,
+        FileRecord(
+            model=settings.name or type(teacher.model).__qualname__,
+            num_classes=settings.num_classes or info.num_classes,
+            in_channels=3,
+            settings=settings.settings,
+        )
     )
     digest = hashlib.blake2b(digest_size=16)
     facts = (network, teacher.mode, teacher.input_size, teacher.normalizes, teacher.maps_classes)
