@@ -80,6 +80,9 @@ bench: $(STAMP) ## Measure overheads and write results/benchmarks.json
 bench-losses: $(STAMP) ## Measure the losses, and write results/losses.json (6 minutes, two threads)
 	$(BIN)/python -m benchmarks.losses
 
+bench-precision: $(STAMP) ## Measure which precision is fast for which network, and write results/precision.json (5 minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.precision
+
 bench-cache: $(STAMP) ## Measure what a teacher cache loses, and write results/teacher_cache.json (a minute)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.teacher_cache
 

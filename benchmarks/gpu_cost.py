@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     results: dict[str, Any] = {
         "command": "make bench-gpu",
-        "environment": environment(resolve({}), device, 1),
+        "environment": environment(resolve({}), device, 1).dump(),
         "precision": "bf16",
         "pairs": [costs(pair, options.rounds, device) for pair in PAIRS],
     }

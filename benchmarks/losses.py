@@ -403,7 +403,7 @@ def main() -> None:
     held = bounds(sizes, steps)
     results = {
         "command": "make bench-losses",
-        "environment": environment(resolve({"threads": THREADS}), torch.device("cpu"), 1),
+        "environment": environment(resolve({"threads": THREADS}), torch.device("cpu"), 1).dump(),
         "rounds": {part["size"]: part["rounds"] for part in sizes},
         "memory": "torch.profiler, allocation events of the CPU allocator",
         "bounds": held,

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     results: dict[str, Any] = {
         "command": "make bench-methods",
-        "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1),
+        "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1).dump(),
         "epoch_images": IMAGES,
     }
     results["environment"].pop("command", None)

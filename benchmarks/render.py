@@ -256,6 +256,31 @@ def teacher_cache() -> str:
     return "\n".join(lines)
 
 
+def precision() -> str:
+    """How fast each network's step is in each precision and memory format, and the choice."""
+    results = _read("precision.json")
+    ways = [*results["networks"][0]["speed"]][1:]
+    lines = [
+        f"| network | pixels | float32, ms | {' | '.join(ways)} | auto |",
+        f"| --- | ---: | ---: | {'---: | ' * len(ways)}--- |",
+    ]
+    for row in results["networks"]:
+        cells = [
+            f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})"
+            for s in map(row["speed"].get, ways)
+        ]
+        lines.append(
+            f"| {row['network'].removeprefix('timm:')}, batch {row['batch_size']} | {row['pixels']} "
+            f"| {row['milliseconds']:.0f} | {' | '.join(cells)} | {row['chosen']} |"
+        )
+    lines += [
+        "",
+        f"Median and middle half of {results['rounds']} rounds. `{results['command']}` on "
+        f"{_where(results['environment'])}.",
+    ]
+    return "\n".join(lines)
+
+
 def scaling() -> str:
     """What running for long and on several processes costs, beside the bounds."""
     results = _read("scaling.json")
@@ -390,6 +415,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks,
     "losses": losses,
     "teacher-cache": teacher_cache,
+    "precision": precision,
 }
 
 

@@ -177,7 +177,7 @@ def main() -> None:
     rounds: int = options.rounds
     results = {
         "command": "make bench",
-        "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1),
+        "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1).dump(),
         "overhead": [
             overhead("resnet8_glyphs", 1, 4 * rounds, 128),
             overhead("resnet8x4", 3, 2 * rounds, 32),

@@ -269,7 +269,7 @@ def main() -> None:
         files = FolderSource(_folder(folder / "images", 24, (48, 36)), image_size=32, workers=1)
         results = {
             "command": "make bench-scaling",
-            "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1),
+            "environment": environment(resolve({"threads": 1}), torch.device("cpu"), 1).dump(),
             "bounds": [
                 teacher_cache(cache, "resnet8x4", 32, 6 * rounds),
                 teacher_cache(cache, "resnet8_glyphs", 128, 40 * rounds),

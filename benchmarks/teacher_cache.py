@@ -121,7 +121,7 @@ def main() -> None:
     logits, of_student, target = answered(source, teacher, trained.student)
     results = {
         "command": "make bench-cache",
-        "environment": environment(config, torch.device("cpu"), 1),
+        "environment": environment(config, torch.device("cpu"), 1).dump(),
         "recipe": RECIPE,
         "images": len(logits),
         "classes": logits.shape[1],

@@ -182,7 +182,7 @@ def test_methods_lists_all(capsys):
         (["train", "--epoch", "1"], "'--epoch': expected --epochs"),
         (["train", "--further-methods", "nkd"], "--further-methods is set in a recipe"),
         (["train", "--lr", "-1"], "optimizer.lr: Input should be greater than 0, got -1"),
-        (["train", "--precision", "fp8"], "--precision must be one of no, bf16, fp16, got 'fp8'"),
+        (["train", "--precision", "fp8"], "--precision must be one of auto, no, bf16, fp16, got"),
         (["train", "--optimizer.lr"], "--optimizer.lr needs a value"),
         (["train", "--data.source", "cifar100", "--data.num-fonts", "3"], "--data.num-fonts"),
         (["train", "--data.path", "/no/such/place"], "/no/such/place does not exist"),

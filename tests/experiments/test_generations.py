@@ -31,7 +31,7 @@ DATA = {
 }  # fmt: skip
 SETTINGS = {
     "student": "timm:resnet8", "method": "ban", "generations": 2, "epochs": 2, "batch_size": 16,
-    "gallery": 0, "log_every": 1, "optimizer": {"lr": 0.05},
+    "gallery": 0, "log_every": 1, "optimizer": {"lr": 0.05}, "precision": "no",
 }  # fmt: skip
 
 

@@ -87,7 +87,9 @@ def config_of(weights: Path, **settings: Any) -> Config:
         "weights": str(weights),
         **settings.pop("teacher", {}),
     }
-    return resolve({"teacher": teacher, "seed": 3, "eval_batch_size": 16, **settings})
+    return resolve(
+        {"teacher": teacher, "seed": 3, "eval_batch_size": 16, "precision": "no", **settings}
+    )
 
 
 def build(weights: Path, path: Path, source: Any = None, **settings: Any) -> TeacherCache:
@@ -197,7 +199,7 @@ def test_training_equals_that_with_the_teacher_on_the_same_draws(weights, tmp_pa
     build(weights, tmp_path / "cache", top=6)
     options = {
         **FAST, "optimizer": {"lr": 0.01}, "method": method, "epochs": 4, "gallery": 0,
-        "report": False, "grad_accum_steps": 2,
+        "report": False, "grad_accum_steps": 2, "precision": "no",
     }  # fmt: skip
 
     softlabels.train(

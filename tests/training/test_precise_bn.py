@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 import softlabels
@@ -17,6 +16,7 @@ from shared.small_networks import small_cnn
 from softlabels.data.randomness import derive_seed
 from softlabels.training.build import build_distiller, with_defaults
 from softlabels.training.config import resolve
+from softlabels.training.distributed import start
 from softlabels.training.engine import Engine
 from softlabels.training.errors import Interrupted
 from softlabels.training.optim import build_optimizer, build_schedule
@@ -96,7 +96,7 @@ def engine_of(source, **settings) -> Engine:
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
     schedule = build_schedule(config.schedule, optimizer, epochs=1, steps_per_epoch=3)
     task = ClassificationTask(config, source.info, distiller.extras)
-    return Engine(distiller, optimizer, schedule, source, Accelerator(cpu=True), config, task)
+    return Engine(distiller, optimizer, schedule, source, start(config), config, task)
 
 
 class NoSignal:

@@ -330,7 +330,7 @@ def test_mixed_precision_skips_and_counts_steps_that_are_not_finite(source, tmp_
     bad = WithBadImages(source, {5, 6}, epoch=1)
     result = train(
         bad, tmp_path / "run", student=student, precision="bf16", ema_decay=0.5, log_every=1,
-        method="uskd",
+        method="uskd", max_skipped_steps=50,
     )  # fmt: skip
     counts = [
         line["train/skipped_steps"]
@@ -390,6 +390,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
         "epochs": 1,
         "optimizer": {"name": "sgd", "lr": 0.05},
         "method": "zipf_ls",
+        "precision": "no",
     }
     whole = train(source, tmp_path / "whole", **settings)
     parts = train(source, tmp_path / "parts", grad_accum_steps=4, **settings)

@@ -75,7 +75,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
         "--method.weak-weight", "0.1", "--mix.mixup", "0.4", "--mix.probability", "0.5",
         # At higher rates a rounding error that flips a ReLU or a rank grows beyond any tolerance.
         "--ema-decay", "0.9", "--optimizer.lr", "0.005", "--log-every", "1", "--gallery", "0",
-        "--no-report", "--device", "cpu", "--output", str(output), *more,
+        "--no-report", "--device", "cpu", "--precision", "no", "--output", str(output), *more,
     ]  # fmt: skip
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from softlabels.data import DataSource
 from softlabels.experiments.analyze_run import analyze_run
@@ -19,11 +21,15 @@ from softlabels.io.files import write_text
 from softlabels.report import Variant, write_comparison
 from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.config import Config, ConfigError, parse
+from softlabels.training.distributed import start
+from softlabels.training.precision import with_precision
 from softlabels.training.recipes import merged
 from softlabels.training.settings import TeacherSettings
 from softlabels.training.validate import check_needs
 
 __all__ = ["Compared", "compare"]
+
+_DECIDED = ("precision", "channels_last")
 
 
 @dataclass(frozen=True)
@@ -102,32 +108,44 @@ def compare(
 
 
 def _checked(comparison: Comparison, folder: Path) -> Comparison:
-    """With the name of the student; every variant is built once, before anything is trained."""
+    """With what is decided once for all: the student, its precision and its memory format.
+
+    Every variant is built once, before anything is trained.
+    """
     values = comparison.values
     source = build_source(parse({k: v for k, v in values.items() if k in ("data", "seed")}))
     try:
         if not (values.get("student") or {}).get("name"):
             name = with_defaults(Config(), source.info).student.name
-            settings = merged(comparison.settings, {"student": {"name": name}})
-            comparison = comparison.model_copy(update={"settings": settings})
-        for variant in planned(comparison, folder)[0]:
-            _try(variant, source)
+            comparison = _with_settings(comparison, {"student": {"name": name}})
+        baseline, *others = planned(comparison, folder)[0]
+        student = _built(baseline, source)
+        for variant in others:
+            _built(variant, source)
     finally:
         source.close()
-    return comparison
+    base = parse({name: values[name] for name in _DECIDED if name in values})
+    decided = with_precision(base, student, start(baseline.config).device)
+    return _with_settings(comparison, {name: getattr(decided, name) for name in _DECIDED})
 
 
-def _try(variant: PlannedVariant, source: DataSource) -> None:
-    """Build a variant; a teacher that is trained here has random weights for this."""
+def _with_settings(comparison: Comparison, settings: dict[str, Any]) -> Comparison:
+    return comparison.model_copy(update={"settings": merged(comparison.settings, settings)})
+
+
+def _built(variant: PlannedVariant, source: DataSource) -> nn.Module:
+    """A variant's student, with all else built too; a teacher to be trained has random weights."""
     config = variant.config
     if config.generations > 1:  # the last one
         teacher = TeacherSettings(name=config.student.name, settings=config.student.settings)
         config = config.model_copy(update={"generations": 1, "teacher": teacher})
     try:
         config = with_defaults(config, source.info, source.num_train)
-        check_needs(config, build_distiller(config, source.info), source, 1)
+        distiller = build_distiller(config, source.info)
+        check_needs(config, distiller, source, 1)
     except ValueError as error:
         raise ConfigError(f"{variant.name}: {error}") from error
+    return distiller.student
 
 
 def _title(variants: Sequence[PlannedVariant]) -> str:

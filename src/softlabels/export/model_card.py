@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from softlabels.analysis.scores import SCORES
 from softlabels.models.record import METADATA_KEY, FileRecord
 from softlabels.training.config import Config, dump
+from softlabels.training.precision import describe_precision
 from softlabels.training.run_records import RunRecord
 from softlabels.training.schemas import Summary
 
@@ -268,7 +269,7 @@ def _training(config: Config, run: Summary | None) -> dict[str, str]:
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, momentum "
         f"{optimizer.momentum:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": schedule.name + (f", warm-up of {warmup}" if warmup else ""),
-        "precision": {"no": "float32"}.get(config.precision, config.precision),
+        "precision": describe_precision(config),
         "seed": str(config.seed),
     }
     teacher = _teacher(config)

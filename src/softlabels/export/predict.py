@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -175,11 +176,13 @@ def evaluate_file(
             or answers that are not finite.
     """
     model, record = load_student(student)
+    folder = Path(student) if Path(student).is_dir() else Path(student).parent
+    run = folder / "config.yaml"
+    config = parse(load_recipe(str(run))) if run.is_file() else None
     if path is None and source is None:
-        folder = Path(student) if Path(student).is_dir() else Path(student).parent
-        if not (folder / "config.yaml").is_file():
+        if config is None:
             raise ValueError(f"{student} stands in no run's folder: name the data with --path")
-        data = build_source(parse(load_recipe(str(folder / "config.yaml"))))
+        data = build_source(config)
     else:
         trained_with = {
             "image_size": max(record.image_size) if record.image_size else None,
@@ -210,7 +213,10 @@ def evaluate_file(
             student_normalization=None if normalization is None else (info.mean, info.std),
         )
         batches = data.test_batches(batch_size=batch_size, device="cpu")
-        metrics = evaluate(network, batches, info, torch.device("cpu"))
+        # As the run evaluated, so that the figures are the same.
+        half = config is not None and config.precision == "bf16"
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
+        metrics = evaluate(network, batches, info, torch.device("cpu"), autocast)
     finally:
         data.close()
     if not all(map(math.isfinite, metrics.values())):

@@ -34,6 +34,7 @@ from softlabels.training.build import build_teacher, opened_source
 from softlabels.training.config import Config, check_unmixed
 from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.errors import Interrupted, InterruptGuard, disk_full_as_run_error
+from softlabels.training.precision import with_precision
 from softlabels.training.settings import Section
 from softlabels.training.validate import check_fingerprints, teacher_fingerprint
 
@@ -101,6 +102,10 @@ def build_cache(
             raise ValueError(
                 "teacher.mode must be eval: in train mode an answer depends on the batch around it"
             )
+        config = with_precision(config, network.model, accelerator.device)
+        accelerator = start(config)
+        if config.channels_last is True:
+            network.to(memory_format=torch.channels_last)
         manifest = Manifest(
             num_images=source.num_train,
             num_classes=info.num_classes,

@@ -120,9 +120,15 @@ class Config(Section):
         description="Training images over which BatchNorm's statistics are averaged anew before "
         "each evaluation. None: the running ones.",
     )
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="Mixed precision.")
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto",
+        description="Mixed precision; no: float32. auto: bf16 where the student is faster in it.",
+    )
     compile: bool = Field(False, description="Compile the trained module.")
-    channels_last: bool = Field(False, description="Memory format of images and weights.")
+    channels_last: Literal["auto"] | bool = Field(
+        "auto",
+        description="Memory format of images and weights. auto: for networks of convolutions.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Of everything random.")
     eval_batch_size: Count = Field(256, description="Images per step of an evaluation.")
     eval_every: Count = Field(1, description="Epochs between evaluations; the last has one.")
@@ -130,11 +136,11 @@ class Config(Section):
     checkpoint: CheckpointSettings = Field(
         CheckpointSettings(), description="What is kept for going on."
     )
-    max_skipped_steps: int = Field(
-        50,
+    max_skipped_steps: int | None = Field(
+        None,
         ge=0,
-        description="Mixed precision: steps in a row that are skipped because the loss or the "
-        "gradient is not finite; one more stops the run.",
+        description="Steps in a row that are skipped because the loss or the gradient is not "
+        "finite; one more stops the run. None: 50 with precision fp16, else 0.",
     )
     process_timeout: float = Field(
         600.0,

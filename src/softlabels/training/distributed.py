@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 def start(config: Config) -> Accelerator:
     """Device, precision, threads and processes, as a configuration and torchrun say.
 
+    Where the precision is still to be decided (auto), it is float32: call it again after that.
+
     Raises:
         ValueError: Half precision without an accelerator, which would be float32 in silence.
     """
@@ -38,7 +40,7 @@ def start(config: Config) -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision=config.precision,
+        mixed_precision="no" if config.precision == "auto" else config.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))],
     )
 

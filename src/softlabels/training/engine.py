@@ -95,10 +95,11 @@ class Engine:
         self.finished_epochs = 0
         self.steps_per_epoch = source.steps_per_epoch(config.batch_size)
         self._is_shared = accelerator.num_processes > 1
-        self._may_skip = config.precision != "no" and config.max_skipped_steps > 0
+        most_skipped = config.max_skipped_steps or 0
+        self._may_skip = most_skipped > 0
         self.log = LossLog(
             eager=self._may_skip or accelerator.device.type == "cpu",
-            most_skipped=config.max_skipped_steps if self._may_skip else 0,
+            most_skipped=most_skipped,
             gather=partial(gathered, accelerator),
         )
 

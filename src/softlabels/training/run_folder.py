@@ -23,7 +23,7 @@ from softlabels.training.config import Config, dump, load_recipe, parse
 from softlabels.training.recipes import flattened
 from softlabels.training.schemas import DataContent, Environment, Summary
 
-__all__ = ["RunFolder", "content_of", "differences", "environment", "fixed_settings"]
+__all__ = ["RunFolder", "as_begun", "content_of", "differences", "environment", "fixed_settings"]
 
 _PACKAGES = ("softlabels", "torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy")
 # What may differ between a run and its continuation: it changes no number.
@@ -96,6 +96,7 @@ class RunFolder:
         """
         if self.config.is_file():
             before = parse(load_recipe(str(self.config)))
+            config = as_begun(config, self.decided())
             old, new = (flattened(fixed_settings(each)) for each in (before, config))
             known = DataContent.found(self.data)
             if known is not None and data is not None:
@@ -116,6 +117,13 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} exists and is no run folder: choose another --output"
                 )
+
+    def decided(self) -> dict[str, Any]:
+        """What the run in the folder decided of what settings may leave open (`auto`)."""
+        if not self.config.is_file():
+            return {}
+        before = parse(load_recipe(str(self.config)))
+        return {name: getattr(before, name) for name in ("precision", "channels_last")}
 
     @contextlib.contextmanager
     def held(self, config: Config, data: DataContent | None = None) -> Iterator[None]:
@@ -156,6 +164,12 @@ class RunFolder:
             "earlier_starts": [each.dump() | {"earlier_starts": []} for each in starts],
         }
         Environment(**start.dump() | own).write(self.environment)
+
+
+def as_begun(config: Config, decided: Mapping[str, Any]) -> Config:
+    """With what a run has decided (`RunFolder.decided`) where the settings leave it open."""
+    left_open = {name: value for name, value in decided.items() if getattr(config, name) == "auto"}
+    return config.model_copy(update=left_open)
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class ClassificationTask(Task):
 
     def inputs(self, batch: Batch) -> Tensor:
         """The images, [B, C, H, W]."""
-        if not self.config.channels_last:
+        if self.config.channels_last is not True:
             return batch.images
         return batch.images.contiguous(memory_format=torch.channels_last)
 

@@ -45,7 +45,8 @@ from softlabels.training.errors import (
 from softlabels.training.observers import Observer, Recorder, Tracker, TrainedRun, infinite_parts
 from softlabels.training.optim import build_optimizer, build_schedule
 from softlabels.training.precise_bn import check_precise_bn
-from softlabels.training.run_folder import RunFolder, content_of, environment
+from softlabels.training.precision import describe_precision, with_precision
+from softlabels.training.run_folder import RunFolder, as_begun, content_of, environment
 from softlabels.training.schemas import (
     Failure,
     NamedScore,
@@ -173,18 +174,21 @@ def _run_one(
             config, source.info, student=student, teacher=teacher, method=method
         ).to(accelerator.device)
         check_needs(config, distiller, source, accelerator.num_processes)
+        config = _with_output(config, source.info)
+        folder = RunFolder(Path(config.output or ""))
+        # The folder is the main process' alone: others may be on machines without it.
+        config = as_begun(config, from_main(accelerator, folder.decided))
+        config = with_precision(config, distiller.student, accelerator.device)
+        accelerator = start(config)
         cache = distiller.teacher
         if isinstance(cache, TeacherCache):
             from_main(accelerator, lambda: check_cache(cache, config, source))
         if config.precise_bn is not None:
             check_precise_bn(distiller.student)
-        if config.channels_last:
-            distiller.trainable.to(memory_format=torch.channels_last)
-        config = _with_output(config, source.info)
-        folder = RunFolder(Path(config.output or ""))
+        if config.channels_last is True:
+            distiller.to(memory_format=torch.channels_last)
         stack.enter_context(lost_processes(accelerator, config.process_timeout))
         stack.enter_context(disk_full_as_run_error(folder.path))
-        # The folder is the main process' alone: others may be on machines without it.
         data = from_main(accelerator, lambda: content_of(source))
         from_main(accelerator, lambda: folder.check(config, data))
         score = checked_teacher(
@@ -337,7 +341,8 @@ def _fit(
         say(console, f"{skipped} unreadable images were left out: {name} names them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
-    return TrainResult(folder.path, progress.final, progress.best, exported.cpu().eval())
+    exported = exported.cpu().to(memory_format=torch.contiguous_format).eval()
+    return TrainResult(folder.path, progress.final, progress.best, exported)
 
 
 def _resumed(engine: Engine, folder: RunFolder, console: Console | None) -> Progress:

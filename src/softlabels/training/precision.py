@@ -1,0 +1,64 @@
+"""Which precision and which memory format a network is trained in, where the settings say auto."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from softlabels.training.config import Config
+
+__all__ = ["describe_precision", "with_precision"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What a CPU says of itself when it multiplies bfloat16 as fast as it should.
+_BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "amx_tile")
+_SKIPPED = 50  # a gradient scaler begins too high, and comes down by steps that are not finite
+
+
+def with_precision(config: Config, network: nn.Module, device: torch.device) -> Config:
+    """Decide what the settings leave open by the network that is trained; for all processes alike.
+
+    * `precision`: bfloat16 where the device computes it fast. Not on a CPU if a convolution is
+      depthwise: those are slower in it, and a whole network with them is (`docs/speed.md`).
+    * `channels_last`: for networks with more convolutions than linear layers.
+    * `max_skipped_steps`: 50 with a gradient scaler. Without one nothing heals what is not finite.
+
+    Args:
+        config: The settings; what they say stays.
+        network: The student, or a teacher whose answers are stored.
+        device: Where it is trained.
+    """
+    chosen: dict[str, Any] = {}
+    if config.precision == "auto":
+        chosen["precision"] = "bf16" if _bf16_is_fast(network, device) else "no"
+    if config.channels_last == "auto":
+        kinds = [*map(type, network.modules())]
+        convolutions = sum(issubclass(kind, nn.Conv2d) for kind in kinds)
+        linear = sum(issubclass(kind, nn.Linear) for kind in kinds)
+        chosen["channels_last"] = convolutions > linear
+    if config.max_skipped_steps is None:
+        precision = chosen.get("precision", config.precision)
+        chosen["max_skipped_steps"] = _SKIPPED if precision == "fp16" else 0
+    return config.model_copy(update=chosen)
+
+
+def _bf16_is_fast(network: nn.Module, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    # Not there in older versions of torch, and other keys on other processors: then float32.
+    find = getattr(torch.cpu, "get_capabilities", dict)
+    can: dict[str, Any] = find()
+    return any(can.get(name) for name in _BF16_OF_CPUS) and not any(
+        isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
+        for module in network.modules()
+    )
+
+
+def describe_precision(config: Config) -> str:
+    """The precision and the memory format, in a few words."""
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "")
+    return f"{precision}, channels last" if config.channels_last is True else precision
