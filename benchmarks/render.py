@@ -269,10 +269,9 @@ def precision() -> str:
             f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})"
             for s in map(row["speed"].get, ways)
         ]
-        lines.append(
-            f"| {row['network'].removeprefix('timm:')}, batch {row['batch_size']} | {row['pixels']} "
-            f"| {row['milliseconds']:.0f} | {' | '.join(cells)} | {row['chosen']} |"
-        )
+        name = f"{row['network'].removeprefix('timm:')}, batch {row['batch_size']}"
+        first = (name, str(row["pixels"]), f"{row['milliseconds']:.0f}")
+        lines.append(f"| {' | '.join((*first, *cells, row['chosen']))} |")
     lines += [
         "",
         f"Median and middle half of {results['rounds']} rounds. `{results['command']}` on "

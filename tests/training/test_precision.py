@@ -73,7 +73,7 @@ def test_what_is_set_stays():
 @pytest.mark.usefixtures("fast_bf16")
 def test_a_run_records_and_says_what_was_decided(source, tmp_path, capsys):
     result = softlabels.train(
-        source, output=tmp_path / "run", progress=True, **{**FAST, "epochs": 1}
+        source, output=tmp_path / "run", **{**FAST, "epochs": 1, "progress": True}
     )
     assert settings_of(result.folder) == ("bf16", True)
     assert "bfloat16, channels last" in capsys.readouterr().err

@@ -152,7 +152,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(image_folder, tmp_pa
 def test_a_second_signal_stops_at_once(image_folder, tmp_path):
     folder = tmp_path / "run"
     # Steps of seconds, so that the second signal comes within the one that the first lets finish.
-    run = LivingRun(folder, arguments(image_folder, "--data.image-size", "640"))
+    run = LivingRun(
+        folder, arguments(image_folder, "--data.image-size", "640", "--precision", "no")
+    )
     assert run.until_step(1)
     time.sleep(0.5)  # into the next step
     run.send(signal.SIGTERM)

@@ -381,8 +381,8 @@ class WithBadImages(InMemorySource):
 def test_a_step_that_the_trainer_skips_is_not_remembered(tmp_path):
     source = noise(num_train=32, num_test=8, num_classes=4, image_size=8, in_channels=1)
     result = softlabels.train(
-        WithBadImages(source, 5), "timm:resnet8", "ps_kd", precision="bf16", max_skipped_steps=50, epochs=1,
-        batch_size=8, gallery=0, report=False, progress=False, output=tmp_path / "run",
+        WithBadImages(source, 5), "timm:resnet8", "ps_kd", precision="bf16", max_skipped_steps=50,
+        epochs=1, batch_size=8, gallery=0, report=False, progress=False, output=tmp_path / "run",
     )  # fmt: skip
 
     stored = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).newest().content
