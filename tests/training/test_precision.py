@@ -40,6 +40,7 @@ def settings_of(path):
     ("network", "expected"),
     [
         ("resnet8", ("bf16", True)),
+        ("resnet8_glyphs", ("bf16", False)),
         ("resnet18", ("bf16", True)),
         ("regnetx_002", ("bf16", True)),  # grouped convolutions, but no depthwise ones
         ("mobilenetv3_small_100", ("no", True)),
@@ -52,6 +53,12 @@ def test_what_is_left_open_follows_from_the_network(network, expected):
     config = with_precision(resolve({}), create_model(network), torch.device("cpu"))
     assert (config.precision, config.channels_last) == expected
     assert config.max_skipped_steps == 0
+
+
+def test_channels_last_are_refused_where_they_would_damage_memory(source, tmp_path):
+    with pytest.raises(ValueError, match=r"channels_last must be false or auto .*downsample"):
+        softlabels.train(source, output=tmp_path / "run", **FAST, channels_last=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_bf16")
@@ -73,7 +80,9 @@ def test_what_is_set_stays():
 @pytest.mark.usefixtures("fast_bf16")
 def test_a_run_records_and_says_what_was_decided(source, tmp_path, capsys):
     result = softlabels.train(
-        source, output=tmp_path / "run", **{**FAST, "epochs": 1, "progress": True}
+        source,
+        output=tmp_path / "run",
+        **{**FAST, "epochs": 1, "progress": True, "student": "timm:resnet8"},
     )
     assert settings_of(result.folder) == ("bf16", True)
     assert "bfloat16, channels last" in capsys.readouterr().err
@@ -82,7 +91,7 @@ def test_a_run_records_and_says_what_was_decided(source, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_as_it_was_begun(source, tmp_path, monkeypatch, fast_bf16):
-    extra = {**FAST, "method": "uskd", "epochs": 2}
+    extra = {**FAST, "method": "uskd", "epochs": 2, "student": "timm:resnet8"}
     straight = softlabels.train(source, output=tmp_path / "straight", **extra)
     with pytest.raises(Interrupted):
         softlabels.train(Signalling(source, 3, signal.SIGTERM), output=tmp_path / "run", **extra)

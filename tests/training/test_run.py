@@ -402,7 +402,7 @@ def test_accumulation_equals_one_batch_without_batch_statistics(source, tmp_path
     "settings",
     [
         {"precision": "bf16"},
-        {"channels_last": True},
+        {"channels_last": True, "student": "timm:resnet8"},
         {"max_grad_norm": 1.0},
         {"mix": {"mixup": 0.8}},
         {"mix": {"cutmix": 1.0}},

@@ -155,7 +155,7 @@ def test_a_second_signal_stops_at_once(image_folder, tmp_path):
     run = LivingRun(
         folder, arguments(image_folder, "--data.image-size", "640", "--precision", "no")
     )
-    assert run.until_step(1)
+    assert run.until_step(1), run.text()
     time.sleep(0.5)  # into the next step
     run.send(signal.SIGTERM)
     time.sleep(1)  # an operation of torch has to end before Python sees it

@@ -22,7 +22,7 @@ from softlabels.report import Variant, write_comparison
 from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.config import Config, ConfigError, parse
 from softlabels.training.distributed import start
-from softlabels.training.precision import with_precision
+from softlabels.training.precision import overrun, with_precision
 from softlabels.training.recipes import merged
 from softlabels.training.settings import TeacherSettings
 from softlabels.training.validate import check_needs
@@ -119,13 +119,14 @@ def _checked(comparison: Comparison, folder: Path) -> Comparison:
             name = with_defaults(Config(), source.info).student.name
             comparison = _with_settings(comparison, {"student": {"name": name}})
         baseline, *others = planned(comparison, folder)[0]
-        student = _built(baseline, source)
-        for variant in others:
-            _built(variant, source)
+        trained = _built(baseline, source)
+        narrow = [variant.name for variant in others if overrun(_built(variant, source))]
     finally:
         source.close()
     base = parse({name: values[name] for name in _DECIDED if name in values})
-    decided = with_precision(base, student, start(baseline.config).device)
+    if narrow and base.channels_last == "auto":  # another variant's parts would not bear it
+        base = base.model_copy(update={"channels_last": False})
+    decided = with_precision(base, trained, start(baseline.config).device)
     return _with_settings(comparison, {name: getattr(decided, name) for name in _DECIDED})
 
 
@@ -134,7 +135,7 @@ def _with_settings(comparison: Comparison, settings: dict[str, Any]) -> Comparis
 
 
 def _built(variant: PlannedVariant, source: DataSource) -> nn.Module:
-    """A variant's student, with all else built too; a teacher to be trained has random weights."""
+    """What a variant trains, with all else built too; a teacher to be trained is random."""
     config = variant.config
     if config.generations > 1:  # the last one
         teacher = TeacherSettings(name=config.student.name, settings=config.student.settings)
@@ -145,7 +146,7 @@ def _built(variant: PlannedVariant, source: DataSource) -> nn.Module:
         check_needs(config, distiller, source, 1)
     except ValueError as error:
         raise ConfigError(f"{variant.name}: {error}") from error
-    return distiller.student
+    return distiller.trainable
 
 
 def _title(variants: Sequence[PlannedVariant]) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from softlabels.training.config import Config
 
-__all__ = ["describe_precision", "with_precision"]
+__all__ = ["describe_precision", "overrun", "with_precision"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a CPU says of itself when it multiplies bfloat16 as fast as it should.
@@ -17,19 +17,32 @@ _BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "amx_tile")
 _SKIPPED = 50  # a gradient scaler begins too high, and comes down by steps that are not finite
 
 
+_NARROW = 16  # channels, of a block of oneDNN's kernels
+
+
 def with_precision(config: Config, network: nn.Module, device: torch.device) -> Config:
     """Decide what the settings leave open by the network that is trained; for all processes alike.
 
     * `precision`: bfloat16 where the device computes it fast. Not on a CPU if a convolution is
       depthwise: those are slower in it, and a whole network with them is (`docs/speed.md`).
-    * `channels_last`: for networks with more convolutions than linear layers.
+    * `channels_last`: for networks with more convolutions than linear layers, unless `overrun`.
     * `max_skipped_steps`: 50 with a gradient scaler. Without one nothing heals what is not finite.
 
     Args:
         config: The settings; what they say stays.
-        network: The student, or a teacher whose answers are stored.
-        device: Where it is trained.
+        network: What is trained, or a teacher whose answers are stored.
+        device: Where.
+
+    Raises:
+        ValueError: Channels last are asked for where they would damage memory (`overrun`).
     """
+    layer = overrun(network) if device.type == "cpu" else None
+    if layer is not None and config.channels_last is True:
+        raise ValueError(
+            f"channels_last must be false or auto on a CPU for a network with a layer like "
+            f"{layer}, a convolution of 1x1 with a stride and fewer than {_NARROW} channels: torch's kernel "
+            "for its gradient writes beyond its memory (oneDNN issue 6035)"
+        )
     chosen: dict[str, Any] = {}
     if config.precision == "auto":
         chosen["precision"] = "bf16" if _bf16_is_fast(network, device) else "no"
@@ -37,11 +50,29 @@ def with_precision(config: Config, network: nn.Module, device: torch.device) -> 
         kinds = [*map(type, network.modules())]
         convolutions = sum(issubclass(kind, nn.Conv2d) for kind in kinds)
         linear = sum(issubclass(kind, nn.Linear) for kind in kinds)
-        chosen["channels_last"] = convolutions > linear
+        chosen["channels_last"] = convolutions > linear and layer is None
     if config.max_skipped_steps is None:
         precision = chosen.get("precision", config.precision)
         chosen["max_skipped_steps"] = _SKIPPED if precision == "fp16" else 0
     return config.model_copy(update=chosen)
+
+
+def overrun(network: nn.Module) -> str | None:
+    """The first layer with whose gradient a CPU writes beyond its memory in channels last, or None.
+
+    oneDNN's kernel does so for a convolution of 1x1 with a stride, whose input has fewer channels
+    than a block of 16 (https://github.com/uxlfoundation/oneDNN/issues/6035). The process dies, or
+    numbers are wrong.
+    """
+    for name, layer in network.named_modules():
+        if (
+            isinstance(layer, nn.Conv2d)
+            and max(layer.kernel_size) == 1
+            and max(layer.stride) > 1
+            and layer.in_channels // layer.groups < _NARROW
+        ):
+            return name
+    return None
 
 
 def _bf16_is_fast(network: nn.Module, device: torch.device) -> bool:

@@ -178,7 +178,7 @@ def _run_one(
         folder = RunFolder(Path(config.output or ""))
         # The folder is the main process' alone: others may be on machines without it.
         config = as_begun(config, from_main(accelerator, folder.decided))
-        config = with_precision(config, distiller.student, accelerator.device)
+        config = with_precision(config, distiller.trainable, accelerator.device)
         accelerator = start(config)
         cache = distiller.teacher
         if isinstance(cache, TeacherCache):
