@@ -259,14 +259,14 @@ def teacher_cache() -> str:
 def precision() -> str:
     """How fast each network's step is in each precision and memory format, and the choice."""
     results = _read("precision.json")
-    ways = [*results["networks"][0]["speed"]][1:]
+    ways = ["channels last", "bfloat16", "both"]
     lines = [
         f"| network | pixels | float32, ms | {' | '.join(ways)} | auto |",
         f"| --- | ---: | ---: | {'---: | ' * len(ways)}--- |",
     ]
     for row in results["networks"]:
         cells = [
-            f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})"
+            f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})" if s else ""
             for s in map(row["speed"].get, ways)
         ]
         name = f"{row['network'].removeprefix('timm:')}, batch {row['batch_size']}"

@@ -39,9 +39,9 @@ def with_precision(config: Config, network: nn.Module, device: torch.device) -> 
     layer = overrun(network) if device.type == "cpu" else None
     if layer is not None and config.channels_last is True:
         raise ValueError(
-            f"channels_last must be false or auto on a CPU for a network with a layer like "
-            f"{layer}, a convolution of 1x1 with a stride and fewer than {_NARROW} channels: torch's kernel "
-            "for its gradient writes beyond its memory (oneDNN issue 6035)"
+            "channels_last must be false or auto on a CPU for a network with a layer like "
+            f"{layer}, a convolution of 1x1 with a stride and fewer than {_NARROW} channels: "
+            "torch's kernel for its gradient writes beyond its memory (oneDNN issue 6035)"
         )
     chosen: dict[str, Any] = {}
     if config.precision == "auto":
@@ -64,15 +64,17 @@ def overrun(network: nn.Module) -> str | None:
     than a block of 16 (https://github.com/uxlfoundation/oneDNN/issues/6035). The process dies, or
     numbers are wrong.
     """
-    for name, layer in network.named_modules():
-        if (
-            isinstance(layer, nn.Conv2d)
+    return next(
+        (
+            name
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Conv2d)
             and max(layer.kernel_size) == 1
             and max(layer.stride) > 1
             and layer.in_channels // layer.groups < _NARROW
-        ):
-            return name
-    return None
+        ),
+        None,
+    )
 
 
 def _bf16_is_fast(network: nn.Module, device: torch.device) -> bool:
