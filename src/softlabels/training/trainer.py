@@ -274,7 +274,7 @@ def _fit(
         if teacher is not None:
             teacher.write(folder.teacher)
     plan = f"{config.student.name}, {config.epochs} epochs, seed {config.seed}"
-    say(console, f"{label}: {plan} -> {folder.path}")
+    say(console, f"{label}: {plan}, {describe_precision(config)} -> {folder.path}")
     for key, reason in config.assumed.items():
         say(console, f"assumed {key}: {reason}")
     remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
