@@ -109,9 +109,6 @@ class CompareOptions(Section):
         Args:
             config: The settings that all share.
             given: The file's comparison, whose settings are in this configuration.
-
-        Raises:
-            ConfigError: A method's name that is none.
         """
         settings = config.model_dump(mode="json", exclude={"output"}, exclude_defaults=True)
         if config.method.kind != "none":
@@ -146,21 +143,17 @@ def read_comparison(path: str) -> Comparison | None:
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, str | dict[str, Any]]:
-    """Variants from names of methods or recipes.
-
-    Args:
-        names: `ce`, `label_smoothing`, a method's kind, or a recipe, of which the method's part
-            is taken. The first is the baseline.
+    """Variants from names as `CompareOptions.methods` has them, the baseline first.
 
     Raises:
-        ConfigError: A name that is none of these, or one twice.
+        ConfigError: A name that is empty, or one twice.
     """
     full = [_SHORT_NAMES.get(name, name) for name in names]
+    if not all(full):
+        raise ConfigError(f"expected names with commas between them, got {','.join(names)!r}")
     for name in full:
         if full.count(name) > 1:
             raise ConfigError(f"{name!r:.80} is compared twice")
-        if not name:
-            raise ConfigError(f"expected names with commas between them, got {','.join(names)!r}")
     return {name: name for name in full}
 
 
@@ -194,13 +187,7 @@ def _of_name(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """A variant with its runs.
-
-    Attributes:
-        name: Its name.
-        config: Its settings, without seed and output.
-        runs: One a seed.
-    """
+    """A variant with its settings, without seed and output, and its runs, one a seed."""
 
     name: str
     config: Config
@@ -231,10 +218,13 @@ def planned(comparison: Comparison, folder: Path) -> tuple[list[PlannedVariant],
             values = _of_name(given, base) if isinstance(given, str) else merged(base, given)
             own_teacher = isinstance(given, Mapping) and "teacher" in given
             config = _with_teacher(parse(values), own_teacher)
-            baseline = variants[0] if variants else None
-            runs = [_add(plan, name, config, seed, base, baseline, seeds[0]) for seed in seeds]
+            taught_by = _teachers(config, base, plan, variants, seeds)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
+        runs = (
+            plan.add(f"{name}, seed {seed}", config, seed, taught_by=teacher)
+            for seed, teacher in zip(seeds, taught_by, strict=True)
+        )
         variants.append(PlannedVariant(name, config, tuple(runs)))
     return variants, plan
 
@@ -260,31 +250,23 @@ def _with_teacher(config: Config, own_teacher: bool) -> Config:
     return checked(config.model_copy(update={"teacher": teacher}))
 
 
-def _waits_for_teacher(config: Config) -> bool:
-    """Whether a variant's teacher has a name, and weights only once it has been trained."""
+def _teachers(
+    config: Config,
+    base: Mapping[str, Any],
+    plan: RunPlan,
+    variants: Sequence[PlannedVariant],
+    seeds: Sequence[int],
+) -> Sequence[PlannedRun | None]:
+    """For each seed the planned run whose student teaches; None where there are weights."""
     teacher = config.teacher
     ready = teacher.weights is not None or teacher.pretrained or teacher.cache is not None
-    return teacher.name is not None and not ready
-
-
-def _add(
-    plan: RunPlan,
-    name: str,
-    config: Config,
-    seed: int,
-    base: Mapping[str, Any],
-    baseline: PlannedVariant | None,
-    first_seed: int,
-) -> PlannedRun:
-    title = f"{name}, seed {seed}"
-    if not _waits_for_teacher(config):
-        return plan.add(title, config, seed)
-    if taught_by_itself(config):
-        if baseline is None:
-            raise ConfigError("its teacher is the baseline's run, so it cannot be the baseline")
-        return plan.add(title, config, seed, taught_by=baseline.runs[seed - first_seed])
-    trained = plan.add("teacher", _of_teacher(config.teacher, base), first_seed)
-    return plan.add(title, config, seed, taught_by=trained)
+    if teacher.name is None or ready:
+        return [None] * len(seeds)
+    if not taught_by_itself(config):
+        return [plan.add("teacher", _of_teacher(teacher, base), seeds[0])] * len(seeds)
+    if not variants:
+        raise ConfigError("its teacher is the baseline's run, so it cannot be the baseline")
+    return variants[0].runs
 
 
 def _of_teacher(teacher: TeacherSettings, base: Mapping[str, Any]) -> Config:

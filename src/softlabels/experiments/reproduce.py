@@ -130,45 +130,6 @@ def _in_words(config: Config) -> str:
     return f"{paper.row}: {figure}"
 
 
-class _Rows:
-    """The runs that rows need, and those of their teachers."""
-
-    def __init__(
-        self, output: Path, changes: Mapping[str, Any], *, smoke: bool, processes: int
-    ) -> None:
-        self.plan = RunPlan(output / "runs")
-        self._changes = changes
-        self._smoke = smoke
-        self._processes = processes
-        self._configs: dict[str, Config] = {}
-
-    def config(self, recipe: str) -> Config:
-        """A recipe's settings, with what the caller changes."""
-        if recipe not in self._configs:
-            own = load_recipe(recipe)
-            # A change of the teacher is for the rows that have one, not for their baselines.
-            taught = bool(own.get("teacher"))
-            changes = {k: v for k, v in self._changes.items() if k != "teacher" or taught}
-            values = merged(own, changes)
-            try:
-                config = resolve(values)
-            except ConfigError as error:
-                raise ConfigError(f"{recipe}: {error}") from error
-            if self._smoke:
-                config = shrunk(config, processes=self._processes)
-            self._configs[recipe] = config
-        return self._configs[recipe]
-
-    def add(self, recipe: str, seed: int) -> PlannedRun:
-        """Plan a row's run, and that of its teacher."""
-        config = self.config(recipe)
-        teacher = config.teacher
-        trained: PlannedRun | None = None
-        if teacher.recipe is not None and teacher.weights is None and not teacher.pretrained:
-            trained = self.plan.add(f"{teacher.recipe} 0", self.config(teacher.recipe), 0)
-        return self.plan.add(f"{recipe} {seed}", config, seed, taught_by=trained)
-
-
 def reproduce(
     table: str,
     *,
@@ -207,19 +168,26 @@ def reproduce(
         RunError: A run failed; the same call goes on from there.
     """
     names = _chosen(table, rows)
-    table_rows = _Rows(output, changes, smoke=smoke, processes=processes)
-    baselines = filter(None, (_paper(name).baseline for name in names))
-    planned = {
-        name: [table_rows.add(name, seed) for seed in range(seeds)]
-        for name in dict.fromkeys([*names, *baselines])
-    }
-    for recipe in planned:
-        for key, reason in table_rows.config(recipe).assumed.items():
-            say(console, f"{recipe} assumes {key}: {reason}")
-    launch_runs(
-        *table_rows.plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes
-    )
-    results = _results(names, planned, table_rows)
+    plan = RunPlan(output / "runs")
+    configs, planned = dict[str, Config](), dict[str, list[PlannedRun]]()
+
+    def config_of(recipe: str) -> Config:
+        config = _changed(recipe, changes)
+        return shrunk(config, processes=processes) if smoke else config
+
+    for name in dict.fromkeys([*names, *filter(None, (_paper(name).baseline for name in names))]):
+        config = configs[name] = config_of(name)
+        teacher, taught_by = config.teacher, None
+        if teacher.recipe is not None and teacher.weights is None and not teacher.pretrained:
+            taught_by = plan.add(f"{teacher.recipe} 0", config_of(teacher.recipe), 0)
+        planned[name] = [
+            plan.add(f"{name} {seed}", config, seed, taught_by=taught_by) for seed in range(seeds)
+        ]
+    for name, config in configs.items():
+        for key, reason in config.assumed.items():
+            say(console, f"{name} assumes {key}: {reason}")
+    launch_runs(*plan.rounds, jobs=jobs, console=console, threads=threads, processes=processes)
+    results = [_result(name, configs[name], planned) for name in names]
     first = planned[names[0]][0].folder
     content = {
         "table": table,
@@ -260,33 +228,34 @@ def _paper(recipe: str) -> PaperSettings:
     return PaperSettings.model_validate(load_recipe(recipe).get("paper") or {})
 
 
-def _results(
-    names: Sequence[str], planned: Mapping[str, Sequence[PlannedRun]], rows: _Rows
-) -> list[Reproduced]:
-    results = []
-    for name in names:
-        paper = rows.config(name).paper
-        top1 = [_top1(run, paper) for run in planned[name]]
-        gains: list[float] = []
-        published: float | None = None
-        if paper.baseline is not None:
-            before = [_top1(run, paper) for run in planned[paper.baseline]]
-            gains = [ours - base for ours, base in zip(top1, before, strict=True)]
-            published = paper.gain
-            baseline = _paper(paper.baseline).top1
-            if paper.top1 is not None and baseline is not None:
-                published = paper.top1 - baseline
-        results.append(
-            Reproduced(
-                recipe=name,
-                paper=paper,
-                top1=top1,
-                gains=gains,
-                published_gain=published,
-                assumed=rows.config(name).assumed,
-            )
-        )
-    return results
+def _changed(recipe: str, changes: Mapping[str, Any]) -> Config:
+    """A recipe's settings, with what the caller changes."""
+    own = load_recipe(recipe)
+    # A change of the teacher is for the rows that have one, not for their baselines.
+    taught = bool(own.get("teacher"))
+    try:
+        return resolve(merged(own, {k: v for k, v in changes.items() if k != "teacher" or taught}))
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _result(name: str, config: Config, planned: Mapping[str, Sequence[PlannedRun]]) -> Reproduced:
+    paper, gains, published = config.paper, list[float](), None
+    top1 = [_top1(run, paper) for run in planned[name]]
+    if paper.baseline is not None:
+        before = [_top1(run, paper) for run in planned[paper.baseline]]
+        gains = [ours - base for ours, base in zip(top1, before, strict=True)]
+        baseline, published = _paper(paper.baseline).top1, paper.gain
+        if paper.top1 is not None and baseline is not None:
+            published = paper.top1 - baseline
+    return Reproduced(
+        recipe=name,
+        paper=paper,
+        top1=top1,
+        gains=gains,
+        published_gain=published,
+        assumed=config.assumed,
+    )
 
 
 def _top1(run: PlannedRun, paper: PaperSettings) -> float:
