@@ -43,11 +43,8 @@ class FurtherImages:
     def key(self, name: str, draw: tuple[int, int]) -> tuple[int | str, ...]:
         """What the augmentation's draws for further images belong to, besides the sample's index.
 
-        Args:
-            name: Which images.
-            draw: (seed, number) of the draw that the images themselves show. Where that one returns
-                in later epochs, as with stored answers of a teacher, the further images are still
-                new ones.
+        Where the draw that the images themselves show returns in later epochs, as with stored
+        answers of a teacher, the further images are still new ones.
         """
         return (*draw, self.seed, self.epoch, name)
 
@@ -103,7 +100,7 @@ def check_further_images(
     Args:
         names: Of the further images.
         targets: [N] int64, the class index of each training image.
-        class_names: Names of the classes.
+        class_names: Names of the classes, for the message.
 
     Raises:
         ValueError: If a name is unknown, or partners are wanted where a class has one image alone.

@@ -3,21 +3,20 @@
 # The fields' types are also read where subclasses are defined, so they are not deferred to text.
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from typing_extensions import Self
 
-from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
-from softlabels.data.extra_views import NOTHING_FURTHER, FurtherImages, check_further_images
-from softlabels.data.randomness import permutation
-from softlabels.data.split import divide
+from softlabels.data.batch import Batch, DataInfo
+from softlabels.data.extra_views import FurtherImages
+from softlabels.data.source import DataSource, What
 from softlabels.data.transforms import (
     AugmentationName,
     ImageSettings,
@@ -30,11 +29,9 @@ from softlabels.data.workers import BadImages, ImageReader, Images, SomeImages, 
 
 __all__ = ["ImageSource"]
 
-_Source = TypeVar("_Source", bound="ImageSource")
-
 
 @dataclass(kw_only=True, eq=False)
-class ImageSource:
+class ImageSource(DataSource):
     """A data source over images that worker processes read one by one.
 
     An image is transformed with draws that belong to a seed, a number and its index, whichever
@@ -94,18 +91,11 @@ class ImageSource:
             raise ValueError(f"bad_images must be one of error, skip, got {self.bad_images!r}")
         if self.crop_fraction is None:
             self.crop_fraction = default_crop_fraction(self.augmentation)
-        self._settings = ImageSettings(
-            self.image_size,
-            self.augmentation,
-            self.interpolation,
-            self.auto_augment,
-            self.random_erasing,
-            self.lighting,
-            self.crop_fraction,
-            tuple(self.mean),
-            tuple(self.std),
-        )
-        of_train, of_test = image_transforms(self._settings)
+        named = {each.name: getattr(self, each.name) for each in fields(ImageSettings)}
+        named.update(mean=tuple(self.mean), std=tuple(self.std))
+        settings = ImageSettings(**named)
+        self._recipe = repr(settings)
+        of_train, of_test = image_transforms(settings)
         self._transforms: dict[Split, ImageTransform] = {"train": of_train, "test": of_test}
         class_names, train, test = self._find()
         self._info = DataInfo(
@@ -113,8 +103,8 @@ class ImageSource:
             class_names,
             3,
             (self.image_size, self.image_size),
-            self._settings.mean,
-            self._settings.std,
+            settings.mean,
+            settings.std,
             crop_fraction=self.crop_fraction,
             interpolation=self.interpolation,
         )
@@ -125,6 +115,7 @@ class ImageSource:
 
     def _read_from(self, train: Images, test: Images) -> None:
         """Take these images from now on."""
+        self._targets, self._num_test = train.targets, len(test)
         self._images: dict[Split, Images] = {"train": train, "test": test}
         self._reader = ImageReader(
             self._images,
@@ -154,103 +145,23 @@ class ImageSource:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
-    def info(self) -> DataInfo:
-        """Facts about the data set."""
-        return self._info
-
-    @property
-    def num_train(self) -> int:
-        """Number of training samples."""
-        return len(self._images["train"])
-
-    @property
-    def num_test(self) -> int:
-        """Number of test samples, unreadable ones included."""
-        return len(self._images["test"])
-
-    @property
     def skipped(self) -> Mapping[str, str]:
         """The images that could not be read so far, with reasons (with `bad_images="skip"`)."""
         return self._reader.skipped
 
-    def fingerprints(self) -> dict[str, str]:
-        """What the training views depend on; see `DataSource`."""
-        data = blake2b(self._images["train"].targets.tobytes(), digest_size=16)
+    def _content(self) -> Iterator[bytes]:
+        yield self._targets.tobytes()
         for row in self._rows.tolist():
-            data.update(self._identity(row).encode())
-        augmentation = blake2b(repr(self._settings).encode(), digest_size=16)
-        return {"data": data.hexdigest(), "augmentation": augmentation.hexdigest()}
+            yield self._identity(row).encode()
 
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        """The order in which an epoch visits the training images, [N] int64."""
-        return permutation(seed, epoch, self.num_train)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of training batches in an epoch; see `DataSource`."""
-        return steps_per_epoch(self.num_train, batch_size)
-
-    def train_batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        draw: tuple[int, int] | None = None,
-        extras: Collection[str] = (),
-        device: torch.device | str,
-    ) -> Iterator[Batch]:
-        """Read training batches; see `DataSource`."""
-        check_further_images(extras, self._images["train"].targets, self._info.class_names)
-        steps = train_indices(
-            self._order(seed, epoch),
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            start_step=start_step,
-        )
-        further = FurtherImages(tuple(extras), seed, epoch)
-        return self._read("train", steps, draw or (seed, epoch), torch.device(device), further)
-
-    def train_views(
-        self,
-        *,
-        draw: tuple[int, int],
-        batch_size: int,
-        start: int = 0,
-        stop: int | None = None,
-        device: torch.device | str,
-    ) -> Iterator[Batch]:
-        """Read training images in the order of their indices; see `DataSource`."""
-        index = torch.arange(self.num_train)[start:stop]
-        return self._read("views", iter(index.split(batch_size)), draw, torch.device(device))
-
-    def test_batches(
-        self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
-    ) -> Iterator[Batch]:
-        """Read test batches; see `DataSource`."""
-        parts = shard_indices(
-            self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-        return self._read("test", parts, (0, 0), torch.device(device))
-
-    def split(
-        self: _Source, *, validation: float | None = None, train_share: float | None = None
-    ) -> _Source:
-        """Hold out a part of the training set; see `DividedSource`."""
-        kept, held_out = (
-            self._rows[part]
-            for part in divide(
-                self._images["train"].targets, validation=validation, train_share=train_share
-            )
-        )
+    def _part(self, kept: NDArray[np.int64], held_out: NDArray[np.int64] | None) -> Self:
         other = copy.copy(self)
-        other._rows = kept
+        other._rows = self._rows[kept]
         other._read_from(
-            SomeImages(self._found, kept),
-            self._images["test"] if validation is None else SomeImages(self._found, held_out),
+            SomeImages(self._found, other._rows),
+            self._images["test"]
+            if held_out is None
+            else SomeImages(self._found, self._rows[held_out]),
         )
         return other
 
@@ -260,11 +171,11 @@ class ImageSource:
 
     def _read(
         self,
-        what: str,
+        what: What,
         steps: Iterator[Tensor],
         draw: tuple[int, int],
         device: torch.device,
-        further: FurtherImages = NOTHING_FURTHER,
+        further: FurtherImages,
     ) -> Iterator[Batch]:
         """Let the workers read, and move what they send to the device."""
         split: Split = "test" if what == "test" else "train"

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import Self
 
 from softlabels.data.augment import Augmentation
-from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
-from softlabels.data.extra_views import (
-    NOTHING_FURTHER,
-    PARTNER,
-    FurtherImages,
-    Partners,
-    check_further_images,
-)
-from softlabels.data.randomness import permutation
-from softlabels.data.split import divide
+from softlabels.data.batch import Batch, DataInfo
+from softlabels.data.extra_views import PARTNER, FurtherImages, Partners
+from softlabels.data.source import DataSource, What
 
 _CHUNK = 256
 
 
-class Part(Protocol):
-    """What an `InMemorySource` reads from: a `Split`, or one that makes its images when asked."""
+class Part:
+    """What an `InMemorySource` reads from. A subclass is a dataclass whose tensors are [N, ...].
 
-    @property
-    def target(self) -> Tensor:
-        """Class indices [N] int64."""
-        ...
+    Attributes:
+        target: Class indices [N] int64.
+    """
+
+    target: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of an image."""
-        ...
+        raise NotImplementedError
 
     def read(self, rows: Tensor) -> Tensor:
         """Gather images.
@@ -50,23 +44,33 @@ class Part(Protocol):
         Returns:
             [B, C, H, W] float32 in 0..1 on that device, new.
         """
-        ...
-
-    def to(self, device: torch.device) -> Part:
-        """Copy the part to a device, unless it lies there already."""
-        ...
-
-    def some(self, rows: Tensor) -> Part:
-        """Only the images of these indices, [M] int64, in this order."""
-        ...
+        raise NotImplementedError
 
     def content(self) -> Iterator[memoryview]:
         """What tells the images and targets from others, as bytes."""
-        ...
+        for tensor in self._tensors().values():
+            yield tensor.cpu().numpy().data
+
+    def to(self, device: torch.device) -> Self:
+        """Copy the part to a device, unless it lies there already."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def some(self, rows: Tensor) -> Self:
+        """Only the images of these indices, [M] int64, in this order."""
+        rows = rows.to(self.target.device)
+        return self._each(lambda tensor: tensor[rows])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        part: Any = self
+        changed: Self = replace(part, **{n: change(x) for n, x in self._tensors().items()})
+        return changed
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Part):
     """One part of a data set, all of whose images lie in memory.
 
     Args:
@@ -109,15 +113,7 @@ class Split:
         return cls(torch.from_numpy(channels_first), torch.from_numpy(target.astype(np.int64)))
 
     def augmented(self, augmentation: Augmentation, *key: int | str) -> Split:
-        """Apply one fixed draw of an augmentation, rounded to 256 levels.
-
-        Args:
-            augmentation: What is done to the images.
-            *key: What the draw belongs to.
-
-        Returns:
-            A split of new images with the same targets.
-        """
+        """Apply one fixed draw of an augmentation, that of a key, rounded to 256 levels."""
         drawn = torch.empty_like(self.images)
         for index in torch.split(torch.arange(len(self.target)), _CHUNK):
             images = augmentation(self.images[index].float().div_(255), index, *key)
@@ -132,27 +128,6 @@ class Split:
     def read(self, rows: Tensor) -> Tensor:
         """Gather images; see `Part`."""
         return self.images[rows].float().div_(255)
-
-    def content(self) -> Iterator[memoryview]:
-        """The images and the targets as bytes."""
-        for tensor in (self.images, self.target):
-            yield tensor.cpu().numpy().data
-
-    def to(self, device: torch.device) -> Split:
-        """Copy the split to a device, unless it lies there already.
-
-        Args:
-            device: Where it shall lie.
-
-        Returns:
-            The split on that device.
-        """
-        return Split(self.images.to(device), self.target.to(device))
-
-    def some(self, rows: Tensor) -> Split:
-        """Copy some of the images; see `Part`."""
-        rows = rows.to(self.target.device)
-        return Split(self.images[rows], self.target[rows])
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -173,7 +148,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
 
 
-class InMemorySource:
+class InMemorySource(DataSource):
     """A data source over two splits in memory, or made there.
 
     Stored images are moved to the device once, as uint8; batches are made there.
@@ -214,113 +189,39 @@ class InMemorySource:
         self._info = info
         self._mean, self._std = torch.tensor((info.mean, info.std)).view(2, 1, -1, 1, 1).unbind()
         self._augmentation = augmentation
-        self._train = train
-        self._test = test
+        self._recipe = repr((augmentation, info.mean, info.std))
+        self._train, self._test = train, test
+        self._targets, self._num_test = train.target.cpu().numpy(), len(test.target)
 
-    @property
-    def info(self) -> DataInfo:
-        """Facts about the data set."""
-        return self._info
+    def _content(self) -> Iterator[memoryview]:
+        return self._train.content()
 
-    @property
-    def num_train(self) -> int:
-        """Number of training samples."""
-        return len(self._train.target)
-
-    @property
-    def num_test(self) -> int:
-        """Number of test samples."""
-        return len(self._test.target)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of training batches in an epoch; see `DataSource`."""
-        return steps_per_epoch(self.num_train, batch_size)
-
-    def train_batches(
-        self,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        draw: tuple[int, int] | None = None,
-        extras: Collection[str] = (),
-        device: torch.device | str,
-    ) -> Iterator[Batch]:
-        """Read training batches; see `DataSource`."""
-        if extras:
-            check_further_images(extras, self._train_targets, self._info.class_names)
-        steps = train_indices(
-            permutation(seed, epoch, self.num_train),
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            start_step=start_step,
-        )
-        self._train = self._train.to(torch.device(device))
-        view = (seed, epoch) if draw is None else draw
-        further = FurtherImages(tuple(extras), seed, epoch)
-        return (self._train_batch(index, view, further) for index in steps)
-
-    def train_views(
-        self,
-        *,
-        draw: tuple[int, int],
-        batch_size: int,
-        start: int = 0,
-        stop: int | None = None,
-        device: torch.device | str,
-    ) -> Iterator[Batch]:
-        """Read training images in the order of their indices; see `DataSource`."""
-        self._train = self._train.to(torch.device(device))
-        parts = torch.arange(self.num_train)[start:stop].split(batch_size)
-        return (self._train_batch(part, draw, NOTHING_FURTHER) for part in parts)
-
-    def fingerprints(self) -> dict[str, str]:
-        """What the training views depend on; see `DataSource`."""
-        data = blake2b(digest_size=16)
-        for content in self._train.content():
-            data.update(content)
-        settings = repr((self._augmentation, self._info.mean, self._info.std))
-        augmentation = blake2b(settings.encode(), digest_size=16)
-        return {"data": data.hexdigest(), "augmentation": augmentation.hexdigest()}
-
-    def test_batches(
-        self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
-    ) -> Iterator[Batch]:
-        """Read test batches; see `DataSource`."""
-        parts = shard_indices(
-            self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-        self._test = self._test.to(torch.device(device))
-        return (self._test_batch(index) for index in parts)
-
-    def split(
-        self, *, validation: float | None = None, train_share: float | None = None
-    ) -> InMemorySource:
-        """Hold out a part of the training set; see `DividedSource`."""
-        kept, held_out = divide(self._train_targets, validation=validation, train_share=train_share)
+    def _part(self, kept: NDArray[np.int64], held_out: NDArray[np.int64] | None) -> InMemorySource:
         return InMemorySource(
             self._train.some(torch.from_numpy(kept)),
-            self._test if validation is None else self._train.some(torch.from_numpy(held_out)),
+            self._test if held_out is None else self._train.some(torch.from_numpy(held_out)),
             self._info,
             augmentation=self._augmentation,
             found=self.found_settings,
         )
 
-    def close(self) -> None:
-        """Do nothing: there are no workers to end."""
-
-    @property
-    def _train_targets(self) -> NDArray[np.int64]:
-        targets: NDArray[np.int64] = self._train.target.cpu().numpy()
-        return targets
-
     @cached_property
     def _partners(self) -> Partners:
-        return Partners(self._train_targets)
+        return Partners(self._targets)
+
+    def _read(
+        self,
+        what: What,
+        steps: Iterator[Tensor],
+        draw: tuple[int, int],
+        device: torch.device,
+        further: FurtherImages,
+    ) -> Iterator[Batch]:
+        if what == "test":
+            self._test = self._test.to(device)
+            return (self._test_batch(index) for index in steps)
+        self._train = self._train.to(device)
+        return (self._train_batch(index, draw, further) for index in steps)
 
     def _train_batch(self, index: Tensor, draw: tuple[int, int], further: FurtherImages) -> Batch:
         """Gather, augment and normalize training samples on their device."""

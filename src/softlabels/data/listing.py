@@ -14,6 +14,7 @@ from torchvision.datasets.folder import is_image_file
 
 from softlabels.data.decoding import read_rgb
 from softlabels.data.randomness import derive_seed
+from softlabels.data.split import part_of
 
 _TEST_FOLDERS = ("val", "valid", "validation", "test")
 _MOST_NAMES = 10  # in a message
@@ -38,14 +39,7 @@ class ImageList:
 
     @classmethod
     def from_samples(cls, samples: Sequence[tuple[str, int]]) -> ImageList:
-        """Build a list from pairs.
-
-        Args:
-            samples: (path, class index) of each image.
-
-        Returns:
-            The same as arrays.
-        """
+        """Build a list from (path, class index) of each image."""
         paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
         return cls(paths, np.array([target for _, target in samples], dtype=np.int64))
 
@@ -95,42 +89,28 @@ def list_images(
     train_folder = folders.get("train", root)
     if "train" in folders and test_folder is not None:
         return list_folders(train_folder, test_folder)
-    class_names, samples = list_classes(train_folder)
-    train, test = _hold_out(samples, train_folder, validation_fraction)
-    return class_names, ImageList.from_samples(train), ImageList.from_samples(test)
+    class_names, images = list_classes(train_folder)
+    return class_names, *_hold_out(images, train_folder, validation_fraction)
 
 
 def list_folders(
     train_folder: Path, test_folder: Path
 ) -> tuple[tuple[str, ...], ImageList, ImageList]:
-    """Find the images of a folder for training and of one for testing, with the same classes.
-
-    Args:
-        train_folder: Has a subfolder of images for each class.
-        test_folder: Likewise.
-
-    Returns:
-        As `list_images`.
+    """Find the images of a folder for training and of one for testing, as `list_images` does.
 
     Raises:
         ValueError: If a folder does not exist or has another shape, or the classes differ.
     """
-    class_names, samples = list_classes(train_folder)
-    test_names, test_samples = list_classes(test_folder)
+    class_names, train = list_classes(train_folder)
+    test_names, test = list_classes(test_folder)
     check_same_classes(class_names, train_folder, test_names, test_folder)
-    return class_names, ImageList.from_samples(samples), ImageList.from_samples(test_samples)
+    return class_names, train, test
 
 
 def check_same_classes(
     train_names: tuple[str, ...], train_place: Path, test_names: tuple[str, ...], test_place: Path
 ) -> None:
-    """Raise unless training and testing have the same classes.
-
-    Args:
-        train_names: Names of the classes for training.
-        train_place: Where they were found.
-        test_names: Likewise for testing.
-        test_place: Likewise.
+    """Raise unless training and testing, found at these places, have the same classes.
 
     Raises:
         ValueError: If they differ.
@@ -144,12 +124,7 @@ def check_same_classes(
 
 
 def check_targets(names: tuple[str, ...], targets: NDArray[np.int64], place: Path | str) -> None:
-    """Raise unless every class index is one of the classes.
-
-    Args:
-        names: Names of the classes.
-        targets: [N] class index of each image.
-        place: What lists the images, for messages.
+    """Raise unless every class index, [N], is one of the classes; `place` is what lists the images.
 
     Raises:
         ValueError: If one is not.
@@ -162,12 +137,7 @@ def check_targets(names: tuple[str, ...], targets: NDArray[np.int64], place: Pat
 def check_classes_have_images(
     names: tuple[str, ...], targets: NDArray[np.int64], place: Path | str
 ) -> None:
-    """Raise unless there are two classes or more, and an image of each.
-
-    Args:
-        names: Names of the classes.
-        targets: [N] class index of each image.
-        place: What lists the images, for messages.
+    """Raise unless there are two classes or more, and an image of each; see `check_targets`.
 
     Raises:
         ValueError: If there is one class or none, a class index is none of them, or a class has
@@ -229,14 +199,11 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+def list_classes(folder: Path) -> tuple[tuple[str, ...], ImageList]:
     """List a folder that has a subfolder of images for each class.
 
-    Args:
-        folder: The folder.
-
     Returns:
-        The names of the classes, sorted as text; (path, class index) of each image.
+        The names of the classes, sorted as text; the images.
 
     Raises:
         ValueError: If it does not exist, or has another shape, fewer than two classes, or a class
@@ -247,37 +214,27 @@ def list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     names = tuple(subfolder.name for subfolder in subfolders(folder))
     if not names:
         raise ValueError(f"{folder} has no subfolders; {_EXPECTED}")
-    samples = [
-        (path, index) for index, name in enumerate(names) for path in images_below(folder / name)
-    ]
-    filled = {target for _, target in samples}
-    if not filled:
+    images = ImageList.from_samples(
+        [(path, index) for index, name in enumerate(names) for path in images_below(folder / name)]
+    )
+    if not len(images):
         raise ValueError(f"{folder} holds no images in its {len(names)} subfolders; {_EXPECTED}")
-    if len(filled) < len(names):
-        empty = [name for index, name in enumerate(names) if index not in filled]
-        raise ValueError(f"these class folders in {folder} hold no images: {_some(empty)}")
-    if len(names) < 2:
-        raise ValueError(f"{folder} has one class only, {names[0]!r}; expected two or more")
-    return names, samples
+    check_classes_have_images(names, images.targets, folder)
+    return names, images
 
 
-def _hold_out(
-    samples: list[tuple[str, int]], folder: Path, fraction: float
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+def _hold_out(images: ImageList, folder: Path, fraction: float) -> tuple[ImageList, ImageList]:
     """Split off a share of every class, by a hash of the files' names."""
-
-    def position(sample: tuple[str, int]) -> int:
-        return derive_seed("held out", Path(sample[0]).relative_to(folder).as_posix())
-
-    by_class: dict[int, list[tuple[str, int]]] = {}
-    for sample in samples:
-        by_class.setdefault(sample[1], []).append(sample)
-    held_out: set[str] = set()
-    for members in by_class.values():
+    paths = [Path(images.name(row)).relative_to(folder) for row in range(len(images))]
+    hashes = np.array([derive_seed("held out", path.as_posix()) for path in paths])
+    by_class = np.lexsort((hashes, images.targets))
+    held_out = np.zeros(len(images), dtype=bool)
+    for members in np.split(by_class, np.cumsum(np.bincount(images.targets))[:-1]):
         # At least one, but never the last image of a class.
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out.update(path for path, _ in sorted(members, key=position)[:count])
-    if not held_out:
+        held_out[members[: min(part_of(len(members), fraction), len(members) - 1)]] = True
+    if not held_out.any():
         raise ValueError(f"{folder} has one image a class; none can be held out for testing")
-    train = [sample for sample in samples if sample[0] not in held_out]
-    return train, [sample for sample in samples if sample[0] in held_out]
+    train, test = (
+        ImageList(images.paths[rows], images.targets[rows]) for rows in (~held_out, held_out)
+    )
+    return train, test

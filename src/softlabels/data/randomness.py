@@ -65,18 +65,10 @@ def _mix_(x: Tensor, first: int, second: int) -> Tensor:
 
 
 def _random_bits(key: int, index: Tensor, count: int) -> Tensor:
-    """32 random bits for each sample and column.
+    """32 random bits for each sample and column, [B, K] int32; see `uniform`.
 
     Every sample has 64 bits of state, made of key and index; a column number is scrambled together
-    with the first half, and the result together with the second.
-
-    Args:
-        key: Any integer; its low 64 bits count.
-        index: [B] int64.
-        count: Number of columns, K >= 0.
-
-    Returns:
-        [B, K] int32 on the index's device.
+    with the first half, and the result together with the second. The low 64 bits of the key count.
     """
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(
@@ -113,18 +105,10 @@ def uniform(key: int, index: Tensor, count: int) -> Tensor:
 
 
 def normal(key: int, index: Tensor, count: int) -> Tensor:
-    """Standard normal numbers that depend on key, index and column alone.
-
-    Args:
-        key: Seed of the draws' purpose, from `derive_seed`.
-        index: Indices of the samples, [B] int64.
-        count: Numbers for each sample, K >= 0.
+    """Standard normal numbers that depend on key, index and column alone; see `uniform`.
 
     Returns:
         [B, K] float32 on the index's device.
-
-    Raises:
-        ValueError: If `index` is not a vector of int64.
     """
     # Box and Muller: two uniform numbers give two normal ones.
     pairs = (count + 1) // 2
@@ -136,16 +120,7 @@ def normal(key: int, index: Tensor, count: int) -> Tensor:
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order in which an epoch visits the samples.
-
-    Args:
-        seed: The run's seed.
-        epoch: The epoch, from 0.
-        size: Number of samples, N.
-
-    Returns:
-        [N] int64 on the CPU: each of 0..N-1 once.
-    """
+    """The order in which an epoch visits N samples, [N] int64 on the CPU: each of 0..N-1 once."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     return torch.randperm(size, generator=generator)
 
@@ -156,9 +131,6 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
     Args:
         *parts: What the draws belong to, as for `derive_seed`.
-
-    Yields:
-        Nothing.
     """
     seed = derive_seed(*parts)
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002

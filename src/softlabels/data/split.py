@@ -14,11 +14,7 @@ _ORDER_SEED = 1000  # of the order within the classes, the same for everybody an
 
 
 def check_shares(validation: float | None, train_share: float | None) -> None:
-    """Raise unless both shares are in their range.
-
-    Args:
-        validation: Share that is held out, 0 < v < 0.9, or None.
-        train_share: Share of the rest that is trained on, 0 < s <= 1, or None.
+    """Raise unless both shares, as of `divide`, are in their range.
 
     Raises:
         ValueError: One of them is not.
@@ -32,15 +28,7 @@ def check_shares(validation: float | None, train_share: float | None) -> None:
 
 
 def part_of(count: int, share: float | None) -> int:
-    """A share of a number of things, at least one of them.
-
-    Args:
-        count: How many there are, above 0.
-        share: 0 < share <= 1; None: all.
-
-    Returns:
-        The nearest whole number, 1..count.
-    """
+    """A share of a number of things, 0 < share <= 1, as a whole number of at least 1; None: all."""
     return count if share is None else max(1, round(share * count))
 
 

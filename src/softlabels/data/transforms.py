@@ -28,11 +28,7 @@ def evaluation_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> ImageTransform:
-    """Make the transform for testing: resize, central crop, normalization; see `image_transforms`.
-
-    Returns:
-        A transform of an image to [C, height, width] float32, without any draw.
-    """
+    """The transform for testing, without any draw: resize, central crop, normalization."""
     transform: ImageTransform = create_transform(
         image_size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_fraction
     )
@@ -80,9 +76,6 @@ def default_crop_fraction(augmentation: AugmentationName) -> float:
 
 def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTransform]:
     """Make the transforms for training and testing.
-
-    Args:
-        settings: What is done.
 
     Returns:
         Two transforms of an RGB image to [3, image_size, image_size] float32. The first draws from

@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from shared.data_files import write_cifar
 from softlabels.data import open_source
-from softlabels.data.sources.cifar import cifar10, cifar100
+from softlabels.data.sources.cifar import CIFAR10Source, CIFAR100Source
 
 NAMES = ["apple", "baby", "pear"]
 
@@ -33,29 +33,29 @@ class Stranger:
 
 
 def test_images_labels_and_normalization(folder):
-    source = cifar100(folder, mean=(0, 0, 0), std=(1, 1, 1))
+    source = CIFAR100Source(folder, mean=(0, 0, 0), std=(1, 1, 1))
     (batch,) = source.test_batches(batch_size=6, device="cpu")
     # The files have all red values of an image, then all green ones, row by row.
     assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == list(range(101, 107))
     assert batch.images[:, 0, 0, 1].tolist() == [0] * 6
     assert (batch.images[:, 1:] == 1).all()
     assert batch.target.tolist() == [0, 1, 2] * 2
-    set_by_hand = cifar100(folder, mean=(0.5, 0.25, 0), std=(0.5, 0.25, 1))
+    set_by_hand = CIFAR100Source(folder, mean=(0.5, 0.25, 0), std=(0.5, 0.25, 1))
     (other,) = set_by_hand.test_batches(batch_size=6, device="cpu")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.25, 0), (0.5, 0.25, 1)))
     torch.testing.assert_close(other.images, (batch.images - mean) / std)
 
 
 def test_the_statistics_are_those_of_the_training_images_by_default(folder):
-    info = cifar100(folder).info
+    info = CIFAR100Source(folder).info
     assert info.mean[0] == pytest.approx((255 * 1022 + 7.5) / 1024 / 255)
     assert info.mean[1:] == pytest.approx((1, 1))
 
 
 def test_training_images_are_cut_out_of_a_border_of_4_and_mirrored(folder):
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    still = cifar100(folder, padding=0, flip=False, **plain)
-    moved = cifar100(folder, **plain)
+    still = CIFAR100Source(folder, padding=0, flip=False, **plain)
+    moved = CIFAR100Source(folder, **plain)
     seen = set()
     for epoch in range(40):
         (batch,) = moved.train_views(draw=(0, epoch), batch_size=14, device="cpu")
@@ -68,10 +68,10 @@ def test_training_images_are_cut_out_of_a_border_of_4_and_mirrored(folder):
 
 
 def test_the_superclasses_are_groups(folder, tmp_path, monkeypatch):
-    groups = cifar100(folder).info.groups
+    groups = CIFAR100Source(folder).info.groups
     assert groups[0] == groups[2] != groups[1]  # apples and pears
     other = write_cifar(tmp_path / "other", CIFAR10, monkeypatch, ["cat", "ship"])
-    assert cifar10(other).info.groups is None
+    assert CIFAR10Source(other).info.groups is None
 
 
 def test_the_published_names_make_twenty_groups_of_five(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_published_names_make_twenty_groups_of_five(tmp_path, monkeypatch):
 
     names = sorted(_SUPERCLASSES.split())
     assert len({*names}) == 100
-    groups = cifar100(write_cifar(tmp_path, CIFAR100, monkeypatch, names)).info.groups
+    groups = CIFAR100Source(write_cifar(tmp_path, CIFAR100, monkeypatch, names)).info.groups
     assert sorted(groups) == [group for group in range(20) for _ in range(5)]
 
 
@@ -98,7 +98,7 @@ def test_a_pickle_of_a_stranger_is_refused_and_not_run(folder, tmp_path, name):
     with pytest.raises(
         ValueError, match=r"is no CIFAR100 in Python's format: expected the files m"
     ):
-        cifar100(folder)
+        CIFAR100Source(folder)
     assert not mark.exists()
 
 
@@ -107,10 +107,10 @@ def test_missing_and_damaged_files_are_told(folder, name):
     file = folder / "cifar-100-python" / name
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"cifar-100-python is no CIFAR100 .* published digests"):
-        cifar100(folder)
+        CIFAR100Source(folder)
     file.unlink()
     with pytest.raises(ValueError, match=r"meta, train, test of cifar-100-python\.tar\.gz"):
-        cifar100(folder)
+        CIFAR100Source(folder)
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def test_it_is_downloaded_only_if_asked(folder, tmp_path, monkeypatch, server):
     monkeypatch.setattr(CIFAR100, "url", f"{server}/{archive.name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     with pytest.raises(ValueError, match="download=True fetches them"):
-        cifar100(tmp_path / "fresh")
+        CIFAR100Source(tmp_path / "fresh")
     assert not (tmp_path / "fresh").exists()
-    assert cifar100(tmp_path / "fresh", download=True).num_train == 14
+    assert CIFAR100Source(tmp_path / "fresh", download=True).num_train == 14
     monkeypatch.setattr(CIFAR100, "url", f"{server}/nowhere")
     with pytest.raises(
         ValueError, match=r"100-python\.tar\.gz cannot be downloaded to .*: HTTP Err"
     ):
-        cifar100(tmp_path / "another", download=True)
+        CIFAR100Source(tmp_path / "another", download=True)

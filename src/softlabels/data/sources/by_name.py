@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from softlabels.data.batch import DividedSource
-from softlabels.data.sources.cifar import cifar10, cifar100, holds_cifar
+from softlabels.data.source import DataSource
+from softlabels.data.sources.cifar import CIFAR10Source, CIFAR100Source, holds_cifar
 from softlabels.data.sources.folder import FolderSource
 from softlabels.data.sources.glyphs import glyphs100
 from softlabels.data.sources.hugging_face import HuggingFaceSource, holds_hugging_face
@@ -24,14 +24,14 @@ from softlabels.data.sources.tiny_imagenet import TinyImageNetSource, holds_tiny
 from softlabels.data.sources.webdataset import ShardSource, holds_shards
 
 # The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
-SOURCES: Mapping[str, Callable[..., DividedSource]] = MappingProxyType(
+SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
     {
         "glyphs100": glyphs100,
         "folder": FolderSource,
         "idx": idx,
         "webdataset": ShardSource,
-        "cifar10": cifar10,
-        "cifar100": cifar100,
+        "cifar10": CIFAR10Source,
+        "cifar100": CIFAR100Source,
         "tiny_imagenet": TinyImageNetSource,
         "imagenet": ImageNetSource,
         "inat21": INat21Source,
@@ -119,7 +119,7 @@ def settings_of(source: str) -> list[str]:
 
 def open_source(
     source: str | None = None, path: str | None = None, **settings: object
-) -> DividedSource:
+) -> DataSource:
     """Open a data source.
 
     Args:

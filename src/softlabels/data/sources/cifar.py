@@ -43,15 +43,7 @@ _GROUPS = {
 
 
 def holds_cifar(path: str | Path, data: type[CIFAR10]) -> bool:
-    """Whether a folder is, or has, that of a data set's files.
-
-    Args:
-        path: Any path.
-        data: torchvision's class of the data set.
-
-    Returns:
-        True if it has the name that the archive gives to it.
-    """
+    """Whether a folder is, or has, that of a data set, by the name that the archive gives to it."""
     folder: Path = _root(path, data) / data.base_folder
     return folder.is_dir()
 
@@ -85,49 +77,11 @@ def _read(root: Path, data: type[CIFAR10]) -> tuple[CIFAR10, CIFAR10]:
         ) from error
 
 
-def _open(
-    data: type[CIFAR10],
-    path: str | Path,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    padding: int,
-    flip: bool,
-    download: bool,
-) -> InMemorySource:
-    root = _root(path, data)
-    if download:
-        _download(root, data)
-    parts = _read(root, data)
-    train, test = (Split.from_arrays(part.data, np.array(part.targets)) for part in parts)
-    names = tuple(parts[0].classes)
-    own_mean, own_std = channel_statistics(train.images)
-    groups = tuple(_GROUPS[name] for name in names if name in _GROUPS)
-    info = DataInfo(
-        data.__name__.lower(),
-        names,
-        3,
-        (32, 32),
-        own_mean if mean is None else tuple(mean),
-        own_std if std is None else tuple(std),
-        groups if len(groups) == len(names) else None,
-    )
-    found = {"mean": info.mean, "std": info.std}
-    return InMemorySource(train, test, info, augmentation=CropFlip(padding, flip), found=found)
-
-
-def cifar10(
-    path: str | Path,
-    *,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    padding: int = 4,
-    flip: bool = True,
-    download: bool = False,
-) -> InMemorySource:
-    """Open CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32.
+class _CIFARSource(InMemorySource):
+    """A CIFAR data set in memory.
 
     Args:
-        path: The folder that has `cifar-10-batches-py/` in it, or that folder itself.
+        path: The folder that has that of the archive in it, or that folder itself.
         mean: Mean of the red, green and blue channel, for images in 0..1; None: of the training
             images.
         std: Standard deviation of the three channels, likewise.
@@ -135,43 +89,54 @@ def cifar10(
         flip: Whether half of the training images are mirrored.
         download: Whether to fetch the files if they are not there.
 
-    Returns:
-        The data source. It lies in memory.
-
     Raises:
         ValueError: If files are missing or not the published ones, or cannot be downloaded; or a
             setting is out of its range.
     """
-    return _open(CIFAR10, path, mean, std, padding, flip, download)
+
+    _data: type[CIFAR10]
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        padding: int = 4,
+        flip: bool = True,
+        download: bool = False,
+    ) -> None:
+        root = _root(path, self._data)
+        if download:
+            _download(root, self._data)
+        parts = _read(root, self._data)
+        train, test = (Split.from_arrays(part.data, np.array(part.targets)) for part in parts)
+        names = tuple(parts[0].classes)
+        own_mean, own_std = channel_statistics(train.images)
+        groups = tuple(_GROUPS[name] for name in names if name in _GROUPS)
+        info = DataInfo(
+            self._data.__name__.lower(),
+            names,
+            3,
+            (32, 32),
+            own_mean if mean is None else tuple(mean),
+            own_std if std is None else tuple(std),
+            groups if len(groups) == len(names) else None,
+        )
+        found = {"mean": info.mean, "std": info.std}
+        super().__init__(train, test, info, augmentation=CropFlip(padding, flip), found=found)
 
 
-def cifar100(
-    path: str | Path,
-    *,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    padding: int = 4,
-    flip: bool = True,
-    download: bool = False,
-) -> InMemorySource:
-    """Open CIFAR-100: 50,000 training and 10,000 test images of 100 classes, 32 x 32.
+class CIFAR10Source(_CIFARSource):
+    """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32."""
+
+    _data = CIFAR10
+
+
+class CIFAR100Source(_CIFARSource):
+    """CIFAR-100: 50,000 training and 10,000 test images of 100 classes, 32 x 32.
 
     Its 20 superclasses are the groups of similar classes.
-
-    Args:
-        path: The folder that has `cifar-100-python/` in it, or that folder itself.
-        mean: Mean of the red, green and blue channel, for images in 0..1; None: of the training
-            images.
-        std: Standard deviation of the three channels, likewise.
-        padding: Training images are shifted at random by up to this much along each axis, pixels.
-        flip: Whether half of the training images are mirrored.
-        download: Whether to fetch the files if they are not there.
-
-    Returns:
-        The data source. It lies in memory.
-
-    Raises:
-        ValueError: If files are missing or not the published ones, or cannot be downloaded; or a
-            setting is out of its range.
     """
-    return _open(CIFAR100, path, mean, std, padding, flip, download)
+
+    _data = CIFAR100

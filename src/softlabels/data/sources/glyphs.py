@@ -29,9 +29,8 @@ _TEST_AUGMENTATION = Compose((Affine(15, (0.8, 1.2), 10, 3), Contrast(0.3, 1), N
 def _load() -> tuple[Split, Split, DataInfo]:
     """Read the file that is shipped with the package and draw the test images.
 
-    Returns:
-        The training split with the fonts in their fixed random order, all 100 classes of a font
-        side by side; the test split; the facts.
+    The training split has the fonts in their fixed random order, all 100 classes of a font side by
+    side.
     """
     with (
         as_file(files("softlabels.data.sources") / "glyphs100.npz") as path,
@@ -82,7 +81,7 @@ class GlyphSource(InMemorySource):
     def split(
         self, *, validation: float | None = None, train_share: float | None = None
     ) -> InMemorySource:
-        """Hold out the last fonts of all; see `DividedSource`.
+        """Hold out the last fonts of all; see `DataSource`.
 
         They are one fixed draw of the test's augmentation, whatever the settings. The fonts that
         are trained on count from the front, and never reach the ones that are held out.

@@ -38,9 +38,6 @@ def read_idx(path: str | Path, num_dimensions: int) -> NDArray[np.uint8]:
         path: The file; it is unpacked first if its name ends with `.gz`.
         num_dimensions: Number of dimensions that it must have: 3 for images, 1 for labels.
 
-    Returns:
-        The array.
-
     Raises:
         ValueError: If the file is damaged or holds something else; the message names it.
     """
@@ -80,14 +77,7 @@ def _find(folder: Path, part: str, kind: str) -> Path | None:
 
 
 def holds_idx(path: str | Path) -> bool:
-    """Whether a folder holds training images in an idx file.
-
-    Args:
-        path: Any path.
-
-    Returns:
-        True if a file such as `train-images-idx3-ubyte.gz` is there.
-    """
+    """Whether a folder holds training images, such as `train-images-idx3-ubyte.gz`."""
     return _find(Path(path).expanduser(), "train", "images-idx3") is not None
 
 

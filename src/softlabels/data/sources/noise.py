@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from softlabels.data.augment import CropFlip
 from softlabels.data.batch import DataInfo
-from softlabels.data.in_memory import InMemorySource
+from softlabels.data.in_memory import InMemorySource, Part
 from softlabels.data.randomness import derive_seed, normal
 
 _CELLS = 8  # a pattern has at most so many along each side, so that it outlives a crop
@@ -27,24 +27,29 @@ _MOST_IMAGES = 10**7
 
 
 @dataclass(frozen=True)
-class _Patterns:
+class _Patterns(Part):
     """Images that are functions of their index; see `Part`.
 
     Args:
         name: What tells the images of two parts from each other.
         number: What the images are functions of, [N] int64.
         target: Class indices [N] int64; the images lie where these do.
-        shape: (channels, height, width) of an image.
+        size: (channels, height, width) of an image.
     """
 
     name: str
     number: Tensor
     target: Tensor
-    shape: tuple[int, int, int]
+    size: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image."""
+        return self.size
 
     def read(self, rows: Tensor) -> Tensor:
         """Make images; see `Part`."""
-        channels, *size = self.shape
+        channels, *size = self.size
         cells = (channels, *(min(side, _CELLS) for side in size))
         count = cells[0] * cells[1] * cells[2]
         pattern = normal(derive_seed("noise", "class"), self.target[rows], count)
@@ -52,20 +57,10 @@ class _Patterns:
         small = pattern.mul_(_PATTERN_STD).add_(noise, alpha=_NOISE_STD).add_(0.5).clamp_(0, 1)
         return F.interpolate(small.view(-1, *cells), size, mode="nearest")
 
-    def to(self, device: torch.device) -> _Patterns:
-        """Make the images on a device from now on; see `Part`."""
-        return _Patterns(self.name, self.number.to(device), self.target.to(device), self.shape)
-
-    def some(self, rows: Tensor) -> _Patterns:
-        """Make only some of the images; see `Part`."""
-        rows = rows.to(self.target.device)
-        return _Patterns(self.name, self.number[rows], self.target[rows], self.shape)
-
     def content(self) -> Iterator[memoryview]:
         """What the images are functions of."""
         yield memoryview(f"{self.name} {len(self.target)} {self.shape}".encode())
-        for tensor in (self.number, self.target):
-            yield tensor.cpu().numpy().data
+        yield from super().content()
 
 
 def noise(

@@ -52,10 +52,9 @@ class TinyImageNetSource(FileSource):
     def _find(self) -> tuple[tuple[str, ...], ImageList, ImageList]:
         train, val = self._root / "train", self._root / "val"
         if (val / "images").is_dir():
-            wnids, samples = list_classes(train)
+            wnids, training = list_classes(train)
             test = ImageList.from_samples(_read_annotations(val, wnids))
             check_classes_have_images(wnids, test.targets, val / _ANNOTATIONS)
-            training = ImageList.from_samples(samples)
         else:
             wnids, training, test = list_folders(train, val)
         _check_wnids(self._root / "wnids.txt", wnids, train)
