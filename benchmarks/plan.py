@@ -13,7 +13,7 @@ import torch
 from timm import create_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from softlabels.distill.cache_format import bytes_per_view
+from softlabels.distill.answers import bytes_per_view
 
 IMAGES = 1_281_167  # ImageNet-1k's training set
 CLASSES = 1000

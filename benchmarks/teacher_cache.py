@@ -18,7 +18,8 @@ from torch import Tensor
 import softlabels
 from softlabels import NKDLoss, nkd_loss
 from softlabels.data import DataSource
-from softlabels.distill.cache_format import CacheFolder, Manifest, bytes_per_view, compress, densify
+from softlabels.distill.answers import bytes_per_view, compress, densify
+from softlabels.distill.cache_folder import VERSION, CacheFolder, Manifest
 from softlabels.training.build import build_source, build_teacher
 from softlabels.training.cache_teacher import answer_error
 from softlabels.training.config import build_method, load_recipe, resolve
@@ -45,6 +46,7 @@ def stored(logits: Tensor, top: int, folder: Path) -> tuple[Tensor, int]:
     """Dense logits from a file of one draw, and the file's size in bytes."""
     num_images, num_classes = logits.shape
     manifest = Manifest(
+        version=VERSION,
         num_images=num_images,
         num_classes=num_classes,
         num_draws=1,

@@ -8,7 +8,6 @@ import math
 import pickle
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,14 +20,8 @@ from torch import Tensor, nn
 
 from shared.small_networks import IMAGE_SHAPE, NUM_CLASSES, hard_labels, images_of, small_cnn
 from softlabels import Distiller, KDLoss, NKDLoss, Teacher, TeacherCache, USKDLoss
-from softlabels.distill.cache_format import (
-    CacheFolder,
-    Manifest,
-    bytes_per_view,
-    compress,
-    densify,
-    unreadable,
-)
+from softlabels.distill.answers import bytes_per_view, compress, densify, unreadable
+from softlabels.distill.cache_folder import VERSION, CacheFolder, Manifest
 from softlabels.distill.external_inputs import external_values
 from softlabels.inputs import Features, FromBatch, Logits, TeacherLogits
 from softlabels.losses import Method
@@ -40,21 +33,20 @@ SUMS = {"views": 4, "kl_sum": 0.4, "kl_max": 0.2, "top1_agreements": 4}
 
 
 def manifest_of(**changes: Any) -> Manifest:
-    return replace(
-        Manifest(
-            num_images=NUM_IMAGES,
-            num_classes=NUM_CLASSES,
-            num_draws=NUM_DRAWS,
-            top=3,
-            seed=7,
-            images_per_file=PER_FILE,
-            precision="no",
-            teacher="small",
-            fingerprints={"teacher": "a1", "data": "b2", "augmentation": "c3"},
-            error=NO_ERROR,
-        ),
-        **changes,
-    )
+    values = {
+        "version": VERSION,
+        "num_images": NUM_IMAGES,
+        "num_classes": NUM_CLASSES,
+        "num_draws": NUM_DRAWS,
+        "top": 3,
+        "seed": 7,
+        "images_per_file": PER_FILE,
+        "precision": "no",
+        "teacher": "small",
+        "fingerprints": {"teacher": "a1", "data": "b2", "augmentation": "c3"},
+        "error": NO_ERROR,
+    }
+    return Manifest(**{**values, **changes})
 
 
 def all_logits(num_classes: int = NUM_CLASSES) -> Tensor:
@@ -68,12 +60,11 @@ def write_cache(path: Path, logits: Tensor | None = None, **changes: Any) -> Cac
     manifest = manifest_of(num_classes=logits.shape[2], **changes)
     folder = CacheFolder(path)
     path.mkdir(parents=True)
-    for draw in range(manifest.num_draws):
-        for chunk in range(manifest.files_per_draw):
-            images = manifest.images_of(chunk)
-            of_file = compress(logits[draw, images.start : images.stop], manifest.top)
-            folder.write(manifest, draw, chunk, of_file, SUMS)
-    folder.write_manifest(manifest)
+    for draw, chunk in manifest.files:
+        images = manifest.images_of(chunk)
+        of_file = compress(logits[draw, images.start : images.stop], manifest.top)
+        folder.write(manifest, draw, chunk, of_file, SUMS)
+    manifest.write(folder.manifest)
     return folder
 
 
@@ -305,8 +296,12 @@ def test_a_folder_that_is_no_cache(tmp_path):
         TeacherCache(tmp_path)
 
 
+def change_manifest(folder: CacheFolder, **changes: Any) -> None:
+    folder.read_manifest().model_copy(update=changes).write(folder.manifest)
+
+
 def test_a_cache_that_is_not_finished(changeable):
-    changeable.write_manifest(replace(changeable.read_manifest(), error={}))
+    change_manifest(changeable, error={})
 
     with pytest.raises(ValueError, match="is not finished: the same cache-teacher command goes on"):
         TeacherCache(changeable.path)
@@ -385,7 +380,7 @@ def test_a_file_of_another_draw_is_found(changeable):
     ],
 )
 def test_a_file_of_another_cache_is_found(changeable, changes, message):
-    changeable.write_manifest(replace(changeable.read_manifest(), **changes))
+    change_manifest(changeable, **changes)
 
     with pytest.raises(ValueError, match=message):
         read_all(changeable.path)
@@ -423,7 +418,7 @@ def test_answers_that_no_teacher_gives_are_refused(changeable, name, row, value,
 def test_a_manifest_that_is_none_is_refused(changeable, text):
     changeable.manifest.write_bytes(text.encode("utf-8", "surrogateescape"))
 
-    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json: "):
         TeacherCache(changeable.path)
 
 
@@ -462,7 +457,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(changeable, name, value):
     content[name] = value
     changeable.manifest.write_text(json.dumps(content))
 
-    with pytest.raises(ValueError, match=rf"manifest.json is damaged: {name} must be"):
+    with pytest.raises(ValueError, match=rf"manifest\.json: {name}"):
         TeacherCache(changeable.path)
 
 

@@ -25,7 +25,7 @@ from softlabels.cli import main
 from softlabels.data import DataInfo, open_source
 from softlabels.data.augment import Affine, Compose, Noise
 from softlabels.data.in_memory import InMemorySource, Split
-from softlabels.distill.cache_format import compress
+from softlabels.distill.answers import compress
 from softlabels.io.weights import save_weights
 from softlabels.report import write_report
 from softlabels.training.build import build_teacher

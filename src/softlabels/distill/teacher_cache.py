@@ -8,13 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from softlabels.distill.cache_format import (
-    Answers,
-    CacheFolder,
-    bytes_per_view,
-    densify,
-    unreadable,
-)
+from softlabels.distill.answers import Answers, bytes_per_view, densify, unreadable
 
 __all__ = ["TeacherCache"]
 
@@ -50,28 +44,28 @@ class TeacherCache:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        from softlabels.distill.cache_folder import CacheFolder  # needs an extra
+
         self._folder = CacheFolder(path)
-        self._manifest = self._folder.read_manifest()
+        manifest = self._manifest = self._folder.read_manifest()
         self._stored: dict[int, Answers] = {}
         self.path = self._folder.path
-        self.num_images = self._manifest.num_images
-        self.num_classes = self._manifest.num_classes
-        self.num_draws = self._manifest.num_draws
-        self.top = self._manifest.top
-        self.seed = self._manifest.seed
-        self.fingerprints: Mapping[str, str] = dict(self._manifest.fingerprints)
-        self.error: Mapping[str, float] = dict(self._manifest.error)
+        self.num_images = manifest.num_images
+        self.num_classes = manifest.num_classes
+        self.num_draws = manifest.num_draws
+        self.top = manifest.top
+        self.seed = manifest.seed
+        self.fingerprints: Mapping[str, str] = {**manifest.fingerprints}
+        self.error: Mapping[str, float] = {**manifest.error}
         if not self.error:
             raise ValueError(
                 f"{self.path} is not finished: the same cache-teacher command goes on with it"
             )
-        for draw in range(self.num_draws):
-            for chunk in range(self._manifest.files_per_draw):
-                file = self._folder.file(draw, chunk)
-                if not file.is_file():
-                    raise ValueError(
-                        f"{file} is missing: the same cache-teacher command makes it again"
-                    )
+        for file in (self._folder.file(*place) for place in manifest.files):
+            if not file.is_file():
+                raise ValueError(
+                    f"{file} is missing: the same cache-teacher command makes it again"
+                )
 
     def __reduce__(self) -> tuple[type[TeacherCache], tuple[str]]:
         # A copy, in this process or in another one, maps the files again.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,14 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from softlabels.data import Batch, DataSource
-from softlabels.distill.cache_format import (
-    Answers,
-    CacheFolder,
-    Manifest,
-    compress,
-    densify,
-    unreadable,
-)
+from softlabels.distill.answers import Answers, compress, densify, unreadable
+from softlabels.distill.cache_folder import VERSION, CacheFolder, Manifest
 from softlabels.distill.teacher import Teacher
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.io.console import progress_bar, say
@@ -106,7 +99,9 @@ def build_cache(
         accelerator = start(config)
         if config.channels_last is True:
             network.to(memory_format=torch.channels_last)
-        manifest = Manifest(
+        described = partial(
+            Manifest,
+            version=VERSION,
             num_images=source.num_train,
             num_classes=info.num_classes,
             num_draws=options.draws,
@@ -115,23 +110,22 @@ def build_cache(
             images_per_file=options.images_per_file,
             precision=config.precision,
             teacher=config.teacher.name or type(network.model).__name__,
-            fingerprints={},
             error={},
         )
-        _fill(CacheFolder(path), manifest, config, source, network, accelerator, console)
+        _fill(CacheFolder(path), described, config, source, network, accelerator, console)
         return TeacherCache(path)
 
 
 def _fill(
     folder: CacheFolder,
-    manifest: Manifest,
+    described: Callable[..., Manifest],
     config: Config,
     source: DataSource,
     teacher: Teacher,
     accelerator: Accelerator,
     console: Console | None,
 ) -> None:
-    """Write all files; `manifest` is still without fingerprints and error."""
+    """Write all files; `described` makes the manifest from its fingerprints."""
     with ExitStack() as stack:
         stack.enter_context(lost_processes(accelerator, config.process_timeout))
         stack.enter_context(disk_full_as_run_error(folder.path, "finished files are whole"))
@@ -139,7 +133,7 @@ def _fill(
         def prepared() -> Manifest:
             of_teacher = teacher_fingerprint(teacher, config.teacher, source.info)
             prints = {"teacher": of_teacher, **source.fingerprints()}
-            identified = replace(manifest, fingerprints=prints)
+            identified = described(fingerprints=prints)
             stack.enter_context(_held(folder, identified))
             return identified
 
@@ -163,7 +157,7 @@ def _held(folder: CacheFolder, manifest: Manifest) -> Iterator[None]:
             for part in (path, *path.glob("draw-*")):
                 remove_leftovers(part)
             if not folder.manifest.is_file():
-                folder.write_manifest(manifest)
+                manifest.write(folder.manifest)
             yield
     except Timeout as error:
         raise ValueError(f"{path} is being filled by another process: wait for its end") from error
@@ -179,7 +173,7 @@ def _check_folder(folder: CacheFolder, manifest: Manifest) -> None:
         return
     there = folder.read_manifest()
     check_fingerprints(path, there.fingerprints, manifest.fingerprints)
-    old, new = (asdict(replace(m, error={}, teacher="")) for m in (there, manifest))
+    old, new = (m.model_dump(exclude={"error", "teacher"}) for m in (there, manifest))
     for name, value in new.items():
         if old[name] != value:
             raise ValueError(
@@ -206,11 +200,6 @@ def answer_error(logits: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
     return divergence, full.argmax(1) == dense.argmax(1)
 
 
-def _files_of(manifest: Manifest) -> list[tuple[int, int]]:
-    """Draw and chunk of each file."""
-    return [*product(range(manifest.num_draws), range(manifest.files_per_draw))]
-
-
 @dataclass(frozen=True)
 class _Builder:
     """Writes this process' share of the files."""
@@ -225,7 +214,7 @@ class _Builder:
     def run(self, *, batch_size: int) -> None:
         """Write each file that is not there yet, or damaged."""
         manifest = self.manifest
-        files = _files_of(manifest)
+        files = manifest.files
         files = files[self.accelerator.process_index :: self.accelerator.num_processes]
         with InterruptGuard() as interrupt, progress_bar(self.console) as progress:
             total = sum(len(manifest.images_of(chunk)) for _, chunk in files)
@@ -305,7 +294,7 @@ class _Collected:
 
 def _finish(folder: CacheFolder, manifest: Manifest) -> None:
     """Write the manifest of the finished cache, with the error over all files."""
-    of_files = [folder.read_error(manifest, *numbers) for numbers in _files_of(manifest)]
+    of_files = [folder.read_error(manifest, *numbers) for numbers in manifest.files]
     views = sum(error["views"] for error in of_files)
     if not views:
         raise ValueError("none of the training images can be read")
@@ -316,4 +305,4 @@ def _finish(folder: CacheFolder, manifest: Manifest) -> None:
         "views": views,
         "unreadable": manifest.num_images * manifest.num_draws - views,
     }
-    folder.write_manifest(replace(manifest, error=error))
+    manifest.model_copy(update={"error": error}).write(folder.manifest)

@@ -13,7 +13,7 @@ from torch import Tensor
 from softlabels.data import DataInfo, DataSource
 from softlabels.data.extra_views import PARTNER
 from softlabels.data.mixup import MIXUP_EXTRAS
-from softlabels.distill.cache_format import FINGERPRINTS
+from softlabels.distill.answers import FINGERPRINTS
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher import Teacher
 from softlabels.distill.teacher_cache import TeacherCache
