@@ -87,7 +87,10 @@ def test_what_is_complete_is_not_run_again(reproduced, capsys):
         (["reproduce", "table7"], "no table 'table7': expected one of"),
         (["reproduce", "shared"], "no table 'shared'"),
         (["reproduce", "table1", "--rows", "vgg"], "no row 'vgg': expected some of mobilenet"),
-        (["reproduce", "table1", "--seeds", "0"], "seeds must be 1 or more, got 0"),
+        (
+            ["reproduce", "table1", "--seeds", "0"],
+            "seeds: Input should be greater than or equal to 1, got 0",
+        ),
         (["reproduce", "table1", "--change", "epochs"], "expected KEY=VALUE"),
         (["reproduce", "table1", "--change", "epoks=3"], "unknown setting 'epoks'"),
         (["recipes", "--table", "tabel1"], "no table 'tabel1'"),
