@@ -453,11 +453,11 @@ def test_a_finished_cache_is_left_as_it_is(built, weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top": 4}, "another top: it has 3, this one 4; choose another --output"),
-        ({"draws": 3}, "another num_draws: it has 2, this one 3"),
-        ({"images_per_file": 50}, "another images_per_file"),
-        ({"seed": 4}, "another seed: it has 3, this one 4"),
-        ({"precision": "bf16"}, "another precision: it has 'no', this one 'bf16'"),
+        ({"top": 4}, "another cache: top: 3 there, 4 here; choose another --output"),
+        ({"draws": 3}, "another cache: num_draws: 2 there, 3 here"),
+        ({"images_per_file": 50}, "another cache: images_per_file: "),
+        ({"seed": 4}, "another cache: seed: 3 there, 4 here"),
+        ({"precision": "bf16"}, "another cache: precision: no there, bf16 here"),
         ({"teacher": {"input_size": 20}}, "another teacher's answers"),
     ],
 )

@@ -28,6 +28,7 @@ from softlabels.training.config import Config, check_unmixed
 from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.errors import Interrupted, InterruptGuard, disk_full_as_run_error
 from softlabels.training.precision import with_precision
+from softlabels.training.run_folder import differences
 from softlabels.training.settings import Section
 from softlabels.training.validate import check_fingerprints, teacher_fingerprint
 
@@ -174,12 +175,10 @@ def _check_folder(folder: CacheFolder, manifest: Manifest) -> None:
     there = folder.read_manifest()
     check_fingerprints(path, there.fingerprints, manifest.fingerprints)
     old, new = (m.model_dump(exclude={"error", "teacher"}) for m in (there, manifest))
-    for name, value in new.items():
-        if old[name] != value:
-            raise ValueError(
-                f"{path} holds a cache with another {name}: it has {old[name]!r}, this one "
-                f"{value!r}; choose another --output, or remove the folder"
-            )
+    if found := differences(old, new):
+        raise ValueError(
+            f"{path} holds another cache: {found}; choose another --output, or remove the folder"
+        )
 
 
 def answer_error(logits: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:

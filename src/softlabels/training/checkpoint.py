@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any, BinaryIO, NamedTuple, Protocol, cast
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from softlabels.io.files import remove_leftovers, replace_file
 from softlabels.io.records import problem_of
@@ -177,24 +178,15 @@ def restore(
         if part is None:
             continue
         try:
-            _check_numbers(state[name])
+            # No healthy run stores it, and it would come back in the trained weights.
+            if any(
+                isinstance(v, Tensor) and bool(v.isnan().any()) for v in tree_leaves(state[name])
+            ):
+                raise ValueError("it holds NaN")
             part.load_state_dict(state[name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"the checkpoint's {name!r} does not fit this run: {error}") from error
     return dict(content["progress"])
-
-
-def _check_numbers(state: object) -> None:
-    """Refuse what no healthy run stores: it would come back in the trained weights."""
-    if isinstance(state, Tensor):
-        if bool(state.isnan().any()):
-            raise ValueError("it holds NaN")
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            _check_numbers(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            _check_numbers(value)
 
 
 class Found(NamedTuple):
