@@ -131,7 +131,7 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Of everything random.")
     eval_batch_size: Count = Field(256, description="Images per step of an evaluation.")
-    eval_every: Count = Field(1, description="Epochs between evaluations; the last has one.")
+    eval_every: Count = Field(1, description="Epochs between evaluations; one is at the end.")
     log_every: int = Field(50, ge=1, description="Steps between log lines.")
     checkpoint: CheckpointSettings = Field(
         CheckpointSettings(), description="What is kept for going on."

@@ -475,7 +475,7 @@ class FurtherMethod(Section):
 
     kind: str = Field("nkd", description="The method.")
     weight: Factor | None = Field(None, description="As method_weight, for this method.")
-    warmup_epochs: WarmupEpochs = Field(None, description="As method_warmup_epochs, likewise.")
+    warmup_epochs: WarmupEpochs = Field(None, description="As method_warmup_epochs, for it.")
     teacher: TeacherNumber = Field(
         None, description="Number of the teacher that it reads, from 0; None: all."
     )
@@ -497,7 +497,7 @@ class PaperSettings(Section):
     table: str | None = Field(None, description="Paper and table.")
     row: str | None = Field(None, description="The row, and the column where there are several.")
     top1: Percent | None = Field(None, description="Published top-1, %.")
-    top1_std: Percent | None = Field(None, description="Its standard deviation over runs, points.")
+    top1_std: Percent | None = Field(None, description="Its published deviation over runs, points.")
     top5: Percent | None = Field(None, description="Published top-5, %.")
     gain: float | None = Field(
         None, ge=-100, le=100, description="Published gain over the baseline, points."
