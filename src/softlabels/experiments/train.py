@@ -85,18 +85,16 @@ def train(
             modules[part] = name
             part_settings["name"] = f"object:{type(name).__name__}"
         values[part] = part_settings
-    own = None
+    own = method if isinstance(method, Method) else None
     if isinstance(method, str):
         values["method"] = {"kind": method}
     elif isinstance(method, Mapping):
         values["method"] = dict(method)
-    elif method is not None:
-        if not isinstance(method, Method):
-            raise TypeError(
-                "method must be a name, settings or a softlabels.losses.Method, "
-                f"got {type(method).__name__}"
-            )
-        own = method
+    elif method is not None and own is None:
+        raise TypeError(
+            "method must be a name, settings or a softlabels.losses.Method, "
+            f"got {type(method).__name__}"
+        )
     source: DataSource | None = None
     if isinstance(data, str | Path):
         values["data"] = {"path": str(data)}

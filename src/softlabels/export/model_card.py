@@ -25,7 +25,7 @@ from softlabels.training.precision import describe_precision
 from softlabels.training.run_records import RunRecord
 from softlabels.training.schemas import Summary
 
-__all__ = ["PUBLIC_FAMILIES", "CardFacts", "Format", "Trained", "Weights", "render_card"]
+__all__ = ["PUBLIC_FAMILIES", "Exported", "Format", "Trained", "Weights", "render_card"]
 
 Format = Literal["safetensors", "onnx"]
 Weights = Literal["last", "best"]
@@ -63,22 +63,24 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What a card tells of an exported file, besides what is known of the student.
+class Exported:
+    """What was written, and how it was checked.
 
     Attributes:
-        file: Its name; it lies beside the card.
-        format: Its format.
+        file: The network.
+        card: Its model card, beside it.
+        format: The file's format.
         network: Name by which `build_model` builds the network; None: no name does.
-        parameters: Number of the network's parameters, None where it was not built.
-        largest_difference: Between the logits of the file and of the network, None where the
-            network was not built.
-        num_images: Random images on which the two were compared.
+        parameters: Number of the network's parameters, None where it could not be built.
+        largest_difference: Between a logit of the file and of the trained network, on random
+            images; None where the network could not be built, and the files were compared.
+        num_images: How many of these images.
         opset: The operator set of an ONNX file.
         license: Of the weights, None where nobody has said it.
     """
 
-    file: str
+    file: Path
+    card: Path
     format: Format
     network: str | None
     parameters: int | None
@@ -94,12 +96,12 @@ class _Markdown(str):
     __slots__ = ()
 
 
-def render_card(trained: Trained, facts: CardFacts) -> str:
+def render_card(trained: Trained, exported: Exported) -> str:
     """Write a model card as the Hugging Face hub reads it: YAML between two rules, then Markdown.
 
     Args:
         trained: The student.
-        facts: The file that was made of it.
+        exported: The file that was made of it.
 
     Returns:
         The text.
@@ -120,7 +122,7 @@ def render_card(trained: Trained, facts: CardFacts) -> str:
     height, width = trained.image_shape[1:]
     scores = [key for key in SCORES if run is not None and key in run.final]
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        facts=facts,
+        exported=exported,
         record=record,
         weights=trained.weights,
         run=run,
@@ -132,7 +134,7 @@ def render_card(trained: Trained, facts: CardFacts) -> str:
         is_ours=kind == "timm" and _is_ours(name),
         size_argument=_Markdown(_size_argument(kind, name, record)),
         metadata_key=METADATA_KEY,
-        front_matter=_Markdown(_front_matter(trained, facts)),
+        front_matter=_Markdown(_front_matter(trained, exported)),
         title=_title(trained),
         height=height,
         width=width,
@@ -183,10 +185,10 @@ def _title(trained: Trained) -> str:
     return _one_line(name if trained.run is None else f"{name} on {trained.run.summary.data}")
 
 
-def _front_matter(trained: Trained, facts: CardFacts) -> str:
+def _front_matter(trained: Trained, exported: Exported) -> str:
     run = None if trained.run is None else trained.run.summary
     family = trained.record.model.partition(":")[0]
-    tags = ["image-classification", "softlabels", facts.format]
+    tags = ["image-classification", "softlabels", exported.format]
     tags += [family] if family in PUBLIC_FAMILIES else []
     tags += [run.method] if run is not None and run.method else []
     scores = {} if run is None else run.best if trained.weights == "best" else run.final
@@ -204,7 +206,7 @@ def _front_matter(trained: Trained, facts: CardFacts) -> str:
         if run is not None and math.isfinite(scores.get(key, math.nan))
     ]
     data = ModelCardData(
-        license=facts.license or _UNKNOWN_LICENCE,
+        license=exported.license or _UNKNOWN_LICENCE,
         tags=[_one_line(tag) for tag in tags],
         datasets=None if run is None else [_one_line(run.data)],
         metrics=["accuracy"],

@@ -61,10 +61,7 @@ def write_onnx(
         record: Goes into the file's metadata, as JSON.
         image_shape: (C, H, W).
         file: The file; an older one is replaced.
-        opset: Version of the operator set; None: torch's choice.
-
-    Returns:
-        The version of the operator set.
+        opset: Version of the operator set; None: torch's choice. What it was is returned.
 
     Raises:
         ValueError: The network, or the operator set, is beyond the exporter or the format.

@@ -203,9 +203,7 @@ def evaluate_file(
                     f"the data {info.name} have {got} {what}, the student was trained for "
                     f"{expected}"
                 )
-        normalization = None
-        if record.mean is not None and record.std is not None:
-            normalization = (record.mean, record.std)
+        normalization = (record.mean, record.std) if record.mean and record.std else None
         # A frozen network on images that were normalized for another one: that is a Teacher.
         network = Teacher(
             model,

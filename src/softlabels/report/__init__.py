@@ -1,6 +1,5 @@
 """HTML pages of runs and of comparisons. They read run folders and nothing else."""
 
-from softlabels.report.comparison import Variant, write_comparison
-from softlabels.report.page import write_report
+from softlabels.report.page import Variant, write_comparison, write_report
 
 __all__ = ["Variant", "write_comparison", "write_report"]

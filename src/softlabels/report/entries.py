@@ -110,24 +110,6 @@ def join(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
-def what_ran(records: Sequence[RunRecord]) -> str:
-    """Models, data and epochs of runs, for an introduction."""
-    runs = [record.summary for record in records]
-    models, data, epochs = (
-        join(getattr(run, name) for run in runs) for name in ("model", "data", "epochs")
-    )
-    return f"{models} on {data}, {epochs} {'epoch' if epochs == '1' else 'epochs'}."
-
-
-def caveats(records: Sequence[RunRecord], evidence: Sequence[str]) -> list[str]:
-    """Sentences below the results: the test set, then what they can show, and incomplete runs."""
-    counts = {r.summary.test_images for r in records if r.summary.test_images is not None}
-    images = [f"{join(f'{count:,}' for count in sorted(counts))} test images."] if counts else []
-    stopped = not all(record.summary.complete for record in records)
-    end = ["Incomplete runs stopped before their last epoch."] if stopped else []
-    return [*images, *evidence, *end]
-
-
 def without(entries: Sequence[Entry], has: Callable[[Entry], object]) -> str:
     """The end of a remark, which names the entries that have no values."""
     missing = [entry.name for entry in entries if not has(entry)]
