@@ -37,7 +37,7 @@ def main() -> int:
         threads=1,
         command="make results-quick",
         console=Console(stderr=True),
-    ).results.dump()
+    ).dump()
     before = {v["name"]: v["against_baseline"] for v in committed["variants"]}
     variants = found["variants"]
     now = {v["name"]: v["against_baseline"] for v in variants}

@@ -27,16 +27,17 @@ def compare(arguments: list[str]) -> None:
         return load_recipe(name) if given is None else given.values
 
     config, options = configured(arguments, "compare", CompareOptions, load)
-    result = run_comparison(
+    output = Path(config.output or "runs/compare")
+    run_comparison(
         options.comparison(config, given),
-        output=Path(config.output or "runs/compare"),
+        output=output,
         runs=None if options.runs is None else Path(options.runs),
         jobs=options.jobs,
         threads=config.threads,
         command=shlex.join(["softlabels", "compare", *arguments]),
         console=progress_console(),
     )
-    echo(f"everything is in {result.folder} (report.html, comparison.md, .csv and .json)")
+    echo(f"everything is in {output} (report.html, comparison.md, .csv and .json)")
 
 
 def sweep(arguments: list[str]) -> None:

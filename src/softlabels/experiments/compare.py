@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,9 @@ from softlabels.training.recipes import merged
 from softlabels.training.settings import TeacherSettings
 from softlabels.training.validate import check_needs
 
-__all__ = ["Compared", "compare"]
+__all__ = ["compare"]
 
 _DECIDED = ("precision", "channels_last")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Where the results of a comparison are.
-
-    Attributes:
-        results: What came out, as `comparison.json` holds it.
-        folder: `comparison.json`, `.csv` (a line a run), `.md`, `.yaml` (the comparison itself)
-            and `report.html`, beside `runs`.
-    """
-
-    results: ComparisonRecord
-    folder: Path
 
 
 def compare(
@@ -55,7 +40,7 @@ def compare(
     threads: int | None = None,
     command: str | None = None,
     console: Console,
-) -> Compared:
+) -> ComparisonRecord:
     """Train all variants over all seeds, and write tables and a report.
 
     Runs of the same seed share initial weights, order of the data and augmentation. What is
@@ -63,7 +48,8 @@ def compare(
 
     Args:
         comparison: What is compared.
-        output: Folder of everything.
+        output: Folder of `comparison.json`, `.csv` (a line a run), `.md`, `.yaml` (the comparison
+            itself) and `report.html`.
         runs: Folder of the runs, which several comparisons may share; None: `runs` in `output`.
         jobs: Runs at a time.
         threads: CPU threads of each; None: its share of the cores.
@@ -71,7 +57,7 @@ def compare(
         console: Where progress and the table are shown.
 
     Returns:
-        The results and their folder.
+        What came out, as `comparison.json` holds it.
 
     Raises:
         ValueError: A variant that does not fit, before anything is trained.
@@ -104,7 +90,7 @@ def compare(
     )
     for note in notes(results):
         say(console, note)
-    return Compared(results, output)
+    return results
 
 
 def _checked(comparison: Comparison, folder: Path) -> Comparison:

@@ -46,21 +46,10 @@ def run_demo(
     console: Console,
     num_fonts: int | None = None,
 ) -> Path:
-    """Train the four runs, time their steps, write the table and the report.
+    """Train the four runs, time their steps, write the table and the report, and return its path.
 
-    Runs that are complete in `output` are not trained again.
-
-    Args:
-        output: Folder of everything.
-        epochs: Passes over the training set.
-        seed: Of all runs.
-        jobs: Runs at a time, one thread each.
-        rounds: Of the interleaved step times.
-        console: Where progress and the table are shown.
-        num_fonts: Train on so many fonts only, for a quick look; None: all.
-
-    Returns:
-        The report's path.
+    Runs that are complete in `output` are not trained again. The arguments are those of
+    `softlabels demo`; steps are timed in so many `rounds`.
 
     Raises:
         ValueError: `output` holds runs of other settings.
@@ -135,10 +124,7 @@ def step_ratios(
 ) -> dict[str, Ratio]:
     """Time of a training step over the first configuration's, one thread, in turn.
 
-    Args:
-        configs: By name; all on the same data and batch size.
-        source: These data.
-        rounds: How often each step is timed.
+    The configurations, by name, are all on these data, with the same batch size.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

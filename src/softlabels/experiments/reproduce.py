@@ -89,24 +89,21 @@ def describe_recipes(
 ) -> list[str]:
     """What each recipe is called and runs, and what was published; at most 80 characters wide.
 
-    Args:
-        data: Only those on this data source.
-        method: Only those of this method; `"cross_entropy"` and `"label_smoothing"` count as such.
-        table: Only those of this table.
+    Those on a data source, of a table, or of a method, as which `"cross_entropy"` and
+    `"label_smoothing"` count too.
 
     Raises:
         ConfigError: No recipe has this table, data or method.
     """
     names = recipes_of(table) if table is not None else [n for t in tables() for n in recipes_of(t)]
     found = [(name, resolve(load_recipe(name))) for name in names]
-    kinds: dict[str, set[str]] = {
-        "data": {config.data.source for _, config in found},
-        "method": {config.label for _, config in found},
-    }
-    for what, value in (("data", data), ("method", method)):
-        if value is not None and value not in kinds[what]:
-            known = sorted(str(kind) for kind in kinds[what] if kind)
-            raise ConfigError(f"no recipe with {what} {value!r:.80}: expected {', '.join(known)}")
+    for what, value, known in (
+        ("data", data, {config.data.source for _, config in found}),
+        ("method", method, {config.label for _, config in found}),
+    ):
+        if value is not None and value not in known:
+            expected = ", ".join(sorted(known))
+            raise ConfigError(f"no recipe with {what} {value!r:.80}: expected {expected}")
     kept = [
         (name, config)
         for name, config in found
@@ -146,22 +143,9 @@ def reproduce(
     """Train what a table's rows need and is not complete yet, and compare with the paper.
 
     A teacher without weights is trained by its own recipe first, with seed 0, once for all rows.
-    Runs of the same settings are shared, also between tables with the same `output`.
-
-    Args:
-        table: One of `tables`.
-        rows: Names of some of its recipes; empty: all. Their baselines are added.
-        changes: Settings that lie over each recipe, such as the data's path.
-        seeds: Each row runs with seeds 0 to this, without it.
-        output: Folder of the runs, and of TABLE.json and TABLE.md.
-        jobs: Runs at a time.
-        threads: CPU threads of each process; None: torch's choice.
-        processes: Of each run.
-        smoke: Shrink every run to seconds (`shrunk`); its figures mean nothing.
-        console: Where progress and the table are shown.
-
-    Returns:
-        The rows.
+    Runs of the same settings are shared, also between tables with the same `output`. The arguments
+    are those of `softlabels reproduce`; `changes` lie over each recipe, and the baselines of the
+    rows are added.
 
     Raises:
         ConfigError: No such table or row, or a setting that does not fit.

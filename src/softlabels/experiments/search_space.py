@@ -44,13 +44,9 @@ _EXAMPLE = "optimizer.lr=0.05..0.5:log or task.smooth_over=all,non_target"
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from one to another, both finite and in order.
+    """Numbers between two finite ends, or `whole` ones.
 
-    Args:
-        low: The smallest; above 0 with `log`, and whole with `whole`, as is `high`.
-        high: The largest.
-        log: Whether equal factors are equally likely, rather than equal distances.
-        whole: Whether they are whole numbers.
+    With `log`, for numbers above 0, equal factors are equally likely, rather than equal distances.
     """
 
     low: float
@@ -97,17 +93,7 @@ Space: TypeAlias = Mapping[str, Range | Choices]
 
 
 def default_space(config: Config) -> dict[str, Range | Choices]:
-    """What is worth a search for a method, by the names of its settings.
-
-    - With a method: its weights within a factor of 10 and its temperatures from 1 to 10, or within
-      a factor of 4 where they are outside of that. `method_weight` too, unless the method has two
-      weights of its own or more, which say it all; from 0.05 to 0.95 where the labels have the
-      rest. Weights of 0 are parts that are off, and stay off.
-    - With label smoothing alone: from 0.01 to 0.4.
-    - With cross-entropy alone: learning rate and weight decay within a factor of 4.
-
-    Args:
-        config: The settings; factors are around these.
+    """What is worth a search around some settings, as docs/sweep.md says: weights, temperatures.
 
     Raises:
         ValueError: There is nothing of that.
@@ -165,10 +151,7 @@ def _around(value: float, factor: float) -> Range:
 
 
 def read_space(texts: Sequence[str]) -> dict[str, Range | Choices]:
-    """Read a space from texts.
-
-    Args:
-        texts: Each is KEY=LOW..HIGH, KEY=LOW..HIGH:log, or KEY=VALUE,VALUE,...
+    """Read a space from texts: KEY=LOW..HIGH, KEY=LOW..HIGH:log, or KEY=VALUE,VALUE,...
 
     Raises:
         ValueError: One is none of these, or a setting is there twice.
@@ -209,10 +192,6 @@ def _choices(text: str) -> Choices:
 
 def fitted_space(config: Config, space: Space) -> dict[str, Range | Choices]:
     """Check a space against the settings, and find out which ranges are of whole numbers.
-
-    Args:
-        config: The settings that are searched around.
-        space: What may be tried.
 
     Raises:
         ValueError: It is empty, or has a setting that there is not, that is no number or that

@@ -47,7 +47,6 @@ from softlabels.training.errors import RunError
 from softlabels.training.recipes import flattened
 from softlabels.training.run_folder import differences, fixed_settings
 from softlabels.training.schemas import Summary
-from softlabels.training.settings import PaperSettings
 
 __all__ = ["VALIDATION", "SweepResult", "run_sweep"]
 
@@ -62,14 +61,7 @@ _SHARED = {"settings", "space", "metric", "seeds", "search_seed", "startup"}
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep gave.
-
-    Attributes:
-        folder: Where everything is.
-        record: All trials.
-        best: The best one.
-        config: The settings to train with: the best values, on the whole training set.
-    """
+    """All trials, the best one, and its settings to train with on the whole training set."""
 
     folder: Path
     record: SweepRecord
@@ -110,17 +102,16 @@ def run_sweep(
             is in use.
         RunError: A run failed, or no trial has a finite loss. The same call goes on from there.
     """
-    given = config.model_copy(update={"output": None, "paper": PaperSettings()})
-    config = given
+    given = with_values(config, {"output": None, "paper": {}})
+    own: dict[str, Any] = {"gallery": 0, "report": False}  # nobody looks at those of the trials
     if given.data.validation is None:
         say(
             console,
             f"{VALIDATION:.0%} of the training set is held out for choosing (data.validation "
             f"{VALIDATION:g}); the test set is not read",
         )
-        config = _with_data(given, validation=VALIDATION)
-    # Nobody looks at the trials' galleries and pages.
-    config = config.model_copy(update={"gallery": 0, "report": False})
+        own["data.validation"] = VALIDATION
+    config = with_values(given, own)
     space = fitted_space(config, read_space(options.space) or default_space(config))
     source = build_source(config)
     source.close()
@@ -153,13 +144,10 @@ def run_sweep(
             f"none of {len(record.trials)} trials has a finite loss: try a smaller learning rate "
             f"or another space ({output / 'sweep.json'})"
         )
-    best = with_values(_with_data(given, validation=None, train_share=None), ranked[0].values)
+    whole = {"data.validation": None, "data.train_share": None}
+    best = with_values(given, {**whole, **ranked[0].values})
     write_results(record, best, output)
     return SweepResult(output, record, ranked[0], best)
-
-
-def _with_data(config: Config, **changes: float | None) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 @contextlib.contextmanager
