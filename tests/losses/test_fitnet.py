@@ -19,7 +19,7 @@ def test_values_and_gradients_are_the_published_ones(case) -> None:
     values = {"student_maps": [student], "teacher_maps": [case["teacher_map"]]}
     method = FitNetLoss()
     heads = heads_of(method, values)
-    convolution, norm, _ = heads.regressors[0]
+    convolution, norm, _ = heads.levels[0]
     # The regressor's kind follows from the sizes alone.
     assert isinstance(convolution, nn.ConvTranspose2d) == bool(case["transposed"])
     assert convolution.stride == (case["stride"],) * 2
@@ -75,7 +75,7 @@ def test_the_larger_map_is_pooled() -> None:
 def test_the_regressor_goes_by_the_sizes(student, teacher, kind, kernel, regressed) -> None:
     values = {"student_maps": drawn((2, 3, *student)), "teacher_maps": drawn((2, 5, *teacher))}
     heads = heads_of(FitNetLoss(), values)
-    convolution = heads.regressors[0][0]
+    convolution = heads.levels[0][0]
     assert type(convolution) is kind
     assert convolution.kernel_size == kernel
     heard = through(heads, values)

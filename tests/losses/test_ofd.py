@@ -36,7 +36,7 @@ def test_values_and_gradients_are_the_published_ones(case) -> None:
     method = OFDLoss()
     heads = heads_of(method, values)
     published = {
-        f"connectors.{level}.{part}": case[f"{name}_{level}"]
+        f"levels.{level}.{part}": case[f"{name}_{level}"]
         for level in range(len(student))
         for part, name in {
             "0.weight": "connector_weight",
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_the_published_ones(case) -> None:
         # The published code has the teacher's map pooled, so the student's size stays.
         assert_close(map.grad, case[f"grad_aligned_map_{level}"])
         assert_close(student[level].grad, case[f"grad_student_map_{level}"])
-        connector = heads.connectors[level]
+        connector = heads.levels[level]
         assert_close(connector[0].weight.grad, case[f"grad_connector_weight_{level}"])
         assert_close(connector[1].weight.grad, case[f"grad_connector_bn_weight_{level}"])
         assert_close(connector[1].bias.grad, case[f"grad_connector_bn_bias_{level}"])
@@ -152,7 +152,7 @@ def test_the_module_reads_before_the_activation() -> None:
 def test_connectors_have_the_published_initialization() -> None:
     # Normal with a variance of 2 over the output channels.
     values = {"student_maps": drawn((1, 300, 1, 1)), "teacher_maps": drawn((1, 200, 1, 1))}
-    weight = heads_of(OFDLoss(), values).connectors[0][0].weight
+    weight = heads_of(OFDLoss(), values).levels[0][0].weight
     assert weight.std().item() == pytest.approx(math.sqrt(2 / 200), rel=0.02)
 
 

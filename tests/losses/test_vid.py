@@ -103,7 +103,7 @@ def test_variances_of_the_deepest_levels_are_used_and_one_sample_will_do() -> No
         (torch.ones(3), TypeError, "variances must be a list of tensors, got Tensor"),
         ([], ValueError, "one tensor for each of 1 levels, got 0"),
         ([torch.ones(4)], ValueError, r"of 3 channels must be \[3\], got \(4,\)"),
-        ([torch.ones(3).int()], TypeError, "variances must be floating-point tensors"),
+        ([torch.ones(3).int()], TypeError, "each of variances must be a floating-point tensor"),
     ],
 )
 def test_variances_that_do_not_fit_are_told(variances, error, message) -> None:

@@ -8,9 +8,11 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_flag",
+    "check_floating",
     "check_ignore_index",
     "check_logits",
     "check_number",
+    "check_range",
     "check_target",
     "check_temperature",
     "check_two_labels",
@@ -51,6 +53,12 @@ def values_can_be_read(tensor: Tensor) -> bool:
     return _values_forced or (type(tensor) is Tensor and tensor.device.type == "cpu")
 
 
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Raise TypeError unless `tensor` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_described(tensor)}")
+
+
 def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = None) -> None:
     """Check that `logits` is a floating [B, C] tensor with C >= 2, shaped as `like` if given.
 
@@ -58,8 +66,7 @@ def check_logits(logits: Tensor, name: str = "logits", like: Tensor | None = Non
         TypeError: Not a floating-point tensor.
         ValueError: Not [B, C] with B >= 1 and C >= 2, or of another shape than `like`.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {_described(logits)}")
+    check_floating(logits, name)
     if logits.dim() != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
         raise ValueError(
             f"{name} must be [B, C] with at least one sample and two classes, "
@@ -95,11 +102,7 @@ def check_target(target: Tensor, logits: Tensor, ignore_index: int | None = None
             known = target
             if ignore_index is not None:
                 known = torch.where(target == ignore_index, 0, target)
-            low, high = (int(value) for value in known.aminmax())
-            if low < 0 or high >= num_classes:
-                raise ValueError(
-                    f"target must lie in [0, {num_classes}), got values from {low} to {high}"
-                )
+            check_range(known, "target", num_classes)
         return
     if target.shape != logits.shape:
         raise ValueError(
@@ -168,11 +171,14 @@ def check_votes(votes: Tensor, logits: Tensor) -> None:
             f"votes must be [{logits.shape[0]}, K] class indices, got {tuple(votes.shape)}"
         )
     if values_can_be_read(votes):
-        low, high = (int(value) for value in votes.aminmax())
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f"votes must lie in [0, {logits.shape[1]}), got values from {low} to {high}"
-            )
+        check_range(votes, "votes", logits.shape[1])
+
+
+def check_range(indices: Tensor, name: str, count: int) -> None:
+    """Raise ValueError unless all indices lie in [0, count); it reads them."""
+    low, high = (int(value) for value in indices.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must lie in [0, {count}), got values from {low} to {high}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,26 +5,30 @@ Shapes: B samples, D channels, H x W positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.inputs import Features, Input
-from softlabels.losses._method import Shapes, Value
+from softlabels.losses._checks import check_floating
+from softlabels.losses._method import Method, Shapes, Stages, Value
 from softlabels.losses._non_target import in_float32
 
 __all__ = [
+    "POOLED_INPUTS",
+    "LevelAdapters",
+    "LevelsMethod",
     "Values",
     "check_maps",
     "check_vectors",
-    "level_terms",
     "map_inputs",
     "paired_from_deepest",
     "paired_maps",
     "paired_shapes",
+    "pooled_pair",
     "pooled_to",
     "pooled_to_each_other",
     "tensors_of",
@@ -90,17 +94,18 @@ def paired_maps(
     return [(ours, theirs.to(ours.dtype)) for ours, theirs in pairs]
 
 
-def level_terms(terms: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The terms of the levels by name: `"level_0"` (the shallowest) and so on."""
-    return {f"level_{number}": term for number, term in enumerate(terms)}
-
-
 def map_inputs(stages: tuple[str, ...], *, before_activation: bool = False) -> dict[str, Input]:
     """The inputs `student_maps` and `teacher_maps` at the same stages of both networks."""
     return {
         "student_maps": Features("student", stages, "map", before_activation),
         "teacher_maps": Features("teacher", stages, "map", before_activation),
     }
+
+
+POOLED_INPUTS: Mapping[str, Input] = {
+    "student_features": Features(form="pooled"),
+    "teacher_features": Features(of="teacher", form="pooled"),
+}
 
 
 def tensors_of(values: Values, name: str) -> list[Tensor]:
@@ -180,9 +185,7 @@ def _check_list(name: str, maps: Sequence[Tensor]) -> None:
     if not maps:
         raise ValueError(f"{name} must hold at least one feature map, got none")
     for number, map in enumerate(maps):
-        if not isinstance(map, Tensor) or not map.is_floating_point():
-            kind = f"a tensor of {map.dtype}" if isinstance(map, Tensor) else type(map).__name__
-            raise TypeError(f"{name}[{number}] must be a floating-point tensor, got {kind}")
+        check_floating(map, f"{name}[{number}]")
         if map.dim() != 4 or min(map.shape) < 1:
             raise ValueError(
                 f"{name}[{number}] must be [B, D, H, W] and not empty, got {tuple(map.shape)}"
@@ -209,10 +212,7 @@ def check_vectors(
         ValueError: Not [B, D], empty, or of two batches.
     """
     for name, features in zip(names, (student, teacher), strict=True):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            is_tensor = isinstance(features, Tensor)
-            kind = f"a tensor of {features.dtype}" if is_tensor else type(features).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+        check_floating(features, name)
         if features.dim() != 2 or min(features.shape) < 1:
             raise ValueError(f"{name} must be [B, D] and not empty, got {tuple(features.shape)}")
     if student.shape[0] != teacher.shape[0] or (same_widths and student.shape != teacher.shape):
@@ -236,6 +236,25 @@ def the_only(name: str, features: Tensor | Sequence[Tensor]) -> Tensor:
     return found
 
 
+def pooled_pair(
+    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The one pooled feature of each network, of `POOLED_INPUTS`.
+
+    Returns:
+        [B, D] and [B, E], in at least float32 and one dtype; the teacher's without gradient.
+
+    Raises:
+        TypeError: Not floating-point tensors.
+        ValueError: Another number of tensors, not [B, D], empty, or of two batches.
+    """
+    student = the_only("student_features", student_features)
+    teacher = the_only("teacher_features", teacher_features)
+    check_vectors(student, teacher)
+    student = in_float32(student)
+    return student, in_float32(teacher.detach()).to(student.dtype)
+
+
 def unit_vectors(vectors: Tensor, *, least: float = 0.0, added: float = 0.0) -> Tensor:
     """Vectors divided by their length; those that have none become 0, and get no gradient.
 
@@ -252,3 +271,55 @@ def unit_vectors(vectors: Tensor, *, least: float = 0.0, added: float = 0.0) -> 
     # Replaced before the root, whose derivative at 0 is infinite.
     lengths = squared.masked_fill(none, 1.0).sqrt()
     return torch.where(none, 0.0, vectors / (lengths + added))
+
+
+class LevelsMethod(Method):
+    """Base of methods that compare the maps of both networks, each level by itself.
+
+    A subclass has a default for `stages`, and `level`.
+
+    Attributes:
+        same_widths: Whether the maps of a level must have the same number of channels.
+    """
+
+    stages: Stages
+
+    of_batch = True
+    same_widths: ClassVar[bool] = False
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Maps of both networks."""
+        return map_inputs(self.stages)
+
+    def terms(
+        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """`"level_0"` (the shallowest) and so on, scalars.
+
+        Args:
+            student_maps: List of [B, D, H, W], shallow to deep; with adapters what they make of
+                them. Get the gradient.
+            teacher_maps: List of [B, E, H, W], of any size. Get none. Levels are paired from the
+                deepest.
+        """
+        check_maps(student_maps, teacher_maps, same_widths=self.same_widths)
+        pairs = paired_maps(student_maps, teacher_maps)
+        return {f"level_{number}": self.level(*pair) for number, pair in enumerate(pairs)}
+
+    def level(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The term of one level, a scalar, of [B, D, H, W] and [B, E, H, W] in one dtype."""
+        raise NotImplementedError
+
+
+class LevelAdapters(nn.Module):
+    """A module for each level, shallow to deep, whose outputs replace `student_maps`."""
+
+    def __init__(self, levels: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+
+    def forward(self, values: Values) -> dict[str, Value]:
+        """The maps paired with the modules from the deepest."""
+        pairs = paired_from_deepest([*self.levels], tensors_of(values, "student_maps"))
+        return {"student_maps": [module(map) for module, map in pairs]}

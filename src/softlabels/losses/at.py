@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Input
-from softlabels.losses._features import (
-    check_maps,
-    level_terms,
-    map_inputs,
-    paired_maps,
-    pooled_to_each_other,
-)
-from softlabels.losses._method import Count, Defaults, Method, Stages
+from softlabels.losses._features import LevelsMethod, pooled_to_each_other
+from softlabels.losses._method import Count, Defaults, Stages
 
 __all__ = ["ATLoss"]
 
@@ -26,7 +17,7 @@ def _attention(map: Tensor, power: int) -> Tensor:
     return functional.normalize(sizes.pow(power).mean(1).flatten(1))
 
 
-class ATLoss(Method, name="at"):
+class ATLoss(LevelsMethod, name="at"):
     r"""AT: the squared distance of the two networks' normalized attention maps.
 
     Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017 (arXiv 1612.03928),
@@ -65,26 +56,10 @@ class ATLoss(Method, name="at"):
     power: Count = 2
 
     defaults = Defaults(weight=1000.0)
-    of_batch = True
 
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        """Maps of both networks."""
-        return map_inputs(self.stages)
-
-    def terms(
-        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """`"level_0"` (the shallowest) and so on, scalars.
-
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
-            teacher_maps: List of [B, E, H, W], of any width and size. Get none. Levels are paired
-                from the deepest; the larger map of a pair is average-pooled to the smaller.
-        """
-        check_maps(student_maps, teacher_maps)
-        terms = []
-        for pair in paired_maps(student_maps, teacher_maps):
-            student, teacher = (_attention(map, self.power) for map in pooled_to_each_other(*pair))
-            terms.append((student - teacher).square().mean())
-        return level_terms(terms)
+    def level(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the attention of both; the larger map is average-pooled to the smaller."""
+        student, teacher = (
+            _attention(map, self.power) for map in pooled_to_each_other(student, teacher)
+        )
+        return (student - teacher).square().mean()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.inputs import Features, FromBatch, Target
-from softlabels.losses._checks import check_number, values_can_be_read
-from softlabels.losses._features import check_vectors, the_only, unit_vectors
+from softlabels.inputs import FromBatch, Target
+from softlabels.losses._checks import check_floating, check_number, values_can_be_read
+from softlabels.losses._features import POOLED_INPUTS, check_vectors, the_only, unit_vectors
 from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._method import (
     Count,
@@ -59,8 +59,7 @@ def crd_scores(
     that takes less memory than a copy of K rows for each sample.
     """
     check_number("temperature", temperature, positive=True)
-    if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
-        raise TypeError("embedding must be a floating-point tensor")
+    check_floating(embedding, "embedding")
     if embedding.dim() != 2 or memory.dim() != 2 or memory.shape[1] != embedding.shape[1]:
         raise ValueError(
             "embedding and memory must be [B, D] and [n, D], got "
@@ -260,8 +259,7 @@ class CRDLoss(Method, name="crd"):
     most_memory: Positive = 8.0
 
     adapter_inputs: ClassVar = {
-        "student_features": Features(form="pooled"),
-        "teacher_features": Features(of="teacher", form="pooled"),
+        **POOLED_INPUTS,
         "target": Target(),
         "index": FromBatch("index"),
     }

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor, nn
 
-from softlabels.inputs import Input
 from softlabels.losses._features import (
-    Values,
-    check_maps,
-    level_terms,
-    map_inputs,
-    paired_from_deepest,
-    paired_maps,
+    LevelAdapters,
+    LevelsMethod,
     paired_shapes,
     pooled_to_each_other,
-    tensors_of,
 )
-from softlabels.losses._method import Defaults, Method, Shapes, Stages
+from softlabels.losses._method import Defaults, Shapes, Stages
 
 __all__ = ["FitNetLoss"]
 
 
-class FitNetLoss(Method, name="fitnet"):
+class FitNetLoss(LevelsMethod, name="fitnet"):
     r"""FitNet: the mean squared distance of regressed student maps from the teacher's.
 
     Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015 (arXiv 1412.6550), equation 3,
@@ -47,10 +39,9 @@ class FitNetLoss(Method, name="fitnet"):
             one is the second of a network's stages.
 
     Deviations: the paper trains the lower half of the student with it first, and sums over
-    elements; this is the form of the later comparisons, one training with both terms.
-    Deviations of the learned parts: where the student's map is smaller, but not by half, the
-    convolution is 1x1 and
-    the teacher's map is pooled; the published code has no regressor for it.
+    elements; this is the form of the later comparisons, one training with both terms. Where the
+    student's map is smaller, but not by half, the convolution is 1x1 and the teacher's map is
+    pooled; the published code has no regressor for it.
     Numerics: float32 or wider, also under autocast.
     Distributed: each sample by itself; the BatchNorms of the adapters are those of the process.
 
@@ -64,50 +55,19 @@ class FitNetLoss(Method, name="fitnet"):
     stages: Stages = ("stage:1",)
 
     defaults = Defaults(weight=100.0)
-    of_batch = True
-
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        """Maps of both networks."""
-        return map_inputs(self.stages)
+    same_widths = True
 
     def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The regressors, one for each pair of levels."""
-        return _Regressors(paired_shapes(shapes))
-
-    def terms(
-        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """`"level_0"` (the shallowest) and so on, scalars.
-
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep: the regressed maps,
-            of the teacher's
-                widths. Get the gradient.
-            teacher_maps: List of [B, D, H, W]. Get none. Levels are paired from the deepest; the
-                larger map of a pair is average-pooled to the smaller.
-        """
-        check_maps(student_maps, teacher_maps, same_widths=True)
-        terms = []
-        for pair in paired_maps(student_maps, teacher_maps):
-            student, teacher = pooled_to_each_other(*pair)
-            terms.append((student - teacher).square().mean())
-        return level_terms(terms)
-
-
-class _Regressors(nn.Module):
-    """Convolution, BatchNorm and ReLU for each level, shallow to deep."""
-
-    def __init__(self, shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        super().__init__()
-        self.regressors = nn.ModuleList(
+        return LevelAdapters(
             nn.Sequential(_resizing(student, teacher), nn.BatchNorm2d(teacher[1]), nn.ReLU())
-            for student, teacher in shapes
+            for student, teacher in paired_shapes(shapes)
         )
 
-    def forward(self, values: Values) -> dict[str, Tensor | list[Tensor]]:
-        levels = paired_from_deepest([*self.regressors], tensors_of(values, "student_maps"))
-        return {"student_maps": [regressor(map) for regressor, map in levels]}
+    def level(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the regressed map and the teacher's; the larger is average-pooled to the smaller."""
+        student, teacher = pooled_to_each_other(student, teacher)
+        return (student - teacher).square().mean()
 
 
 def _resizing(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:

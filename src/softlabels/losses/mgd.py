@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features
-from softlabels.losses._features import check_maps, pooled_to, the_only
+from softlabels.losses._features import check_maps, map_inputs, pooled_to, the_only
 from softlabels.losses._method import Defaults, Method, Shapes, Share
 from softlabels.losses._non_target import in_float32
 
@@ -99,10 +98,7 @@ class MGDLoss(Method, name="mgd"):
 
     mask_ratio: Share = 0.15
 
-    inputs: ClassVar = {
-        "student_maps": Features(of="student", stages=("last",), form="map"),
-        "teacher_maps": Features(of="teacher", stages=("last",), form="map"),
-    }
+    inputs: ClassVar = map_inputs(("last",))
     defaults = Defaults(weight=7e-5)
     of_batch = True
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softlabels.inputs import AuxBranches, Features, FromBatch, Input, Logits, SecondPass, Target
-from softlabels.losses._checks import check_logits, values_can_be_read
+from softlabels.losses._checks import check_logits, check_range, values_can_be_read
 from softlabels.losses._method import Method, Shapes, Stages, Temperature, Weight
 from softlabels.losses._mixskd_adapters import Discriminators, MixSKDAdapters, interpolated
 from softlabels.losses._non_target import in_float32, label_probabilities
@@ -265,5 +265,5 @@ def _check_mixture(index: Tensor, weight: Tensor, batch_size: int) -> None:
     for name, values in (("mixup_index", index), ("mixup_weight", weight)):
         if values.shape != (batch_size,):
             raise ValueError(f"{name} must be [{batch_size}], got {tuple(values.shape)}")
-    if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < batch_size:
-        raise ValueError(f"mixup_index must lie in [0, {batch_size}), got {index.tolist()}")
+    if values_can_be_read(index):
+        check_range(index, "mixup_index", batch_size)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Input
-from softlabels.losses._features import (
-    check_maps,
-    level_terms,
-    map_inputs,
-    paired_maps,
-    pooled_to_each_other,
-)
-from softlabels.losses._method import Defaults, Method, Stages
+from softlabels.losses._features import LevelsMethod, pooled_to_each_other
+from softlabels.losses._method import Defaults, Stages
 
 __all__ = ["NSTLoss"]
 
@@ -27,7 +18,7 @@ def _mean_kernel(left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left, right.transpose(1, 2)).square().mean()
 
 
-class NSTLoss(Method, name="nst"):
+class NSTLoss(LevelsMethod, name="nst"):
     r"""NST: the maximum mean discrepancy of the two networks' channels, as points.
 
     Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017
@@ -62,29 +53,12 @@ class NSTLoss(Method, name="nst"):
     stages: Stages = ("stages",)
 
     defaults = Defaults(weight=50.0)
-    of_batch = True
 
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        """Maps of both networks."""
-        return map_inputs(self.stages)
-
-    def terms(
-        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """`"level_0"` (the shallowest) and so on, scalars.
-
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
-            teacher_maps: List of [B, E, H, W], of any width and size. Get none. Levels are paired
-                from the deepest; the larger map of a pair is average-pooled to the smaller.
-        """
-        check_maps(student_maps, teacher_maps)
-        terms = []
-        for pair in paired_maps(student_maps, teacher_maps):
-            student, teacher = (
-                functional.normalize(map.flatten(2), dim=2) for map in pooled_to_each_other(*pair)
-            )
-            own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
-            terms.append(own - 2 * _mean_kernel(student, teacher))
-        return level_terms(terms)
+    def level(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the channels of both; the larger map is average-pooled to the smaller."""
+        student, teacher = (
+            functional.normalize(map.flatten(2), dim=2)
+            for map in pooled_to_each_other(student, teacher)
+        )
+        own = _mean_kernel(teacher, teacher) + _mean_kernel(student, student)
+        return own - 2 * _mean_kernel(student, teacher)

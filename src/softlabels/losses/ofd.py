@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.inputs import Input, NormParameters
+from softlabels.losses._checks import check_floating
 from softlabels.losses._features import (
-    Values,
+    LevelAdapters,
     check_maps,
-    level_terms,
     map_inputs,
-    paired_from_deepest,
     paired_maps,
     paired_shapes,
     pooled_to_each_other,
-    tensors_of,
 )
 from softlabels.losses._method import Defaults, Method, Shapes, Stages
 from softlabels.losses._non_target import in_float32
@@ -66,8 +64,7 @@ def _check_norms(norm_parameters: Sequence[Tensor], teacher_maps: Sequence[Tenso
             f"teacher_maps, got {len(norm_parameters)}"
         )
     for number, (parameters, map) in enumerate(zip(norm_parameters, teacher_maps, strict=True)):
-        if not isinstance(parameters, Tensor) or not parameters.is_floating_point():
-            raise TypeError(f"norm_parameters[{number}] must be a floating-point tensor")
+        check_floating(parameters, f"norm_parameters[{number}]")
         if parameters.shape != (2, map.shape[1]):
             raise ValueError(
                 f"norm_parameters[{number}] must be [2, {map.shape[1]}], a BatchNorm's weight and "
@@ -140,7 +137,7 @@ class OFDLoss(Method, name="ofd"):
 
     def build_adapters(self, shapes: Shapes) -> nn.Module:
         """The connectors, one for each pair of levels."""
-        return _Connectors([(s[1], t[1]) for s, t in paired_shapes(shapes)])
+        return LevelAdapters(_connector(s[1], t[1]) for s, t in paired_shapes(shapes))
 
     def terms(
         self,
@@ -162,27 +159,18 @@ class OFDLoss(Method, name="ofd"):
         _check_norms(norm_parameters, teacher_maps)
         pairs = paired_maps(student_maps, teacher_maps)
         margins = ofd_margins(norm_parameters)[-len(pairs) :]
-        terms = []
+        terms = {}
         for above, ((student, teacher), margin) in enumerate(zip(pairs, margins, strict=True)):
             student, teacher = pooled_to_each_other(student, teacher)
             bound = torch.maximum(teacher, margin.to(student.dtype)[:, None, None])
             gap = torch.where((teacher > 0) | (student > bound), student - bound, 0.0)
             level = gap.square().sum() / len(student)
-            terms.append(level / 2 ** (len(pairs) - 1 - above))
-        return level_terms(terms)
+            terms[f"level_{above}"] = level / 2 ** (len(pairs) - 1 - above)
+        return terms
 
 
-class _Connectors(nn.Module):
-    """A 1x1 convolution and a BatchNorm for each level, shallow to deep."""
-
-    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
-        super().__init__()
-        self.connectors = nn.ModuleList()
-        for student_width, teacher_width in widths:
-            convolution = nn.Conv2d(student_width, teacher_width, 1, bias=False)
-            nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
-            self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(teacher_width)))
-
-    def forward(self, values: Values) -> dict[str, Tensor | list[Tensor]]:
-        levels = paired_from_deepest([*self.connectors], tensors_of(values, "student_maps"))
-        return {"student_maps": [connector(map) for connector, map in levels]}
+def _connector(student_width: int, teacher_width: int) -> nn.Module:
+    """A 1x1 convolution and a BatchNorm."""
+    convolution = nn.Conv2d(student_width, teacher_width, 1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
+    return nn.Sequential(convolution, nn.BatchNorm2d(teacher_width))

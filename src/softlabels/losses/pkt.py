@@ -8,10 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from softlabels.inputs import Features
-from softlabels.losses._features import check_vectors, the_only, unit_vectors
+from softlabels.losses._features import POOLED_INPUTS, pooled_pair, unit_vectors
 from softlabels.losses._method import Defaults, Method
-from softlabels.losses._non_target import in_float32
 
 __all__ = ["PKTLoss"]
 
@@ -60,10 +58,7 @@ class PKTLoss(Method, name="pkt"):
         tensor(0.)
     """
 
-    inputs: ClassVar = {
-        "student_features": Features(form="pooled"),
-        "teacher_features": Features(of="teacher", form="pooled"),
-    }
+    inputs: ClassVar = POOLED_INPUTS
     defaults = Defaults(weight=30000.0)
     of_batch = True
 
@@ -76,11 +71,7 @@ class PKTLoss(Method, name="pkt"):
             student_features: [B, D], pooled. Gets the gradient.
             teacher_features: [B, E], pooled; E may differ from D. Gets none.
         """
-        ours = the_only("student_features", student_features)
-        theirs = the_only("teacher_features", teacher_features)
-        check_vectors(ours, theirs)
-        student = in_float32(ours)
-        log_student = (_neighbors(student) + _EPSILON).log()
-        teacher = _neighbors(in_float32(theirs.detach()).to(student.dtype))
+        student, teacher = map(_neighbors, pooled_pair(student_features, teacher_features))
+        log_student = (student + _EPSILON).log()
         divergence = (teacher * ((teacher + _EPSILON).log() - log_student)).mean()
         return {"neighbors": divergence}

@@ -12,7 +12,6 @@ from softlabels.inputs import Features, Input
 from softlabels.losses._features import (
     Values,
     check_maps,
-    level_terms,
     paired_from_deepest,
     paired_maps,
     paired_shapes,
@@ -134,7 +133,7 @@ class ReviewKDLoss(Method, name="reviewkd"):
         teacher_maps = _with_pooled(teacher_maps, teacher_pooled)
         check_maps(student_maps, teacher_maps, same_widths=True, same_sizes=True)
         pairs = paired_maps(student_maps, teacher_maps)
-        return level_terms([_context_distance(*pair) for pair in pairs])
+        return {f"level_{level}": _context_distance(*pair) for level, pair in enumerate(pairs)}
 
 
 def _pooled_width(shapes: Shapes, network: str) -> int:

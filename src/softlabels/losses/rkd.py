@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softlabels.inputs import Features
-from softlabels.losses._features import check_vectors, the_only, unit_vectors
+from softlabels.losses._features import POOLED_INPUTS, pooled_pair, unit_vectors
 from softlabels.losses._method import Method, Weight
-from softlabels.losses._non_target import in_float32
 
 __all__ = ["RKDLoss"]
 
@@ -78,10 +76,7 @@ class RKDLoss(Method, name="rkd"):
     distance_weight: Weight = 25.0
     angle_weight: Weight = 50.0
 
-    inputs: ClassVar = {
-        "student_features": Features(form="pooled"),
-        "teacher_features": Features(of="teacher", form="pooled"),
-    }
+    inputs: ClassVar = POOLED_INPUTS
     of_batch = True
 
     def terms(
@@ -93,11 +88,7 @@ class RKDLoss(Method, name="rkd"):
             student_features: [B, D], pooled. Gets the gradient.
             teacher_features: [B, E], pooled; E may differ from D. Gets none.
         """
-        ours = the_only("student_features", student_features)
-        theirs = the_only("teacher_features", teacher_features)
-        check_vectors(ours, theirs)
-        student = in_float32(ours)
-        teacher = in_float32(theirs.detach()).to(student.dtype)
+        student, teacher = pooled_pair(student_features, teacher_features)
         distances, angles = _relations(student)
         teacher_distances, teacher_angles = _relations(teacher)
         return {

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 
-from softlabels.inputs import Input
-from softlabels.losses._features import (
-    check_maps,
-    level_terms,
-    map_inputs,
-    paired_from_deepest,
-    unit_vectors,
-    wide_maps,
-)
-from softlabels.losses._method import Defaults, Method, Stages
+from softlabels.losses._features import LevelsMethod, unit_vectors
+from softlabels.losses._method import Defaults, Stages
 
 __all__ = ["SPLoss"]
 
@@ -27,7 +17,7 @@ def _similarities(maps: Tensor) -> Tensor:
         return unit_vectors(rows @ rows.T)
 
 
-class SPLoss(Method, name="sp"):
+class SPLoss(LevelsMethod, name="sp"):
     r"""SP: samples that are similar for the teacher are similar for the student.
 
     Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 (arXiv 1907.09682),
@@ -67,27 +57,7 @@ class SPLoss(Method, name="sp"):
     stages: Stages = ("last",)
 
     defaults = Defaults(weight=3000.0)
-    of_batch = True
 
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        """Maps of both networks."""
-        return map_inputs(self.stages)
-
-    def terms(
-        self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """`"level_0"` (the shallowest) and so on, scalars.
-
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep. Get the gradient.
-            teacher_maps: As for the student; widths, sizes and the number of levels may differ.
-                Levels are paired from the deepest. Get none.
-        """
-        check_maps(student_maps, teacher_maps)
-        pairs = paired_from_deepest(wide_maps(student_maps), wide_maps(teacher_maps, constant=True))
-        terms = []
-        for ours, theirs in pairs:
-            similar = _similarities(ours)
-            terms.append((similar - _similarities(theirs.to(ours.dtype))).square().mean())
-        return level_terms(terms)
+    def level(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the similarities of both, [B, B], whatever the sizes of the maps."""
+        return (_similarities(student) - _similarities(teacher)).square().mean()

@@ -8,8 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from softlabels.inputs import Features
-from softlabels.losses._features import check_maps, the_only
+from softlabels.losses._features import check_maps, map_inputs, the_only
 from softlabels.losses._method import Defaults, Method, Shapes
 from softlabels.losses._non_target import in_float32
 
@@ -90,10 +89,7 @@ class TaTLoss(Method, name="tat"):
 
     softmax_over: SoftmaxOver = "student"
 
-    inputs: ClassVar = {
-        "student_maps": Features(of="student", stages=("last",), form="map"),
-        "teacher_maps": Features(of="teacher", stages=("last",), form="map"),
-    }
+    inputs: ClassVar = map_inputs(("last",))
     defaults = Defaults(weight=0.2, task_weight=0.1)
     of_batch = True
 

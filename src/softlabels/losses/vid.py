@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softlabels.inputs import Input
+from softlabels.losses._checks import check_floating
 from softlabels.losses._features import (
     Values,
     check_maps,
-    level_terms,
     map_inputs,
     paired_from_deepest,
     paired_maps,
@@ -28,26 +28,21 @@ from softlabels.losses._non_target import in_float32
 __all__ = ["VIDLoss"]
 
 
-def _checked_variances(
-    variances: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
-) -> list[Tensor]:
-    """Those of the paired levels."""
+def _check_variances(variances: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Check those of the paired levels."""
     if not isinstance(variances, (list, tuple)):
         raise TypeError(f"variances must be a list of tensors, got {type(variances).__name__}")
     if len(variances) < len(pairs):
         raise ValueError(
             f"variances must hold one tensor for each of {len(pairs)} levels, got {len(variances)}"
         )
-    deepest = list(variances[len(variances) - len(pairs) :])
-    for variance, (mean, _) in zip(deepest, pairs, strict=True):
-        if not isinstance(variance, Tensor) or not variance.is_floating_point():
-            raise TypeError("variances must be floating-point tensors")
+    for variance, (mean, _) in paired_from_deepest(variances, pairs):
+        check_floating(variance, "each of variances")
         if variance.shape != mean.shape[1:2]:
             raise ValueError(
                 f"variances of a level of {mean.shape[1]} channels must be [{mean.shape[1]}], "
                 f"got {tuple(variance.shape)}"
             )
-    return deepest
 
 
 class VIDLoss(Method, name="vid"):
@@ -122,24 +117,24 @@ class VIDLoss(Method, name="vid"):
         """`"level_0"` (the shallowest) and so on, scalars.
 
         Args:
-            student_maps: List of [B, D, H, W], shallow to deep: the regressed means,
-            of the teacher's
-                widths. Get the gradient.
+            student_maps: List of [B, D, H, W], shallow to deep: the regressed means, of the
+                teacher's widths. Get the gradient.
             teacher_maps: List of [B, D, H, W]. Get none. Levels are paired from the deepest; the
                 larger map of a pair is average-pooled to the smaller.
             variances: List of [D], above 0, paired likewise. Get the gradient.
         """
         check_maps(student_maps, teacher_maps, same_widths=True)
         pairs = paired_maps(student_maps, teacher_maps)
-        variances = _checked_variances(variances, pairs)
-        terms = []
-        for (mean, teacher), variance in zip(pairs, variances, strict=True):
+        _check_variances(variances, pairs)
+        terms = {}
+        levels = enumerate(paired_from_deepest(variances, pairs))
+        for number, (variance, (mean, teacher)) in levels:
             mean, teacher = pooled_to_each_other(mean, teacher)
             variance = in_float32(variance).to(mean.dtype)
             # The mean over the channels' logarithms: all positions and samples share them.
             squares = (mean - teacher).square() / variance[:, None, None]
-            terms.append(0.5 * (squares.mean() + variance.log().mean()))
-        return level_terms(terms)
+            terms[f"level_{number}"] = 0.5 * (squares.mean() + variance.log().mean())
+        return terms
 
 
 class _Regressors(nn.Module):
