@@ -39,6 +39,7 @@ from softlabels.losses._non_target import (
     softmax_parts,
     spread,
     total_of,
+    without_ignored,
 )
 
 LOGITS = torch.zeros(2, 3)
@@ -136,11 +137,11 @@ def test_class_indices_are_a_single_column():
 
 @pytest.mark.parametrize("ignored", [-100, 1, 255])
 def test_ignored_samples_are_marked_and_get_a_class_in_range(ignored):
-    classes, values, kept = label_columns(torch.tensor([2, ignored]), LOGITS, ignore_index=ignored)
+    labels, kept = without_ignored(torch.tensor([2, ignored]), ignored)
 
-    assert classes.tolist() == [[2], [0]]
-    assert values == 1
+    assert labels.tolist() == [2, 0]
     assert kept.tolist() == [True, False]
+    assert without_ignored(labels, None) == (labels, None)
 
 
 def test_two_columns_hold_the_two_largest_labels_of_which_the_second_may_be_absent():

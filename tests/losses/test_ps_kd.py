@@ -114,7 +114,7 @@ def test_a_memory_without_a_size_or_too_large_is_refused():
     # ImageNet-21k: 14197122 * (4 * 21843 + 1) bytes, over 2^30.
     with pytest.raises(ValueError, match=r"\(1155\.\d GiB\).*raise most_memory"):
         PSKDLoss(num_samples=14197122).build_adapters(shapes)
-    with pytest.raises(ValueError, match=r"13000 bytes .* most_memory=1e-05 GiB"):
+    with pytest.raises(ValueError, match=r"13000 bytes .* most_memory allows 1e-05 GiB"):
         PSKDLoss(num_samples=1000, most_memory=1e-5).build_adapters({"logits": (1, 3)})
 
 

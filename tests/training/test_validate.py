@@ -189,7 +189,7 @@ def test_partners_need_two_images_of_each_class(tmp_path):
     [
         ({"kind": "ps_kd", "most_memory": 1e-9},
          "PS-KD's memory of 32 samples of 4 classes takes 544 bytes"),
-        ({"kind": "crd", "most_memory": 1e-9}, "CRD would remember 33024 bytes"),
+        ({"kind": "crd", "most_memory": 1e-9}, "CRD's memory of 32 samples takes 33024 bytes"),
     ],
 )  # fmt: skip
 def test_a_memory_that_would_be_too_large(tmp_path, method, message):

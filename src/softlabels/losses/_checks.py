@@ -20,6 +20,7 @@ __all__ = [
     "check_values",
     "check_votes",
     "check_whole_number",
+    "fully_labeled_row",
     "in_transform",
     "values_can_be_read",
 ]
@@ -146,15 +147,20 @@ def check_two_labels(target: Tensor) -> None:
 
 def check_unsmoothed(target: Tensor) -> None:
     """Raise ValueError if a row of [B, C] labels leaves no class without a label, and C > 2."""
-    if target.dim() != 2 or target.shape[1] == 2 or not values_can_be_read(target):
-        return
-    smoothed = (target > 0).all(1)
-    if bool(smoothed.any()):
+    row = fully_labeled_row(target)
+    if row is not None and target.shape[1] > 2:
         raise ValueError(
-            f"row {int(smoothed.int().argmax())} of target has a label for every class, so that "
-            "there is no non-target class: pass unsmoothed labels (label smoothing belongs to "
-            "the task loss)"
+            f"row {row} of target has a label for every class, so that there is no non-target "
+            "class: pass unsmoothed labels (label smoothing belongs to the task loss)"
         )
+
+
+def fully_labeled_row(target: Tensor) -> int | None:
+    """The first row of [B, C] labels with a label for every class, if it may be looked for."""
+    if target.dim() != 2 or not values_can_be_read(target):
+        return None
+    full = (target > 0).all(1)
+    return int(full.int().argmax()) if bool(full.any()) else None
 
 
 def check_votes(votes: Tensor, logits: Tensor) -> None:

@@ -313,13 +313,19 @@ class LevelsMethod(Method):
 
 
 class LevelAdapters(nn.Module):
-    """A module for each level, shallow to deep, whose outputs replace `student_maps`."""
+    """A module for each level, shallow to deep, whose outputs replace the student's maps.
 
-    def __init__(self, levels: Iterable[nn.Module]) -> None:
+    Args:
+        levels: The modules.
+        name: What the argument with the maps is called.
+    """
+
+    def __init__(self, levels: Iterable[nn.Module], name: str = "student_maps") -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
+        self.name = name
 
     def forward(self, values: Values) -> dict[str, Value]:
         """The maps paired with the modules from the deepest."""
-        pairs = paired_from_deepest([*self.levels], tensors_of(values, "student_maps"))
-        return {"student_maps": [module(map) for module, map in pairs]}
+        pairs = paired_from_deepest([*self.levels], tensors_of(values, self.name))
+        return {self.name: [module(map) for module, map in pairs]}

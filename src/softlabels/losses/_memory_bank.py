@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["MemoryBank"]
+__all__ = ["MemoryBank", "check_memory", "known_size"]
+
+_GIB = 2**30
 
 
 class MemoryBank(nn.Module):
@@ -35,3 +37,31 @@ class MemoryBank(nn.Module):
     def num_bytes(self) -> int:
         """Bytes of what is held."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+
+def known_size(method: str, num_samples: int | None) -> int:
+    """The number of samples that a method remembers; ValueError where it is not known."""
+    if num_samples is None:
+        raise ValueError(
+            f"{method} remembers each training sample: set num_samples to the size of the "
+            "training set"
+        )
+    return num_samples
+
+
+def check_memory(
+    what: str, num_bytes: int, most_memory: float, otherwise: str = "if the device has room"
+) -> None:
+    """Raise ValueError if a memory takes more than `most_memory` GiB.
+
+    Args:
+        what: Whose memory and how large, for the message.
+        num_bytes: What it takes.
+        most_memory: The setting.
+        otherwise: When to raise the setting, or what to do instead.
+    """
+    if num_bytes > most_memory * _GIB:
+        raise ValueError(
+            f"{what} takes {num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) on each device, "
+            f"most_memory allows {most_memory:g} GiB: raise most_memory {otherwise}"
+        )

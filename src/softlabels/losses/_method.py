@@ -34,13 +34,18 @@ from typing import (
     get_type_hints,
 )
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import dataclass_transform  # comes with torch
 
 from softlabels.inputs import Input, Target
 from softlabels.losses._checks import check_choice, check_flag, check_number, check_whole_number
-from softlabels.losses._non_target import Reduction, SoftLabels, reduce_terms, total_of
+from softlabels.losses._non_target import (
+    Reduction,
+    SoftLabels,
+    reduce_terms,
+    total_of,
+    without_ignored,
+)
 
 __all__ = [
     "METHODS",
@@ -375,10 +380,8 @@ class Method(_Settings):
                 source = ": it comes from the module that build_adapters returns"
                 raise TypeError(f"{name}: {key} is missing{source if from_adapters else ''}")
         kept = None
-        target = bound.get("target")
-        if self.ignore_index is not None and isinstance(target, Tensor) and target.dim() == 1:
-            kept = target != self.ignore_index
-            bound["target"] = torch.where(kept, target, 0)
+        if "target" in bound:
+            bound["target"], kept = without_ignored(bound["target"], self.ignore_index)
         if self._takes_kept:
             bound["kept"] = kept
         return bound, kept

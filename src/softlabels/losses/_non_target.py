@@ -27,6 +27,7 @@ __all__ = [
     "label_columns",
     "label_probabilities",
     "labeled_probabilities",
+    "largest_label",
     "log_total",
     "non_target_weights",
     "reduce_terms",
@@ -36,6 +37,7 @@ __all__ = [
     "softmax_parts",
     "spread",
     "total_of",
+    "without_ignored",
 ]
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -60,7 +62,7 @@ class Labels(NamedTuple):
     Attributes:
         classes: [B, K] int64. An absent label repeats another labeled class of its row.
         values: [B, K], the labels, 0 where absent; the number 1 for a single column.
-        kept: [B] boolean, False for ignored samples; None if there are none.
+        kept: [B] boolean, which samples count in means over the batch; None: all.
     """
 
     classes: Tensor
@@ -104,11 +106,21 @@ def finite_limit(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).max ** 0.75)
 
 
+def without_ignored(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
+    """Labels with class 0 for ignored samples, and which samples count, [B]; None: all."""
+    if ignore_index is None or not isinstance(target, Tensor) or target.dim() != 1:
+        return target, None
+    kept = target != ignore_index
+    return target.masked_fill(~kept, 0), kept
+
+
+def largest_label(target: Tensor) -> Tensor:
+    """The labeled class of each sample, [B] int64: of mixed labels the largest, then lowest."""
+    return target.long() if target.dim() == 1 else target.argmax(1)
+
+
 def label_columns(
-    target: Tensor,
-    logits: Tensor,
-    mixed_target: Literal["largest", "two", "all"] = "all",
-    ignore_index: int | None = None,
+    target: Tensor, logits: Tensor, mixed_target: Literal["largest", "two", "all"] = "all"
 ) -> Labels:
     """The labeled classes of a batch as columns.
 
@@ -117,18 +129,9 @@ def label_columns(
         logits: [B, C], gives the dtype.
         mixed_target: For [B, C] labels. `"largest"` keeps one class per sample (ties: the lower
             class), with a label of 1; `"two"` the two largest; `"all"` each, as K = C columns.
-        ignore_index: Samples of this class are marked as not kept, and get class 0.
     """
     if target.dim() == 1 or mixed_target == "largest":
-        kept = None
-        if target.dim() == 1:
-            classes = target.long()
-            if ignore_index is not None:
-                kept = classes != ignore_index
-                classes = torch.where(kept, classes, 0)
-        else:
-            classes = target.argmax(1)
-        return Labels(classes.unsqueeze(1), 1.0, kept)
+        return Labels(largest_label(target).unsqueeze(1), 1.0)
     values = target.to(logits.dtype)
     first = values.argmax(1, keepdim=True)
     if mixed_target == "two":
@@ -141,9 +144,7 @@ def label_columns(
     return Labels(torch.where(values > 0, columns, first), values)
 
 
-def checked_columns(
-    target: Tensor, logits: Tensor, mixed_target: MixedTarget, ignore_index: int | None = None
-) -> Labels:
+def checked_columns(target: Tensor, logits: Tensor, mixed_target: MixedTarget) -> Labels:
     """`label_columns`, after a check that labels of all classes are not smoothed.
 
     Raises:
@@ -151,7 +152,7 @@ def checked_columns(
     """
     if mixed_target == "all":
         check_unsmoothed(target)
-    return label_columns(target, logits, mixed_target, ignore_index)
+    return label_columns(target, logits, mixed_target)
 
 
 def label_probabilities(

@@ -18,9 +18,10 @@ from softlabels.losses._non_target import (
     in_float32,
     label_columns,
     spread,
+    without_ignored,
 )
-from softlabels.losses._soft_target import soft_target_cross_entropy
-from softlabels.losses.kd import KDLoss, kd_loss
+from softlabels.losses._soft_target import soft_target_cross_entropy, softened_labels
+from softlabels.losses.kd import kd_loss
 
 __all__ = ["BANForm", "BANLoss"]
 
@@ -107,9 +108,7 @@ class BANLoss(Method, name="ban"):
         if self.form == "confidence_weighted":
             if target is None:
                 raise ValueError("form='confidence_weighted' needs a target, got none")
-            check_target(target, teacher_logits)
-            columns = label_columns(target, in_float32(teacher_logits))._replace(kept=kept)
-            labels = _weighted_labels(teacher_logits, columns)
+            labels = _weighted_labels(teacher_logits, target, kept)
             return {"label": soft_target_cross_entropy(logits, labels)}
         if self.form == "permuted":
             teacher_logits = _permuted(teacher_logits)
@@ -120,14 +119,12 @@ class BANLoss(Method, name="ban"):
         """What is learned from: the teacher's (shuffled) beliefs, or the weighted labels."""
         check_logits(teacher_logits, "teacher_logits")
         if self.form == "confidence_weighted":
-            check_target(target, teacher_logits, self.ignore_index)
-            widened = in_float32(teacher_logits)
-            columns = label_columns(target, widened, ignore_index=self.ignore_index)
-            labels = _weighted_labels(teacher_logits, columns)
+            target, kept = without_ignored(target, self.ignore_index)
+            labels = _weighted_labels(teacher_logits, target, kept)
             return SoftLabels(labels, torch.zeros_like(labels))
         if self.form == "permuted":
             teacher_logits = _permuted(teacher_logits)
-        return KDLoss(temperature=1.0).soft_labels(logits, teacher_logits, target)
+        return softened_labels(teacher_logits, target, 1.0)
 
 
 def _permuted(teacher_logits: Tensor) -> Tensor:
@@ -142,10 +139,12 @@ def _permuted(teacher_logits: Tensor) -> Tensor:
     )
 
 
-def _weighted_labels(teacher_logits: Tensor, labels: Labels) -> Tensor:
+def _weighted_labels(teacher_logits: Tensor, target: Tensor, kept: Tensor | None) -> Tensor:
     """Labels times the teacher's confidence, in units of its mean over the batch, [B, C]."""
+    check_target(target, teacher_logits)
     teacher_logits = in_float32(teacher_logits.detach())
     confidence = teacher_logits.softmax(1).amax(1, keepdim=True)
-    every = Labels(labels.classes[:, :1], 1.0, labels.kept)
+    labels = label_columns(target, teacher_logits)
+    every = Labels(labels.classes[:, :1], 1.0, kept)
     weight = confidence / column_means(confidence, every)
     return weight * spread(labels, labels.values, teacher_logits)

@@ -15,7 +15,7 @@ from softlabels.losses._non_target import in_float32
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
 
-__all__ = ["BYOTLoss", "split_branches"]
+__all__ = ["BYOTLoss", "checked_branches", "split_branches"]
 
 
 class BYOTLoss(Method, name="byot"):
@@ -96,10 +96,9 @@ class BYOTLoss(Method, name="byot"):
                 `last_map`. Get the gradient.
             last_map: One of [B, D, H, W], the final exit's map before pooling. Gets no gradient.
         """
-        check_logits(logits)
-        branch_logits, branch_maps = split_branches(branches)
+        branch_logits, branch_maps = checked_branches(branches, logits)
         final_map = the_only("last_map", last_map)
-        _check_branches(logits, branch_logits, branch_maps, final_map)
+        _check_maps(logits, branch_maps, final_map)
         final, final_map = logits.detach(), in_float32(final_map.detach())
         label, divergence, difference = [], [], []
         for exit_logits, exit_map in zip(branch_logits, branch_maps, strict=True):
@@ -116,16 +115,7 @@ class BYOTLoss(Method, name="byot"):
         }
 
 
-def _check_branches(
-    logits: Tensor,
-    branch_logits: Sequence[Tensor],
-    branch_maps: Sequence[Tensor],
-    last_map: Tensor,
-) -> None:
-    if not branch_logits:
-        raise ValueError("branches must hold the tensors of at least one exit, got none")
-    for number, exit_logits in enumerate(branch_logits):
-        check_logits(exit_logits, f"the logits of exit {number}", like=logits)
+def _check_maps(logits: Tensor, branch_maps: Sequence[Tensor], last_map: Tensor) -> None:
     if last_map.dim() != 4 or len(last_map) != len(logits):
         raise ValueError(
             f"last_map must be [{len(logits)}, D, H, W] as the logits, got {tuple(last_map.shape)}"
@@ -136,6 +126,24 @@ def _check_branches(
                 f"the map of exit {number} must have the shape of last_map "
                 f"{tuple(last_map.shape)}, got {tuple(exit_map.shape)}"
             )
+
+
+def checked_branches(
+    branches: Sequence[Tensor], logits: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`split_branches` for one exit or more beside the final one, whose logits all have the shape.
+
+    Raises:
+        TypeError: Logits that are not floating-point tensors.
+        ValueError: An odd number of tensors, none, or logits of another shape.
+    """
+    check_logits(logits)
+    branch_logits, branch_maps = split_branches(branches)
+    if not branch_logits:
+        raise ValueError("branches must hold the tensors of at least one exit, got none")
+    for number, exit_logits in enumerate(branch_logits):
+        check_logits(exit_logits, f"the logits of exit {number}", like=logits)
+    return branch_logits, branch_maps
 
 
 def split_branches(branches: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

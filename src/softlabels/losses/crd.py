@@ -13,7 +13,7 @@ from torch.nn import functional
 from softlabels.inputs import FromBatch, Target
 from softlabels.losses._checks import check_floating, check_number, values_can_be_read
 from softlabels.losses._features import POOLED_INPUTS, check_vectors, the_only, unit_vectors
-from softlabels.losses._memory_bank import MemoryBank
+from softlabels.losses._memory_bank import MemoryBank, check_memory, known_size
 from softlabels.losses._method import (
     Count,
     Defaults,
@@ -23,12 +23,11 @@ from softlabels.losses._method import (
     Share,
     Value,
 )
-from softlabels.losses._non_target import in_float32
+from softlabels.losses._non_target import in_float32, largest_label
 
 __all__ = ["CRDLoss", "crd_scores", "draw_negatives"]
 
 _EPSILON = 1e-7
-_GIB = 2**30
 
 
 def crd_scores(
@@ -126,20 +125,12 @@ class _Adapters(MemoryBank):
     log_normalizers: Tensor
     begun: Tensor
 
-    def __init__(
-        self,
-        widths: tuple[int, int],
-        *,
-        width: int,
-        num_samples: int,
-        num_negatives: int,
-        temperature: float,
-        momentum: float,
-    ) -> None:
+    def __init__(self, widths: tuple[int, int], num_samples: int, settings: CRDLoss) -> None:
         super().__init__()
-        self.num_negatives = max(min(num_negatives, num_samples - 1), 1)
-        self.temperature = temperature
-        self.momentum = momentum
+        self.num_negatives = max(min(settings.num_negatives, num_samples - 1), 1)
+        self.temperature = settings.temperature
+        self.momentum = settings.momentum
+        width = settings.width
         self.student_embedding = nn.Linear(widths[0], width)
         self.teacher_embedding = nn.Linear(widths[1], width)
         reach = math.sqrt(3 / width)  # rows of about unit length
@@ -161,7 +152,7 @@ class _Adapters(MemoryBank):
             )
         student = unit_vectors(in_float32(self.student_embedding(student_features)))
         teacher = unit_vectors(in_float32(self.teacher_embedding(teacher_features.detach())))
-        negatives = draw_negatives(self.labels, _classes(target), index, self.num_negatives)
+        negatives = draw_negatives(self.labels, largest_label(target), index, self.num_negatives)
         scores = [
             crd_scores(own, memory, index, negatives, temperature=self.temperature)
             for own, memory in ((student, self.teacher_memory), (teacher, self.student_memory))
@@ -184,7 +175,7 @@ class _Adapters(MemoryBank):
         # Of a sample that is there twice the last one counts, whatever the device's order.
         places = torch.arange(len(index), device=index.device)
         last = torch.where(index.unsqueeze(1) == index, places, 0).amax(1)
-        self.labels[index] = _classes(cast("Tensor", values["target"]))[last]
+        self.labels[index] = largest_label(cast("Tensor", values["target"]))[last]
         for name, memory in (
             ("student_features", self.student_memory),
             ("teacher_features", self.teacher_memory),
@@ -195,10 +186,6 @@ class _Adapters(MemoryBank):
         first = _log_normalizers(cast("Tensor", values["log_means"]), len(self.labels))
         self.log_normalizers.copy_(torch.where(self.begun, self.log_normalizers, first))
         self.begun.fill_(True)
-
-
-def _classes(target: Tensor) -> Tensor:
-    return target.argmax(1) if target.dim() == 2 else target.long()
 
 
 class CRDLoss(Method, name="crd"):
@@ -272,33 +259,15 @@ class CRDLoss(Method, name="crd"):
         Raises:
             ValueError: `num_samples` is not set, or the memory would be too large.
         """
-        num_samples = self._size()
-        needed = num_samples * (2 * self.width * 4 + 8)
-        if needed > self.most_memory * _GIB:
-            raise ValueError(
-                f"CRD would remember {needed} bytes ({needed / _GIB:.1f} GiB) of {num_samples} "
-                f"samples, most_memory allows {self.most_memory} GiB: raise it, or lower width "
-                f"({self.width})"
-            )
+        num_samples = known_size("CRD", self.num_samples)
+        what = f"CRD's memory of {num_samples} samples"
+        num_bytes = num_samples * (2 * self.width * 4 + 8)
+        check_memory(what, num_bytes, self.most_memory, f"or lower width ({self.width})")
         of_student, of_teacher = (
             cast("list[tuple[int, ...]]", shapes[name])[0][1]
             for name in ("student_features", "teacher_features")
         )
-        return _Adapters(
-            (of_student, of_teacher),
-            width=self.width,
-            num_samples=num_samples,
-            num_negatives=self.num_negatives,
-            temperature=self.temperature,
-            momentum=self.momentum,
-        )
-
-    def _size(self) -> int:
-        if self.num_samples is None:
-            raise ValueError(
-                "CRD remembers each training sample: set num_samples to the size of that set"
-            )
-        return self.num_samples
+        return _Adapters((of_student, of_teacher), num_samples, self)
 
     def terms(
         self, scores: Sequence[Tensor], log_normalizers: Tensor | None = None
@@ -318,7 +287,7 @@ class CRDLoss(Method, name="crd"):
             )
         names = ("the student's scores", "the teacher's scores")
         check_vectors(scores[0], scores[1], names, same_widths=True)
-        num_samples = self._size()
+        num_samples = known_size("CRD", self.num_samples)
         num_negatives = scores[0].shape[1] - 1
         if num_negatives < 1:
             raise ValueError("scores must hold a positive and at least one negative, got 1")

@@ -10,7 +10,8 @@ from softlabels.inputs import Logits, SecondPass
 from softlabels.losses._checks import check_logits
 from softlabels.losses._method import Method, Temperature
 from softlabels.losses._non_target import SoftLabels
-from softlabels.losses.kd import KDLoss, kd_loss
+from softlabels.losses._soft_target import softened_labels
+from softlabels.losses.kd import kd_loss
 
 __all__ = ["CSKDLoss"]
 
@@ -72,4 +73,4 @@ class CSKDLoss(Method, name="cs_kd"):
 
     def soft_labels(self, logits: Tensor, partner_logits: Tensor, target: Tensor) -> SoftLabels:
         """The softened prediction for another image of the class, split at the labels."""
-        return KDLoss(temperature=self.temperature).soft_labels(logits, partner_logits, target)
+        return softened_labels(partner_logits, target, self.temperature)

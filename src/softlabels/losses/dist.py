@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from softlabels.inputs import Logits, TeacherLogits
-from softlabels.losses._checks import check_logits
 from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import SoftLabels
-from softlabels.losses._soft_target import log_softened
-from softlabels.losses.kd import KDLoss
+from softlabels.losses._soft_target import log_softened, softened_labels, student_and_teacher
 
 __all__ = ["DISTLoss"]
 
@@ -91,10 +89,10 @@ class DISTLoss(Method, name="dist"):
             logits: [B, C], raw student logits. Gets the gradient.
             teacher_logits: [B, C], raw teacher logits. Gets none.
         """
-        check_logits(logits)
-        check_logits(teacher_logits, "teacher_logits", like=logits)
-        student = log_softened(logits, self.temperature).exp()
-        teacher = log_softened(teacher_logits.detach(), self.temperature).exp().to(student.dtype)
+        student, teacher = (
+            log_softened(of_one, self.temperature).exp()
+            for of_one in student_and_teacher(logits, teacher_logits)
+        )
         factor = self.temperature**2 if self.temperature_squared else 1.0
         return {
             "inter": factor * self.inter_weight * (1 - _correlations(student, teacher, 1)).mean(),
@@ -103,4 +101,4 @@ class DISTLoss(Method, name="dist"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""
-        return KDLoss(temperature=self.temperature).soft_labels(logits, teacher_logits, target)
+        return softened_labels(teacher_logits, target, self.temperature)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from softlabels.inputs import Logits, Target, TeacherLogits
-from softlabels.losses._checks import (
-    check_logits,
-    check_target,
-)
+from softlabels.losses._checks import check_target, check_unsmoothed
 from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     Labels,
@@ -19,13 +16,11 @@ from softlabels.losses._non_target import (
     SoftLabels,
     checked_columns,
     finite_limit,
-    in_float32,
     log_total,
     softmax_parts,
-    spread,
 )
 from softlabels.losses._soft_cross_entropy import log_non_target_mass
-from softlabels.losses._soft_target import log_softened
+from softlabels.losses._soft_target import softened_labels, student_and_teacher
 
 __all__ = ["DKDLoss"]
 
@@ -112,11 +107,8 @@ class DKDLoss(Method, name="dkd"):
             teacher_logits: [B, C], raw teacher logits. Gets none.
             target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
         """
-        check_logits(logits)
-        check_logits(teacher_logits, "teacher_logits", like=logits)
+        logits, teacher_logits = student_and_teacher(logits, teacher_logits)
         check_target(target, logits)
-        logits = in_float32(logits)
-        teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
         labels = checked_columns(target, logits, self.mixed_target)
 
         student = _split(logits, labels, self.temperature)
@@ -131,11 +123,7 @@ class DKDLoss(Method, name="dkd"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""
-        check_logits(teacher_logits, "teacher_logits")
-        check_target(target, teacher_logits, self.ignore_index)
-        teacher_probs = log_softened(teacher_logits.detach(), self.temperature)
-        labels = checked_columns(target, teacher_probs, self.mixed_target, self.ignore_index)
-        return SoftLabels(
-            spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
-            softmax_parts(teacher_probs, labels)[1],
-        )
+        if self.mixed_target == "all":
+            check_unsmoothed(target)
+        settings = self.temperature, self.ignore_index, self.mixed_target
+        return softened_labels(teacher_logits, target, *settings)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from softlabels.inputs import AuxBranches, Input, Logits, Target
-from softlabels.losses._checks import check_logits
 from softlabels.losses._method import Method, Share, Stages, Temperature, Weight
 from softlabels.losses._non_target import in_float32
-from softlabels.losses.byot import split_branches
+from softlabels.losses.byot import checked_branches
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
 
@@ -91,12 +90,7 @@ class DKSLoss(Method, name="dks"):
             branches: Raw logits of all exits, [B, C] each, which get the gradient; then their
                 maps, which are not used.
         """
-        check_logits(logits)
-        branch_logits = split_branches(branches)[0]
-        if not branch_logits:
-            raise ValueError("branches must hold the tensors of at least one exit, got none")
-        for number, exit_logits in enumerate(branch_logits):
-            check_logits(exit_logits, f"the logits of exit {number}", like=logits)
+        branch_logits = checked_branches(branches, logits)[0]
         label = [
             label_smoothing_loss(exit_logits, target, smoothing=0.0, reduction="none")
             for exit_logits in branch_logits

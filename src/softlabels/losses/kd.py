@@ -7,22 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from softlabels.inputs import Logits, TeacherLogits
-from softlabels.losses._checks import (
-    check_choice,
-    check_logits,
-    check_target,
-    check_temperature,
-)
+from softlabels.losses._checks import check_choice, check_temperature
 from softlabels.losses._method import Method, Temperature
-from softlabels.losses._non_target import (
-    Reduction,
-    SoftLabels,
-    label_columns,
-    reduce_terms,
-    softmax_parts,
-    spread,
-)
-from softlabels.losses._soft_target import log_softened
+from softlabels.losses._non_target import Reduction, SoftLabels, reduce_terms
+from softlabels.losses._soft_target import log_softened, softened_labels, student_and_teacher
 
 __all__ = ["KDLoss", "kd_loss"]
 
@@ -72,10 +60,8 @@ def kd_loss(
 
 def _divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """The equation above, [B]."""
-    check_logits(logits)
-    check_logits(teacher_logits, "teacher_logits", like=logits)
+    logits, teacher_logits = student_and_teacher(logits, teacher_logits)
     log_predicted = log_softened(logits, temperature)
-    teacher_logits = teacher_logits.detach().to(log_predicted.dtype)
     log_teacher_probs = log_softened(teacher_logits, temperature)
     # The factor and the sign lie on the teacher's side, which has no gradient to go through them.
     weights = log_teacher_probs.exp() * -(temperature**2)
@@ -99,11 +85,4 @@ class KDLoss(Method, name="kd"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""
-        check_logits(teacher_logits, "teacher_logits")
-        check_target(target, teacher_logits)
-        teacher_probs = log_softened(teacher_logits.detach(), self.temperature)
-        labels = label_columns(target, teacher_probs)
-        return SoftLabels(
-            spread(labels, teacher_probs.gather(1, labels.classes).exp(), teacher_probs),
-            softmax_parts(teacher_probs, labels)[1],
-        )
+        return softened_labels(teacher_logits, target, self.temperature)

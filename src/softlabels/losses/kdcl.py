@@ -13,11 +13,12 @@ from softlabels.losses._method import Method, Temperature, Weight
 from softlabels.losses._non_target import (
     SoftLabels,
     in_float32,
-    label_columns,
     label_probabilities,
+    largest_label,
+    without_ignored,
 )
-from softlabels.losses._soft_target import soft_target_cross_entropy
-from softlabels.losses.kd import KDLoss, kd_loss
+from softlabels.losses._soft_target import soft_target_cross_entropy, softened_labels
+from softlabels.losses.kd import kd_loss
 
 __all__ = ["KDCLEnsemble", "KDCLLoss"]
 
@@ -111,12 +112,11 @@ class KDCLLoss(Method, name="kdcl"):
         """The ensemble's softened belief in the true class, and how it shares out the rest."""
         check_logits(logits)
         check_logits(peer_logits, "peer_logits", like=logits)
-        check_target(target, logits, self.ignore_index)
-        if target.dim() == 1 and self.ignore_index is not None:
-            target = torch.where(target == self.ignore_index, 0, target)
+        target = without_ignored(target, self.ignore_index)[0]
+        check_target(target, logits)
         both = in_float32(logits.detach()), in_float32(peer_logits.detach())
         ensemble = _ensemble(*both, target, self.ensemble)
-        return KDLoss(temperature=self.temperature).soft_labels(logits, ensemble, target)
+        return softened_labels(ensemble, target, self.temperature)
 
 
 def _ensemble(
@@ -126,7 +126,7 @@ def _ensemble(
     if ensemble == "average":
         return (logits + peer_logits) / 2
     if ensemble == "min_logit":
-        label = label_columns(target, logits, "largest").classes
+        label = largest_label(target).unsqueeze(1)
         return torch.minimum(
             logits - logits.gather(1, label), peer_logits - peer_logits.gather(1, label)
         )

@@ -27,6 +27,7 @@ from softlabels.losses._non_target import (
     reduce_terms,
     spread,
     total_of,
+    without_ignored,
 )
 
 __all__ = ["LabelSmoothingLoss", "SmoothOver", "label_smoothing_loss"]
@@ -90,28 +91,25 @@ def label_smoothing_loss(
     check_number("smoothing", smoothing, at_most=1)
     check_choice("smooth_over", smooth_over, ("all", "non_target"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    terms, labels = _terms(logits, target, smoothing, smooth_over, ignore_index)
-    return reduce_terms({"loss": total_of(terms)}, reduction, labels.kept)["loss"]
+    target, kept = without_ignored(target, ignore_index)
+    terms = _terms(logits, target, smoothing, smooth_over)
+    return reduce_terms({"loss": total_of(terms)}, reduction, kept)["loss"]
 
 
 def _terms(
-    logits: Tensor,
-    target: Tensor,
-    smoothing: float,
-    smooth_over: SmoothOver,
-    ignore_index: int | None = None,
-) -> tuple[dict[str, Tensor], Labels]:
-    """The summands, [B] each, and the labels."""
+    logits: Tensor, target: Tensor, smoothing: float, smooth_over: SmoothOver
+) -> dict[str, Tensor]:
+    """The summands, [B] each."""
     check_logits(logits)
-    check_target(target, logits, ignore_index)
+    check_target(target, logits)
     logits = in_float32(logits)
-    labels = label_columns(target, logits, "all", ignore_index)
+    labels = label_columns(target, logits)
     at_labeled, everywhere = _shares(labels, logits.shape[1], smoothing, smooth_over)
     log_probabilities = logits.log_softmax(1).clamp(min=-finite_limit(logits.dtype))
     terms = {"label": -(at_labeled * log_probabilities.gather(1, labels.classes)).sum(1)}
     if everywhere:
         terms["uniform"] = -everywhere * log_probabilities.sum(1)
-    return terms, labels
+    return terms
 
 
 class LabelSmoothingLoss(Method):
@@ -129,12 +127,12 @@ class LabelSmoothingLoss(Method):
 
     def terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """`"label"`, and `"uniform"`, what every class gets."""
-        return _terms(logits, target, self.smoothing, self.smooth_over)[0]
+        return _terms(logits, target, self.smoothing, self.smooth_over)
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """The smoothed label: most on the true class, the rest spread evenly."""
         logits = in_float32(logits.detach())
-        labels = label_columns(target, logits, "all", self.ignore_index)
+        labels = label_columns(without_ignored(target, self.ignore_index)[0], logits)
         at_labeled, everywhere = _shares(labels, logits.shape[1], self.smoothing, self.smooth_over)
         return SoftLabels(
             spread(labels, at_labeled + everywhere, logits),

@@ -12,7 +12,7 @@ from softlabels.losses._features import check_maps, map_inputs, pooled_to, the_o
 from softlabels.losses._method import Defaults, Method, Shapes, Share
 from softlabels.losses._non_target import in_float32
 
-__all__ = ["MGDAdapters", "MGDLoss", "generator"]
+__all__ = ["MGDAdapters", "MGDLoss", "alignment", "generator"]
 
 
 def generator(width: int) -> nn.Sequential:
@@ -22,6 +22,13 @@ def generator(width: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(width, width, 3, padding=1),
     )
+
+
+def alignment(student_width: int, teacher_width: int) -> nn.Module:
+    """A 1x1 convolution to the teacher's width, where the widths differ."""
+    if student_width == teacher_width:
+        return nn.Identity()
+    return nn.Conv2d(student_width, teacher_width, 1)
 
 
 class MGDAdapters(nn.Module):
@@ -35,9 +42,7 @@ class MGDAdapters(nn.Module):
 
     def __init__(self, student_width: int, teacher_width: int, mask_ratio: float) -> None:
         super().__init__()
-        self.align: nn.Module = nn.Identity()
-        if student_width != teacher_width:
-            self.align = nn.Conv2d(student_width, teacher_width, 1)
+        self.align = alignment(student_width, teacher_width)
         self.generator = generator(teacher_width)
         self.width = teacher_width
         self.mask_ratio = mask_ratio

@@ -10,7 +10,6 @@ from softlabels.inputs import Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
     check_choice,
     check_ignore_index,
-    check_logits,
     check_number,
     check_target,
     check_temperature,
@@ -22,18 +21,19 @@ from softlabels.losses._non_target import (
     Reduction,
     SoftLabels,
     checked_columns,
-    in_float32,
     labeled_probabilities,
     reduce_terms,
     softmax_parts,
     spread,
     total_of,
+    without_ignored,
 )
 from softlabels.losses._soft_cross_entropy import (
     log_non_target_mass,
     soft_cross_entropy,
     soft_cross_entropy_terms,
 )
+from softlabels.losses._soft_target import student_and_teacher
 
 __all__ = ["NKDLoss", "NonTargetTerm", "TargetTerm", "nkd_loss"]
 
@@ -123,12 +123,13 @@ def nkd_loss(
     check_choice("mixed_target", mixed_target, ("largest", "all"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_ignore_index(ignore_index)
-    soft = _soft(logits, teacher_logits, target, temperature, mixed_target, ignore_index)
+    target, kept = without_ignored(target, ignore_index)
+    soft = _soft(logits, teacher_logits, target, temperature, mixed_target)
     if target_term == "T1" and non_target_term == "normalized":
         terms = {"loss": _fused(soft, temperature, non_target_weight)}
     else:
         terms = _terms(soft, temperature, non_target_weight, target_term, non_target_term)
-    return reduce_terms({"loss": total_of(terms)}, reduction, soft.labels.kept)["loss"]
+    return reduce_terms({"loss": total_of(terms)}, reduction, kept)["loss"]
 
 
 class _Soft(NamedTuple):
@@ -147,15 +148,11 @@ def _soft(
     target: Tensor,
     temperature: float,
     mixed_target: MixedTarget,
-    ignore_index: int | None = None,
 ) -> _Soft:
     """Check the inputs, and make the soft labels."""
-    check_logits(logits)
-    check_logits(teacher_logits, "teacher_logits", like=logits)
-    check_target(target, logits, ignore_index)
-    logits = in_float32(logits)
-    teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-    labels = checked_columns(target, logits, mixed_target, ignore_index)
+    logits, teacher_logits = student_and_teacher(logits, teacher_logits)
+    check_target(target, logits)
+    labels = checked_columns(target, logits, mixed_target)
     # One pass gives both: the non-target softmax at the temperature, and the log-sum over all
     # classes at temperature 1, which T_t needs.
     sums, others = softmax_parts(teacher_logits, labels, temperature)
@@ -232,13 +229,7 @@ class NKDLoss(Method, name="nkd"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's belief in the true class, and how it shares the rest among the others."""
-        soft = _soft(
-            logits,
-            teacher_logits,
-            target,
-            self.temperature,
-            self.mixed_target,
-            self.ignore_index,
-        )
+        target = without_ignored(target, self.ignore_index)[0]
+        soft = _soft(logits, teacher_logits, target, self.temperature, self.mixed_target)
         target_labels = spread(soft.labels, soft.target, soft.teacher_logits)
         return SoftLabels(target_labels, soft.non_target)

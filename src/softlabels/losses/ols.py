@@ -12,7 +12,7 @@ from softlabels.losses._checks import check_logits
 from softlabels.losses._features import Values
 from softlabels.losses._memory_bank import MemoryBank
 from softlabels.losses._method import Defaults, Method, Shapes, Share
-from softlabels.losses._non_target import SoftLabels, label_columns
+from softlabels.losses._non_target import SoftLabels, largest_label
 from softlabels.losses._soft_target import log_softened, soft_target_cross_entropy, taken_apart
 
 __all__ = ["InitialLabels", "OLSLoss"]
@@ -53,7 +53,7 @@ class _ClassLabels(MemoryBank):
         logits = cast("Tensor", values["logits"])
         probabilities = log_softened(logits).exp().to(self.class_sum)
         target = cast("Tensor", values["target"])
-        classes = label_columns(target, probabilities, "largest").classes.squeeze(1)
+        classes = largest_label(target)
         correct = (logits.argmax(1) == classes).to(probabilities.dtype)
         # Not index_add_, whose order of summation on accelerators is open: all processes must
         # hold the same to the last bit.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softlabels.inputs import FromBatch, Logits, Target
 from softlabels.losses._checks import check_logits
-from softlabels.losses._memory_bank import MemoryBank
+from softlabels.losses._memory_bank import MemoryBank, check_memory, known_size
 from softlabels.losses._method import Count, Defaults, Method, Positive, Shapes
 from softlabels.losses._non_target import SoftLabels, label_probabilities
 from softlabels.losses._soft_target import (
@@ -20,8 +20,6 @@ from softlabels.losses._soft_target import (
 )
 
 __all__ = ["PSKDLoss"]
-
-_GIB = 2**30
 
 
 class _Predictions(MemoryBank):
@@ -112,19 +110,10 @@ class PSKDLoss(Method, name="ps_kd"):
             ValueError: `num_samples` is not known, or the memory would take too much.
         """
         num_classes = shapes["logits"][1]
-        if self.num_samples is None:
-            raise ValueError(
-                "PS-KD remembers a prediction of each training sample: set num_samples to the "
-                "size of the training set"
-            )
-        num_bytes = self.num_samples * (4 * num_classes + 1)
-        if num_bytes > self.most_memory * _GIB:
-            raise ValueError(
-                f"PS-KD's memory of {self.num_samples} samples of {num_classes} classes takes "
-                f"{num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) on each device, more than "
-                f"most_memory={self.most_memory:g} GiB: raise most_memory if the device has room"
-            )
-        return _Predictions(self.num_samples, num_classes)
+        num_samples = known_size("PS-KD", self.num_samples)
+        what = f"PS-KD's memory of {num_samples} samples of {num_classes} classes"
+        check_memory(what, num_samples * (4 * num_classes + 1), self.most_memory)
+        return _Predictions(num_samples, num_classes)
 
     def terms(self, logits: Tensor, past_prediction: Tensor) -> dict[str, Tensor]:
         """`"past"`.

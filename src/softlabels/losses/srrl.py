@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softlabels.inputs import Classifier, Features, TeacherLogits
 from softlabels.losses._checks import check_logits
-from softlabels.losses._features import check_maps
+from softlabels.losses._features import LevelAdapters, check_maps
 from softlabels.losses._method import Method, Shapes, Weight
 from softlabels.losses._non_target import in_float32
 
@@ -34,20 +34,6 @@ def _check_classifier(
             f"maps of {student_map.shape[1]} channels and {num_classes} classes, "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-
-
-class _Aligned(nn.Module):
-    """Brings the student's map to the teacher's width: 1x1 convolution, BatchNorm, ReLU."""
-
-    def __init__(self, student_width: int, teacher_width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(student_width, teacher_width, 1, bias=False)
-        self.bn = nn.BatchNorm2d(teacher_width)
-
-    def forward(self, values: Mapping[str, Tensor | list[Tensor]]) -> dict[str, list[Tensor]]:
-        """Replace `student_map`."""
-        (student_map,) = values["student_map"]
-        return {"student_map": [self.bn(self.conv(student_map)).relu()]}
 
 
 class SRRLLoss(Method, name="srrl"):
@@ -109,7 +95,9 @@ class SRRLLoss(Method, name="srrl"):
         """A 1x1 convolution, BatchNorm and ReLU, to the width of the teacher's map."""
         (student,) = cast("list[tuple[int, ...]]", shapes["student_map"])
         (teacher,) = cast("list[tuple[int, ...]]", shapes["teacher_map"])
-        return _Aligned(student[1], teacher[1])
+        convolution = nn.Conv2d(student[1], teacher[1], 1, bias=False)
+        aligned = nn.Sequential(convolution, nn.BatchNorm2d(teacher[1]), nn.ReLU())
+        return LevelAdapters([aligned], "student_map")
 
     def terms(
         self,

@@ -10,13 +10,12 @@ from softlabels.inputs import Logits, Target
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._method import Defaults, Method, Share, Temperature, Weight
 from softlabels.losses._non_target import (
-    Labels,
     SoftLabels,
     in_float32,
-    label_columns,
-    non_target_weights,
-    spread,
+    label_probabilities,
+    without_ignored,
 )
+from softlabels.losses._soft_target import taken_apart
 from softlabels.losses.kd import kd_loss
 
 __all__ = ["TfKDLoss"]
@@ -82,27 +81,22 @@ class TfKDLoss(Method, name="tf_kd"):
             target: [B] class indices, or [B, C] probabilities, for which u is the mean of the
                 virtual teachers of the classes.
         """
-        virtual = self._virtual_teacher(logits, target)[0] / self.temperature
+        virtual = self._virtual_teacher(logits, target) / self.temperature
         divergence = kd_loss(logits, virtual, temperature=1.0, reduction="none")
         return {"virtual": (self.multiplier / logits.shape[1]) * divergence}
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """The softened virtual teacher: a little more on the true class, the rest spread evenly."""
-        virtual, labels = self._virtual_teacher(logits, target, self.ignore_index)
-        softened = (virtual / self.temperature).softmax(1)
-        return SoftLabels(
-            spread(labels, softened.gather(1, labels.classes), softened),
-            non_target_weights(softened, labels),
-        )
+        target = without_ignored(target, self.ignore_index)[0]
+        target = without_ignored(target, self.ignore_index)[0]
+        softened = (self._virtual_teacher(logits, target) / self.temperature).softmax(1)
+        return taken_apart(softened, target)
 
-    def _virtual_teacher(
-        self, logits: Tensor, target: Tensor, ignore_index: int | None = None
-    ) -> tuple[Tensor, Labels]:
-        """u, [B, C], and the labels that it is made from."""
+    def _virtual_teacher(self, logits: Tensor, target: Tensor) -> Tensor:
+        """u, [B, C]."""
         check_logits(logits)
-        check_target(target, logits, ignore_index)
+        check_target(target, logits)
         logits = in_float32(logits.detach())
-        labels = label_columns(target, logits, "all", ignore_index)
         elsewhere = (1 - self.correct_probability) / (logits.shape[1] - 1)
-        label = spread(labels, labels.values, logits)
-        return elsewhere + (self.correct_probability - elsewhere) * label, labels
+        label = label_probabilities(target, logits)
+        return elsewhere + (self.correct_probability - elsewhere) * label

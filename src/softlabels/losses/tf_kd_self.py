@@ -9,7 +9,8 @@ from torch import Tensor
 from softlabels.inputs import Logits, TeacherLogits
 from softlabels.losses._method import Defaults, Method, Temperature, Weight
 from softlabels.losses._non_target import SoftLabels
-from softlabels.losses.kd import KDLoss, kd_loss
+from softlabels.losses._soft_target import softened_labels
+from softlabels.losses.kd import kd_loss
 
 __all__ = ["TfKDSelfLoss"]
 
@@ -69,4 +70,4 @@ class TfKDSelfLoss(Method, name="tf_kd_self"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened belief in the true class, and how it shares out the rest."""
-        return KDLoss(temperature=self.temperature).soft_labels(logits, teacher_logits, target)
+        return softened_labels(teacher_logits, target, self.temperature)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from softlabels.inputs import Logits, Target
 from softlabels.losses._method import Method
-from softlabels.losses._non_target import SoftLabels
-from softlabels.losses.uskd import uskd_loss, uskd_targets
+from softlabels.losses._non_target import SoftLabels, in_float32, spread, without_ignored
+from softlabels.losses._soft_target import log_softened
+from softlabels.losses.uskd import target_labels
 
 __all__ = ["TfNKDLoss"]
 
@@ -64,25 +65,19 @@ class TfNKDLoss(Method, name="tf_nkd"):
                 never smoothed; the loss is summed over these classes.
             kept: [B] boolean, the samples that count; None: all.
         """
-        if kept is not None and self.ignore_index is not None:
-            target = torch.where(kept, target, self.ignore_index)
-        loss = uskd_loss(
-            logits,
-            None,
-            target,
-            non_target_weight=0.0,
-            weak_weight=0.0,
-            squared=False,
-            sync_batch_stats=self.sync_batch_stats,
-            ignore_index=self.ignore_index,
-            reduction="none",
+        sync = self.sync_batch_stats
+        labels, weights = target_labels(
+            logits, target, squared=False, sync_batch_stats=sync, kept=kept
         )
-        return {"target": loss}
+        log_probabilities = log_softened(logits).gather(1, labels.classes)
+        return {"target": -(weights * log_probabilities).sum(1)}
 
     def soft_labels(self, logits: Tensor, target: Tensor) -> SoftLabels:
         """w_t at the labels, and zeros for the other classes, of which nothing is learned."""
+        target, kept = without_ignored(target, self.ignore_index)
         # Never synchronized: a gallery is drawn on one process alone.
-        soft = uskd_targets(
-            logits, None, target, squared=False, rank_from="final", ignore_index=self.ignore_index
+        labels, weights = target_labels(
+            logits, target, squared=False, sync_batch_stats=False, kept=kept
         )
-        return SoftLabels(soft.target, torch.zeros_like(soft.target))
+        at_labels = spread(labels, weights, in_float32(logits))
+        return SoftLabels(at_labels, torch.zeros_like(at_labels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from softlabels.losses._checks import (
     check_number,
     check_target,
     check_two_labels,
-    values_can_be_read,
+    fully_labeled_row,
 )
 from softlabels.losses._method import Method, Weight
 from softlabels.losses._non_target import (
@@ -37,6 +37,7 @@ from softlabels.losses._non_target import (
     row_sums,
     spread,
     total_of,
+    without_ignored,
 )
 from softlabels.losses._ranks import zipf_by_order
 from softlabels.losses._soft_cross_entropy import (
@@ -51,6 +52,7 @@ __all__ = [
     "TargetFrom",
     "USKDLoss",
     "USKDRankFrom",
+    "target_labels",
     "uskd_loss",
     "uskd_targets",
 ]
@@ -81,34 +83,50 @@ def _inputs(
     weak_logits: Tensor | None,
     target: Tensor,
     teacher_logits: Tensor | None,
-    ignore_index: int | None,
+    kept: Tensor | None,
 ) -> _Inputs:
     check_logits(logits)
     if weak_logits is not None:
         check_logits(weak_logits, "weak_logits", like=logits)
     if teacher_logits is not None:
         check_logits(teacher_logits, "teacher_logits", like=logits)
-    check_ignore_index(ignore_index)
-    check_target(target, logits, ignore_index)
+    check_target(target, logits)
     check_two_labels(target)
     logits = in_float32(logits.detach())
 
     def alike(other: Tensor | None) -> Tensor | None:
         return None if other is None else in_float32(other.detach()).to(logits.dtype)
 
-    labels = label_columns(target, logits, "two", ignore_index)
+    labels = label_columns(target, logits, "two")._replace(kept=kept)
     return _Inputs(logits, alike(weak_logits), alike(teacher_logits), labels)
 
 
-def _target_values(inputs: _Inputs, rest: Tensor, squared: bool, sync_batch_stats: bool) -> Tensor:
+class _Making(NamedTuple):
+    """How the soft labels are made; settings of `uskd_targets`."""
+
+    squared: bool
+    rank_from: USKDRankFrom
+    rank_by: RankBy
+    sync_batch_stats: bool
+
+    def checked(self) -> _Making:
+        """Itself; TypeError or ValueError where a setting makes no sense."""
+        check_flag("squared", self.squared)
+        check_choice("rank_from", self.rank_from, _RANKS_FROM)
+        check_choice("rank_by", self.rank_by, _RANKS_BY)
+        check_flag("sync_batch_stats", self.sync_batch_stats)
+        return self
+
+
+def _target_values(inputs: _Inputs, rest: Tensor, making: _Making) -> Tensor:
     """Equation 6 at the labeled classes, [B, K]; 0 where absent. With a teacher its T_t."""
     labels = inputs.labels
     if inputs.teacher_logits is not None:
         rest = row_sums(inputs.teacher_logits, labels).rest
         return labeled_probabilities(inputs.teacher_logits, labels, rest)
     values = labeled_probabilities(inputs.logits, labels, rest)
-    values = values.square() if squared else values
-    values = values + labels.values - column_means(values, labels, sync=sync_batch_stats)
+    values = values.square() if making.squared else values
+    values = values + labels.values - column_means(values, labels, sync=making.sync_batch_stats)
     return labels.masked(values)
 
 
@@ -121,9 +139,10 @@ def _share_of_rest(logits: Tensor, labels: Labels, rest: Tensor) -> Tensor:
     return (logits - torch.logaddexp(rest, of_epsilon)).exp_()
 
 
-def _zipf(inputs: _Inputs, rest: Tensor, rank_from: USKDRankFrom, rank_by: RankBy) -> Tensor:
+def _zipf(inputs: _Inputs, rest: Tensor, making: _Making) -> Tensor:
     """Zipf's law over what the classes are ranked by, [B, C]."""
     logits, weak_logits, labels = inputs.logits, inputs.weak_logits, inputs.labels
+    rank_from, rank_by = making.rank_from, making.rank_by
     if rank_from == "final":  # the order of the logits is that of their softmax
         return zipf_by_order(logits)
     if weak_logits is None:
@@ -209,22 +228,22 @@ def uskd_targets(
         tensor([[0.0000, 0.6000, 0.4000],
                 [0.4000, 0.0000, 0.6000]])
     """
-    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
-    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
+    making = _Making(squared, rank_from, rank_by, sync_batch_stats).checked()
+    check_ignore_index(ignore_index)
+    target, kept = without_ignored(target, ignore_index)
+    inputs = _inputs(logits, weak_logits, target, teacher_logits, kept)
+    soft = _soft(inputs, making)
+    return SoftLabels(spread(inputs.labels, soft.target, inputs.logits), soft.non_target)
+
+
+def target_labels(
+    logits: Tensor, target: Tensor, *, squared: bool, sync_batch_stats: bool, kept: Tensor | None
+) -> tuple[Labels, Tensor]:
+    """The labeled classes, and P_t of equation 6 at them, [B, K], without gradient."""
+    inputs = _inputs(logits, None, target, None, kept)
     rest = row_sums(inputs.logits, inputs.labels).rest
-    values = _target_values(inputs, rest, squared, sync_batch_stats)
-    zipf = _zipf(inputs, rest, rank_from, rank_by)
-    return SoftLabels(
-        spread(inputs.labels, values, inputs.logits),
-        non_target_weights(zipf, inputs.labels),
-    )
-
-
-def _check_settings(squared: bool, rank_from: str, rank_by: str, sync_batch_stats: bool) -> None:
-    check_flag("squared", squared)
-    check_choice("rank_from", rank_from, _RANKS_FROM)
-    check_choice("rank_by", rank_by, _RANKS_BY)
-    check_flag("sync_batch_stats", sync_batch_stats)
+    making = _Making(squared, "final", "probability", sync_batch_stats)
+    return inputs.labels, _target_values(inputs, rest, making)
 
 
 def uskd_loss(
@@ -313,71 +332,67 @@ def uskd_loss(
     check_number("target_weight", target_weight)
     check_number("non_target_weight", non_target_weight)
     check_number("weak_weight", weak_weight)
-    _check_settings(squared, rank_from, rank_by, sync_batch_stats)
+    making = _Making(squared, rank_from, rank_by, sync_batch_stats).checked()
+    check_ignore_index(ignore_index)
     check_choice("target_term", target_term, ("T1", "T2", "both"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    inputs = _inputs(logits, weak_logits, target, teacher_logits, ignore_index)
-    weights = target_weight, non_target_weight
-    soft = _soft(inputs, non_target_weight, squared, rank_from, rank_by, sync_batch_stats)
-    if target_term == "T1":
-        terms = {"loss": _fused(logits, soft, weights)}
-    else:
+    target, kept = without_ignored(target, ignore_index)
+    inputs = _inputs(logits, weak_logits, target, teacher_logits, kept)
+    if target_term != "T1":
         _check_others(target)
-        terms = _terms(logits, soft, weights, target_term)
-    terms.update(_weak_terms(weak_logits, soft.labels, weak_weight, inputs.logits.dtype))
-    return reduce_terms({"loss": total_of(terms)}, reduction, soft.labels.kept)["loss"]
+    weights = target_weight, non_target_weight, weak_weight
+    fused = target_term == "T1"
+    terms = _terms(logits, weak_logits, inputs, making, weights, target_term, fused=fused)
+    return reduce_terms({"loss": total_of(terms)}, reduction, kept)["loss"]
 
 
 class _Soft(NamedTuple):
     """The soft labels, and what the loss needs beside them."""
 
-    labels: Labels
     target: Tensor  # [B, K], P_t at the labeled classes
     non_target: Tensor  # [B, C], N(Z) over the others
     rest: Tensor  # [B, 1], log-sum of the others
 
 
-def _soft(
-    inputs: _Inputs,
-    non_target_weight: float,
-    squared: bool,
-    rank_from: USKDRankFrom,
-    rank_by: RankBy,
-    sync_batch_stats: bool,
-) -> _Soft:
-    """Make the soft labels; with a weight of 0 the ranks are left out."""
-    labels = inputs.labels
-    rest = row_sums(inputs.logits, labels).rest
-    values = _target_values(inputs, rest, squared, sync_batch_stats)
-    if non_target_weight:
-        others = non_target_weights(_zipf(inputs, rest, rank_from, rank_by), labels)
+def _soft(inputs: _Inputs, making: _Making, with_ranks: bool = True) -> _Soft:
+    """Make the soft labels; without ranks the non-target part is 0."""
+    rest = row_sums(inputs.logits, inputs.labels).rest
+    values = _target_values(inputs, rest, making)
+    if with_ranks:
+        others = non_target_weights(_zipf(inputs, rest, making), inputs.labels)
     else:
         others = torch.zeros_like(rest).expand_as(inputs.logits)
-    return _Soft(labels, values, others, rest)
-
-
-def _fused(logits: Tensor, soft: _Soft, weights: tuple[float, float]) -> Tensor:
-    """Target and non-target term together, [B], with their gradient in closed form."""
-    logits = in_float32(logits)
-    return soft_cross_entropy(
-        logits, soft.labels, soft.target, soft.non_target, 1.0, weights, soft.rest
-    )
+    return _Soft(values, others, rest)
 
 
 def _terms(
-    logits: Tensor, soft: _Soft, weights: tuple[float, float], target_term: TargetTerm
+    logits: Tensor,
+    weak_logits: Tensor | None,
+    inputs: _Inputs,
+    making: _Making,
+    weights: tuple[float, float, float],
+    target_term: TargetTerm,
+    *,
+    fused: bool,
 ) -> dict[str, Tensor]:
-    """The summands that have a gradient at the logits, [B] each."""
-    logits = in_float32(logits)
-    pair = soft_cross_entropy_terms(logits, soft.labels, soft.target, soft.non_target)
+    """The summands, [B] each; `fused`: target and non-target term as one, in closed form."""
+    logits, labels = in_float32(logits), inputs.labels
+    of_target, of_others, of_weak = weights
+    soft = _soft(inputs, making, with_ranks=of_others != 0)
     terms: dict[str, Tensor] = {}
-    if target_term != "T2":
-        terms["target"] = weights[0] * pair.target
-    if target_term != "T1":
-        rest = (soft.target.sum(1) - 1) * log_non_target_mass(logits, soft.labels)
-        terms["rest"] = weights[0] * rest
-    terms["non_target"] = weights[1] * pair.non_target
-    return terms
+    if fused:
+        terms["loss"] = soft_cross_entropy(
+            logits, labels, soft.target, soft.non_target, 1.0, (of_target, of_others), soft.rest
+        )
+    else:
+        pair = soft_cross_entropy_terms(logits, labels, soft.target, soft.non_target)
+        if target_term != "T2":
+            terms["target"] = of_target * pair.target
+        if target_term != "T1":
+            rest = (soft.target.sum(1) - 1) * log_non_target_mass(logits, labels)
+            terms["rest"] = of_target * rest
+        terms["non_target"] = of_others * pair.non_target
+    return {**terms, **_weak_terms(weak_logits, labels, of_weak, logits.dtype)}
 
 
 def _weak_terms(
@@ -403,13 +418,12 @@ def _weak_terms(
 
 def _check_others(target: Tensor) -> None:
     """Raise ValueError if a row of [B, C] labels leaves no other class, where T2 is log 0."""
-    if target.dim() == 2 and values_can_be_read(target):
-        full = (target > 0).all(1)
-        if bool(full.any()):
-            raise ValueError(
-                f"target_term T2 is undefined for row {int(full.int().argmax())} of target: every "
-                "class has a label, so that 1 - S_t is 0 and its logarithm does not exist"
-            )
+    row = fully_labeled_row(target)
+    if row is not None:
+        raise ValueError(
+            f"target_term T2 is undefined for row {row} of target: every class has a label, so "
+            "that 1 - S_t is 0 and its logarithm does not exist"
+        )
 
 
 class USKDLoss(Method, name="uskd"):
@@ -460,27 +474,26 @@ class USKDLoss(Method, name="uskd"):
 
         `weak_logits` may be left out where `inputs` does without them; `target` may not.
         """
-        inputs = self._checked(logits, weak_logits, target, teacher_logits, kept)
-        weights = self.target_weight, self.non_target_weight
-        terms = _terms(logits, self._soft(inputs), weights, self.target_term)
-        return {**terms, **self._weak(weak_logits, inputs)}
+        return self._terms(logits, weak_logits, target, teacher_logits, kept=kept, fused=False)
 
-    def fused(
+    def fused(self, **inputs: Any) -> Tensor | None:
+        """The sum of the terms; None where it is not USKD's own."""
+        return total_of(self._terms(**inputs, fused=True)) if self.target_term == "T1" else None
+
+    def _terms(
         self,
         logits: Tensor,
         weak_logits: Tensor | None = None,
         target: Tensor | None = None,
         teacher_logits: Tensor | None = None,
         *,
-        kept: Tensor | None = None,
-    ) -> Tensor | None:
-        """The sum of the terms; None where it is not USKD's own."""
-        if self.target_term != "T1":
-            return None
+        kept: Tensor | None,
+        fused: bool,
+    ) -> dict[str, Tensor]:
         inputs = self._checked(logits, weak_logits, target, teacher_logits, kept)
-        weights = self.target_weight, self.non_target_weight
-        loss = _fused(logits, self._soft(inputs), weights)
-        return total_of({"loss": loss, **self._weak(weak_logits, inputs)})
+        making = _Making(self.squared, self.rank_from, self.rank_by, self.sync_batch_stats)
+        weights = self.target_weight, self.non_target_weight, self.weak_weight
+        return _terms(logits, weak_logits, inputs, making, weights, self.target_term, fused=fused)
 
     def _checked(
         self,
@@ -500,16 +513,7 @@ class USKDLoss(Method, name="uskd"):
             )
         if self.target_term != "T1":
             _check_others(target)
-        inputs = _inputs(logits, weak_logits, target, teacher_logits, None)
-        return inputs._replace(labels=inputs.labels._replace(kept=kept))
-
-    def _soft(self, inputs: _Inputs) -> _Soft:
-        ranking = self.squared, self.rank_from, self.rank_by, self.sync_batch_stats
-        return _soft(inputs, self.non_target_weight, *ranking)
-
-    def _weak(self, weak_logits: Tensor | None, inputs: _Inputs) -> dict[str, Tensor]:
-        dtype = inputs.logits.dtype
-        return _weak_terms(weak_logits, inputs.labels, self.weak_weight, dtype)
+        return _inputs(logits, weak_logits, target, teacher_logits, kept)
 
     def soft_labels(
         self,
@@ -526,16 +530,11 @@ class USKDLoss(Method, name="uskd"):
             TypeError: No target.
             ValueError: As a call.
         """
-        self._checked(logits, weak_logits, target, teacher_logits)
-        assert target is not None
+        kept = None
+        if target is not None:
+            target, kept = without_ignored(target, self.ignore_index)
+        inputs = self._checked(logits, weak_logits, target, teacher_logits, kept)
         # Never synchronized: a gallery is drawn on one process alone.
-        return uskd_targets(
-            logits,
-            weak_logits,
-            target,
-            teacher_logits,
-            squared=self.squared,
-            rank_from="final" if weak_logits is None else self.rank_from,
-            rank_by=self.rank_by,
-            ignore_index=self.ignore_index,
-        )
+        rank_from: USKDRankFrom = "final" if weak_logits is None else self.rank_from
+        soft = _soft(inputs, _Making(self.squared, rank_from, self.rank_by, False))
+        return SoftLabels(spread(inputs.labels, soft.target, inputs.logits), soft.non_target)

@@ -12,7 +12,7 @@ from softlabels.inputs import Features
 from softlabels.losses._features import check_maps, the_only, wide_maps
 from softlabels.losses._method import Method, Range, Shapes, Weight
 from softlabels.losses._non_target import in_float32
-from softlabels.losses.mgd import generator
+from softlabels.losses.mgd import alignment, generator
 
 __all__ = ["ViTKDAdapters", "ViTKDLoss"]
 
@@ -31,8 +31,8 @@ class ViTKDAdapters(nn.Module):
     ) -> None:
         super().__init__()
         # On a map a linear layer for each token is a 1x1 convolution.
-        self.align_low = nn.ModuleList(_alignment(*widths) for widths in low_widths)
-        self.align_high = _alignment(*high_widths)
+        self.align_low = nn.ModuleList(alignment(*widths) for widths in low_widths)
+        self.align_high = alignment(*high_widths)
         self.mask_token = nn.Parameter(torch.zeros(high_widths[1]))
         self.generator = generator(high_widths[1])
         self.mask_ratio = mask_ratio
@@ -69,12 +69,6 @@ class ViTKDAdapters(nn.Module):
         token = self.mask_token.to(aligned.dtype).view(1, -1, 1, 1)
         filled = torch.where(mask.unsqueeze(1), token, aligned)
         return self.generator(filled), mask
-
-
-def _alignment(student_width: int, teacher_width: int) -> nn.Module:
-    if student_width == teacher_width:
-        return nn.Identity()
-    return nn.Conv2d(student_width, teacher_width, 1)
 
 
 class ViTKDLoss(Method, name="vitkd"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -90,19 +90,18 @@ class WeightedSum(Method):
     @property
     def inputs(self) -> Mapping[str, Input]:
         """The inputs of all methods, `METHOD__ARGUMENT`."""
-        return {
-            f"{name}{_APART}{argument}": of_teacher(kind, self.teachers.get(name))
-            for name, method in self.members().items()
-            for argument, kind in method.inputs.items()
-        }
+        return self._read(lambda method: method.inputs)
 
     @property
     def adapter_inputs(self) -> Mapping[str, Input]:  # type: ignore[override]  # of its methods
         """What the adapters of all methods read besides."""
+        return self._read(lambda method: method.adapter_inputs)
+
+    def _read(self, of: Callable[[Method], Mapping[str, Input]]) -> Mapping[str, Input]:
         return {
             f"{name}{_APART}{argument}": of_teacher(kind, self.teachers.get(name))
             for name, method in self.members().items()
-            for argument, kind in method.adapter_inputs.items()
+            for argument, kind in of(method).items()
         }
 
     def settings(self) -> dict[str, Any]:

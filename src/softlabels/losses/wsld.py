@@ -9,21 +9,20 @@ from torch import Tensor
 
 from softlabels.inputs import Logits, Target, TeacherLogits
 from softlabels.losses._checks import (
-    check_logits,
     check_target,
 )
 from softlabels.losses._method import Defaults, Method, Temperature
 from softlabels.losses._non_target import (
     SoftLabels,
-    in_float32,
     label_columns,
 )
 from softlabels.losses._soft_target import (
     label_cross_entropy,
     log_softened,
     soft_target_cross_entropy,
+    softened_labels,
+    student_and_teacher,
 )
-from softlabels.losses.kd import KDLoss
 
 __all__ = ["WSLDLoss"]
 
@@ -82,12 +81,9 @@ class WSLDLoss(Method, name="wsld"):
             teacher_logits: [B, C], raw teacher logits. Gets none.
             target: [B] class indices, or [B, C] probabilities.
         """
-        check_logits(logits)
-        check_logits(teacher_logits, "teacher_logits", like=logits)
+        logits, teacher_logits = student_and_teacher(logits, teacher_logits)
         check_target(target, logits)
-        logits = in_float32(logits)
-        teacher_logits = in_float32(teacher_logits.detach()).to(logits.dtype)
-        labels = label_columns(target, logits, "all")
+        labels = label_columns(target, logits)
         of_teacher = label_cross_entropy(teacher_logits, labels) + _EPSILON
         weight = -torch.expm1(-label_cross_entropy(logits.detach(), labels) / of_teacher)
         teacher_probs = log_softened(teacher_logits, self.temperature).exp()
@@ -96,6 +92,4 @@ class WSLDLoss(Method, name="wsld"):
 
     def soft_labels(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> SoftLabels:
         """The teacher's softened prediction, as in KD: the weights are of samples, not classes."""
-        if target.dim() == 1 and self.ignore_index is not None:
-            target = torch.where(target == self.ignore_index, 0, target)
-        return KDLoss(temperature=self.temperature).soft_labels(logits, teacher_logits, target)
+        return softened_labels(teacher_logits, target, self.temperature, self.ignore_index)

@@ -35,9 +35,11 @@ from softlabels.losses._non_target import (
     checked_columns,
     in_float32,
     label_columns,
+    largest_label,
     reduce_terms,
     spread,
     total_of,
+    without_ignored,
 )
 from softlabels.losses._ranks import DISTRIBUTIONS, Distribution, Law, over_ranks
 from softlabels.losses._soft_cross_entropy import soft_cross_entropy
@@ -120,11 +122,12 @@ def zipf_ls_targets(
     """
     check_logits(logits)
     check_ignore_index(ignore_index)
-    check_target(target, logits, ignore_index)
+    target = without_ignored(target, ignore_index)[0]
+    check_target(target, logits)
     check_choice("mixed_target", mixed_target, ("largest", "all"))
     law = _checked(Law(distribution, power, smallest_probability, decay, lower_bound, upper_bound))
     logits = in_float32(logits.detach())
-    labels = checked_columns(target, logits, mixed_target, ignore_index)
+    labels = checked_columns(target, logits, mixed_target)
     return _soft_labels(logits, votes, labels, law)
 
 
@@ -232,35 +235,46 @@ def zipf_ls_loss(
     check_choice("mixed_target", mixed_target, ("largest", "all"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     law = _checked(Law(distribution, power, smallest_probability, decay, lower_bound, upper_bound))
+    target, kept = without_ignored(target, ignore_index)
+    settings = mixed_target, exit_weight, correct_only, reduction
+    terms = _terms(logits, target, votes, exit_logits, law, *settings, kept)
+    return reduce_terms({"loss": total_of(terms)}, reduction, kept)["loss"]
+
+
+def _terms(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    exit_logits: Sequence[Tensor],
+    law: Law,
+    mixed_target: MixedTarget,
+    exit_weight: float,
+    correct_only: bool,
+    reduction: Reduction,
+    kept: Tensor | None,
+) -> dict[str, Tensor]:
+    """The summands, [B] each."""
     check_logits(logits)
-    check_target(target, logits, ignore_index)
-    labels = checked_columns(target, in_float32(logits), mixed_target, ignore_index)
+    check_target(target, logits)
+    logits = in_float32(logits)
+    labels = checked_columns(target, logits, mixed_target)
     terms = {"non_target": _divergence(logits, votes, labels, law)}
     if correct_only:
-        correct = _correct(logits, target, labels.kept, ignore_index)
-        terms["non_target"] = _of_correct(terms["non_target"], correct, labels.kept, reduction)
+        correct = logits.detach().argmax(1) == largest_label(target)
+        correct = correct if kept is None else correct & kept
+        terms["non_target"] = _of_correct(terms["non_target"], correct, kept, reduction)
     if exit_logits:
-        of_exits = label_columns(target, in_float32(logits), "all", ignore_index)
+        of_exits = label_columns(target, logits)
         terms["exits"] = exit_weight * _exits(exit_logits, logits, of_exits)
-    return reduce_terms({"loss": total_of(terms)}, reduction, labels.kept)["loss"]
+    return terms
 
 
 def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, law: Law) -> Tensor:
     """The equation above, [B]."""
-    logits = in_float32(logits)
     soft = _soft_labels(logits.detach(), votes, labels, law)
     # Temperature and weights as constants: dynamic compiled code takes a default for an input.
     cross_entropy = soft_cross_entropy(logits, labels, None, soft, 1.0, (1.0, 1.0))
     return cross_entropy + torch.xlogy(soft, soft).sum(1)
-
-
-def _correct(
-    logits: Tensor, target: Tensor, kept: Tensor | None, ignore_index: int | None = None
-) -> Tensor:
-    """Which samples are predicted correctly, [B]; ignored ones are not."""
-    largest = label_columns(target, logits, "largest", ignore_index).classes.squeeze(1)
-    correct = in_float32(logits).detach().argmax(1) == largest
-    return correct if kept is None else correct & kept
 
 
 def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: Reduction) -> Tensor:
@@ -278,7 +292,7 @@ def _exits(exit_logits: Sequence[Tensor], logits: Tensor, labels: Labels) -> Ten
     for number, own in enumerate(exit_logits):
         name = f"exit_logits[{number}]"
         check_logits(own, name, like=logits)
-        terms[name] = label_cross_entropy(in_float32(own).to(in_float32(logits).dtype), labels)
+        terms[name] = label_cross_entropy(in_float32(own).to(logits.dtype), labels)
     return total_of(terms)
 
 
@@ -356,18 +370,9 @@ class ZipfLSLoss(Method, name="zipf_ls"):
 
         `exits` is what the input `AuxLogits` gives: logits and votes of each head in turn.
         """
-        check_logits(logits)
-        check_target(target, logits)
         votes = self._joined(votes, exits)
-        labels = checked_columns(target, in_float32(logits), self.mixed_target)
-        terms = {"non_target": _divergence(logits, votes, labels, self._law())}
-        if self.correct_only:
-            correct = _correct(logits, target, kept)
-            terms["non_target"] = _of_correct(terms["non_target"], correct, kept, self.reduction)
-        if exits:
-            of_exits = label_columns(target, in_float32(logits), "all")
-            terms["exits"] = self.exit_weight * _exits(exits[::2], logits, of_exits)
-        return terms
+        settings = self.mixed_target, self.exit_weight, self.correct_only, self.reduction
+        return _terms(logits, target, votes, exits[::2], self._law(), *settings, kept)
 
     def _law(self) -> Law:
         return Law(*(getattr(self, name) for name in Law._fields))
@@ -395,8 +400,9 @@ class ZipfLSLoss(Method, name="zipf_ls"):
     ) -> SoftLabels:
         """The label, and Zipf's law over the wrong classes as the network itself ranks them."""
         check_logits(logits)
-        check_target(target, logits, self.ignore_index)
+        target = without_ignored(target, self.ignore_index)[0]
+        check_target(target, logits)
         logits = in_float32(logits.detach())
-        labels = checked_columns(target, logits, self.mixed_target, self.ignore_index)
+        labels = checked_columns(target, logits, self.mixed_target)
         soft = _soft_labels(logits, self._joined(votes, exits), labels, self._law())
         return SoftLabels(spread(labels, labels.values, soft), soft)
