@@ -75,13 +75,7 @@ class FirstFeatures:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, index: Tensor, target: Tensor, features: Tensor) -> None:
-        """Take what is wanted of a batch.
-
-        Args:
-            index: [B] of the images in the test set.
-            target: [B] class indices.
-            features: [B, D].
-        """
+        """Take what is wanted of a batch: index of the images [B], target [B], features [B, D]."""
         for label in self._classes:
             rows = (target == label).nonzero().flatten()
             if not len(rows):

@@ -35,9 +35,6 @@ def analyze_run(folder: Path) -> None:
     Student, data, and the teacher if its weights are in a file or published, are those that the
     run's record names.
 
-    Args:
-        folder: The run's.
-
     Raises:
         FileNotFoundError: The student's or the teacher's file is gone.
         ValueError: No finished run, or data or a teacher that cannot be opened.

@@ -201,10 +201,6 @@ def planned(comparison: Comparison, folder: Path) -> tuple[list[PlannedVariant],
     named without weights is trained once, by its recipe or else as the base with cross-entropy. A
     method that is taught by the student itself gets the baseline's run of the same seed.
 
-    Args:
-        comparison: What is compared.
-        folder: Of the runs.
-
     Raises:
         ConfigError: A variant that does not fit, by its name.
     """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from softlabels.analysis.scores import SCORES
 from softlabels.data import Batch, DataSource
 from softlabels.experiments.launcher import PlannedRun, launch_runs
 from softlabels.experiments.search_space import nested
@@ -30,6 +31,7 @@ from softlabels.training.schemas import Environment, Summary
 __all__ = ["RECIPES", "run_demo", "step_ratios"]
 
 RECIPES = ("cross_entropy", "zipf_ls", "uskd", "nkd")
+_DIGITS = {"top1": 1, "group_top1": 1, "nll": 3, "ece": 1}
 _DATA_NOTE = (
     "glyphs100 is rendered text (100 accented Latin letters in 319 open fonts, 32x32 gray), not "
     "natural images."
@@ -79,7 +81,15 @@ def run_demo(
     say(console, f"step times, in turn, {rounds} rounds")
     ratios = step_ratios(configs, source, rounds=rounds)
     summaries = {name: Summary.read(folder.summary) for name, folder in folders.items()}
-    results = {name: _result(summaries[name], ratios[name]) for name in configs}
+    results = {
+        name: {
+            **{key: summary.final[key] for key in _DIGITS},
+            "step_time_ratio": ratios[name].median,
+            "step_time_ratio_low": ratios[name].low,
+            "step_time_ratio_high": ratios[name].high,
+        }
+        for name, summary in summaries.items()
+    }
     content = {
         "command": command,
         "environment": Environment.read(folders[RECIPES[0]].environment).dump(),
@@ -89,8 +99,15 @@ def run_demo(
     write_json(output / "demo.json", content)
     show_table(
         console,
-        ("", "top-1 %", "group %", "NLL nats", "ECE %", "step time / cross-entropy"),
-        [row_of(name, values) for name, values in results.items()],
+        ("", *(SCORES[key].column for key in _DIGITS), "step time / cross-entropy"),
+        [
+            [
+                name,
+                *(f"{results[name][key]:.{digits}f}" for key, digits in _DIGITS.items()),
+                f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})",
+            ]
+            for name, time in ratios.items()
+        ],
         title="After the last epoch, 8,000 test images",
     )
     say(console, f"One seed ({seed}): no evidence of a difference. {_DATA_NOTE}")
@@ -152,26 +169,3 @@ def _step(config: Config, source: DataSource, batch: Batch) -> Callable[[], None
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _result(summary: Summary, time_ratio: Ratio) -> dict[str, float]:
-    names = ("top1", "group_top1", "nll", "ece")
-    return {
-        **{name: summary.final[name] for name in names},
-        "step_time_ratio": time_ratio.median,
-        "step_time_ratio_low": time_ratio.low,
-        "step_time_ratio_high": time_ratio.high,
-    }
-
-
-def row_of(name: str, values: Mapping[str, float]) -> Sequence[str]:
-    """A run's cells in the demo's table."""
-    low, high = values["step_time_ratio_low"], values["step_time_ratio_high"]
-    return (
-        name,
-        f"{values['top1']:.1f}",
-        f"{values['group_top1']:.1f}",
-        f"{values['nll']:.3f}",
-        f"{values['ece']:.1f}",
-        f"{values['step_time_ratio']:.2f} ({low:.2f} to {high:.2f})",
-    )

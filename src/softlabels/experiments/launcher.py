@@ -58,9 +58,6 @@ class RunPlan:
 
     A run's folder is `STUDENT-LABEL-HASH/seed-SEED`, with a hash of its resolved settings. What was
     complete before is found there again, and a changed setting leads elsewhere.
-
-    Args:
-        folder: The folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,14 +68,7 @@ class RunPlan:
     def add(
         self, name: str, config: Config, seed: int, *, taught_by: PlannedRun | None = None
     ) -> PlannedRun:
-        """Plan a run, if it is not planned yet.
-
-        Args:
-            name: What is shown of it.
-            config: Its settings; seed and output are set here.
-            seed: Its seed.
-            taught_by: A planned run whose student is the teacher.
-        """
+        """Plan a run, if it is not planned yet; seed, output and a planned teacher are set here."""
         values = config.model_copy(update={"seed": 0})
         by: str | None = None
         if taught_by is not None:

@@ -102,7 +102,9 @@ def default_space(config: Config) -> dict[str, Range | Choices]:
     if config.method.kind == "none":
         return _space_of_task(config)
     found = {
-        f"method.{name}": value for name, value in _numbers(config.method).items() if value > 0
+        f"method.{name}": value
+        for name, value in config.method
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     }
     weights = {name: value for name, value in found.items() if name.endswith("weight")}
     space: dict[str, Range | Choices] = {}
@@ -132,16 +134,6 @@ def _space_of_task(config: Config) -> dict[str, Range | Choices]:
     optimizer = config.optimizer
     numbers = {"optimizer.lr": optimizer.lr, "optimizer.weight_decay": optimizer.weight_decay}
     return {name: _around(value, _OTHER_FACTOR) for name, value in numbers.items() if value > 0}
-
-
-def _numbers(section: BaseModel) -> dict[str, float]:
-    """The settings of a section that are numbers, by name."""
-    values = {name: getattr(section, name) for name in type(section).model_fields}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
 
 
 def _around(value: float, factor: float) -> Range:

@@ -70,14 +70,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
     What stays: student, teacher, method, task's loss, optimizer, size of the images, number of
     classes, mixing, averaging of weights, and the schedule, in which all epochs become one. Weights
     are random where they would be downloaded or read. It proves that the parts fit, and nothing
-    about accuracy.
-
-    Args:
-        config: The run.
-        processes: That will train it; each gets four images a step.
-
-    Returns:
-        The small run, in the same folder.
+    about accuracy. Each process that will train it gets four images a step.
     """
     batch_size = _IMAGES_A_PROCESS * processes
     kind = config.data.source

@@ -71,11 +71,8 @@ class Paired:
 def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation over seeds.
 
-    Args:
-        values: One a seed, at least one.
-
     Raises:
-        ValueError: There is none.
+        ValueError: There is no value.
     """
     if not values:
         raise ValueError("got no values, expected one or more")
@@ -84,11 +81,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """Compare values of the same seeds.
-
-    Args:
-        ours: One value a seed, all finite.
-        theirs: Those of the same seeds, in the same order.
+    """Compare values of the same seeds, in the same order.
 
     Raises:
         ValueError: The lengths differ, or there is none, or a value is not finite.

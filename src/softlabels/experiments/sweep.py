@@ -121,7 +121,10 @@ def run_sweep(
         train_images=source.num_train,
         validation_images=source.num_test,
         metric=options.metric,
-        space={key: _as_text(values) for key, values in space.items()},
+        space={
+            key: str(values) if isinstance(values, Range) else ", ".join(map(str, values))
+            for key, values in space.items()
+        },
         seeds=tuple(range(config.seed, config.seed + options.seeds)),
         search_seed=seed,
         startup=options.startup,
@@ -345,7 +348,3 @@ def _train(runs: Sequence[PlannedRun], *, jobs: int, threads: int | None, consol
                 raise
         else:
             return
-
-
-def _as_text(values: Range | Sequence[Any]) -> str:
-    return str(values) if isinstance(values, Range) else ", ".join(map(str, values))

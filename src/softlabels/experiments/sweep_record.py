@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
+from softlabels.analysis.scores import SCORES
 from softlabels.training.settings import Section
 
 __all__ = ["MEASURED", "Metric", "SweepOptions", "SweepRecord", "Trial", "shown"]
@@ -98,10 +99,9 @@ class SweepRecord(Section):
     @property
     def ranked(self) -> list[Trial]:
         """The trials whose losses stayed finite, best first; the earlier one of equal ones."""
-        sign = -1.0 if self.metric == "top1" else 1.0
-        scores = {trial.number: trial.mean(self.metric) for trial in self.trials}
-        finite = [trial for trial in self.trials if scores[trial.number] is not None]
-        return sorted(finite, key=lambda trial: sign * (scores[trial.number] or 0.0))
+        finite = [trial for trial in self.trials if trial.metrics]
+        highest_first = SCORES[self.metric].better == "higher"
+        return sorted(finite, key=lambda t: t.mean(self.metric) or 0.0, reverse=highest_first)
 
     @property
     def seconds(self) -> float:

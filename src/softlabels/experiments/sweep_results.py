@@ -22,13 +22,7 @@ _SUPERLATIVES = {"higher": "highest", "lower": "lowest"}
 
 
 def write_results(record: SweepRecord, best: Config, output: Path) -> None:
-    """Write sweep.csv, sweep.md and best.yaml.
-
-    Args:
-        record: The sweep; at least one trial has a finite loss.
-        best: The settings to train with.
-        output: Folder of the sweep.
-    """
+    """Write sweep.csv, sweep.md and best.yaml, the settings to train with, into the output."""
     write_text(output / "sweep.csv", _table_of_values(record))
     write_text(output / "sweep.md", _page(record, output))
     write_text(output / "best.yaml", _recipe(record, best, output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from softlabels.experiments.comparison_record import (
     RunFigures,
     VariantRecord,
 )
-from softlabels.experiments.statistics import LEAST_SEEDS, Spread, Verdict, paired, spread
+from softlabels.experiments.statistics import LEAST_SEEDS, Spread, paired, spread
 from softlabels.experiments.text_tables import csv_table, markdown_table
 from softlabels.training.recipes import flattened
 from softlabels.training.run_folder import fixed_settings
@@ -25,11 +25,6 @@ from softlabels.training.schemas import Environment, NamedScore
 
 __all__ = ["cells", "csv_text", "markdown", "notes", "results_of"]
 
-_IN_WORDS: Mapping[Verdict, tuple[str, str]] = {
-    "higher": ("better", "worse"),
-    "lower": ("worse", "better"),
-    "no difference shown": ("no difference shown", "no difference shown"),
-}
 _COMPARED = ("top1", "group_top1", "nll", "ece")
 _SCORES = (
     SCORES["top1"],
@@ -52,13 +47,9 @@ _CURVES = ("top1", "nll", "ece", "zipf_r2")
 def results_of(
     variants: Sequence[PlannedVariant], folder: Path, *, title: str, command: str
 ) -> ComparisonRecord:
-    """Everything that came out.
+    """Everything that came out of complete variants, the baseline first.
 
-    Args:
-        variants: All complete; the first is the baseline.
-        folder: Of the runs, which paths are relative to.
-        title: Heading of the report.
-        command: That repeats the comparison.
+    Paths are relative to the folder of the runs; the command repeats the comparison.
     """
     records = {v.name: [read_run(run.folder.path) for run in v.runs] for v in variants}
     agreements = _agreements(variants)
@@ -94,13 +85,7 @@ def results_of(
 
 
 def _figures(run: RunRecord, runs: Path, agreement: float | None) -> RunFigures:
-    """The figures of one run.
-
-    Args:
-        run: The run.
-        runs: Folder of all runs.
-        agreement: With the teacher of the comparison, where the run had none of its own.
-    """
+    """The figures of one of the runs, with its agreement with the comparison's teacher."""
     summary, analysis = run.summary, run.analysis
     fitted, taught = analysis and analysis.temperature, analysis and analysis.teacher
     final, best = summary.final, summary.best
@@ -173,7 +158,9 @@ def _against(ours: Sequence[RunFigures], theirs: Sequence[RunFigures]) -> dict[s
         pair = [_values(runs, key) for runs in (ours, theirs)]
         if all(pair):
             result = paired(*pair)
-            in_words = _IN_WORDS[result.verdict][SCORES[key].better == "lower"]
+            in_words: str = result.verdict
+            if in_words in ("higher", "lower"):
+                in_words = "better" if in_words == SCORES[key].better else "worse"
             found[key] = Difference(**vars(result), in_words=in_words)
     return found
 

@@ -17,13 +17,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over a baseline's, pair by pair.
-
-    Attributes:
-        median: Median of the ratios.
-        low: Their lower quartile.
-        high: Their upper quartile.
-    """
+    """Time over a baseline's, pair by pair: median, lower and upper quartile of the ratios."""
 
     median: float
     low: float

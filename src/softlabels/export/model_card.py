@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softlabels.analysis.scores import SCORES
 from softlabels.models.record import METADATA_KEY, FileRecord
@@ -106,22 +105,22 @@ def render_card(trained: Trained, exported: Exported) -> str:
     Returns:
         The text.
     """
-    environment = Environment(
+    templates = Environment(
+        loader=PackageLoader("softlabels.export", "."),
         finalize=_escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "fenced": _fenced, "repr": lambda v: _Markdown(repr(v))}
-    template = resources.files("softlabels.export").joinpath("model_card.md.j2")
+    templates.filters |= {"code": _code, "fenced": _fenced, "repr": lambda v: _Markdown(repr(v))}
     record, config = trained.record, trained.config
     run = None if trained.run is None else trained.run.summary
     ran_on = None if trained.run is None else trained.run.environment
     kind, _, name = record.model.partition(":")
     height, width = trained.image_shape[1:]
     scores = [key for key in SCORES if run is not None and key in run.final]
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return templates.get_template("model_card.md.j2").render(
         exported=exported,
         record=record,
         weights=trained.weights,
@@ -155,11 +154,9 @@ def render_card(trained: Trained, exported: Exported) -> str:
 
 def _escaped(value: object) -> object:
     """Text as Markdown that shows it; jinja2 calls this for everything that it fills in."""
-    return _SPECIAL.sub(r"\\\1", _one_line(value)) if _is_plain(value) else value
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str) and not isinstance(value, _Markdown)
+    if isinstance(value, str) and not isinstance(value, _Markdown):
+        return _SPECIAL.sub(r"\\\1", _one_line(value))
+    return value
 
 
 def _one_line(text: object) -> str:

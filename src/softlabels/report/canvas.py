@@ -45,6 +45,8 @@ MUTED = "#707070"
 PAGE = "#fefefe"
 """Stands for the page's background."""
 
+WIDTH, SMALL_WIDTH = 360.0, 176.0
+"""The natural width of a chart is that of a phone's screen, of a small one half of that."""
 FONT_SIZE, LINE_GAP = 11.0, 14.0
 LEADER = 16.0
 """Space between the plot and the texts right of it."""
@@ -80,16 +82,11 @@ class Frame:
 
 
 def draw(frame: Frame, description: str, paint: Callable[[Any], None]) -> str:
-    """Draws a chart and makes it part of a page.
+    """Draws a chart as an `<svg>` element for an HTML page.
 
-    Args:
-        frame: The chart's sizes.
-        description: What the chart shows, in words; another one for each chart of a page.
-        paint: Draws on matplotlib's axes, which fill the frame's inner part.
-
-    Returns:
-        An `<svg>` element for an HTML page, with the description as `aria-label`. Text takes the
-        page's color and font, the colors of `RUN_COLOURS` are the CSS variables `--run-i`.
+    `paint` draws on matplotlib's axes, which fill the frame's inner part. The description, another
+    one for each chart of a page, says in words what is shown, as `aria-label`. Text takes the
+    page's color and font, the colors of `RUN_COLOURS` are the CSS variables `--run-i`.
     """
     with mpl.rc_context(), warnings.catch_warnings():
         # The page's own font draws the text, so a letter that matplotlib's lacks is no harm.

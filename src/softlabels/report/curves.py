@@ -1,14 +1,32 @@
-"""The sections whose charts run over epochs or steps."""
+"""The sections whose charts run over epochs or steps, with the names of lines at their ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from softlabels.report.class_charts import draw_areas
+from softlabels.report.canvas import (
+    DASHES,
+    LEADER,
+    LINE_GAP,
+    MARKERS,
+    SMALL_WIDTH,
+    WIDTH,
+    Frame,
+    color,
+    decimals,
+    draw,
+    label_ends,
+    name_axes,
+    shorten,
+    text_width,
+)
+from softlabels.report.charts import draw_areas
 from softlabels.report.entries import (
     CURVE_SCORES,
     Block,
@@ -19,11 +37,11 @@ from softlabels.report.entries import (
     section,
     without,
 )
-from softlabels.report.figures import Line, draw_curves, mean_line, pick_epochs, thin_out
 from softlabels.training.run_records import Curve
 from softlabels.training.schemas import Numbers
 
-_MOST_LINES = 8
+_HEIGHT, _SMALL_HEIGHT = 230.0, 150.0
+_MOST_LINES, _MOST_POINTS, _MOST_EPOCHS = 8, 60, 120
 _START, _FAR = 0.25, 3.0
 _LOSS_PARTS = (("train/task", "task"), ("train/method", "method"))
 # What a step's parts weigh: of the gradient where the run logged it, else of the loss itself.
@@ -32,6 +50,19 @@ _SHARES = (
     ("train/term/", "share of the loss"),
 )
 _BAND = "; line: mean over seeds, band: smallest to largest"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart, perhaps in a band from its lower to its upper edge, at the same x.
+
+    The style, a run's number, picks color, dashes and marker; None: it is in the background.
+    """
+
+    name: str
+    style: int | None
+    curve: Curve
+    band: tuple[Curve, Curve] | None = None
 
 
 def curve_sections(entries: Sequence[Entry]) -> list[Section]:
@@ -160,3 +191,99 @@ def _shares(entry: Entry, prefix: str) -> tuple[list[str], Numbers, Numbers] | N
         return None
     names = [key.removeprefix(prefix).removeprefix("method/") for key in curves]
     return names, next(iter(curves.values())).x, values / total
+
+
+def draw_curves(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    digits: int,
+    small: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """Draws lines, at least one, with their names and last values at the right end.
+
+    One of many `small` charts side by side has half the width, and values without names. Without
+    limits the y axis holds all lines and bands. Labels have units, last values so many digits.
+    """
+    values = [decimals(line.curve.y[-1], digits) for line in lines]
+    ends = (
+        values
+        if small
+        else [f"{shorten(line.name)} {v}" for line, v in zip(lines, values, strict=True)]
+    )
+    frame = Frame(
+        SMALL_WIDTH if small else WIDTH,
+        max(_SMALL_HEIGHT if small else _HEIGHT, 60 + LINE_GAP * len(lines)),
+        right=LEADER + 4 + max(map(text_width, ends)),
+    )
+
+    def paint(axes: Any) -> None:
+        for line in lines:
+            _draw_line(axes, line, clip=limits is not None)
+        axes.xaxis.set_major_locator(MaxNLocator(2 if small else 4, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_locator(MaxNLocator(4 if small else 5))
+        name_axes(axes, frame, x_label, y_label)
+        low, high = limits or axes.get_ylim()
+        axes.set_ylim(low, high)
+        starts = [(line.curve.x[-1], line.curve.y[-1]) for line in lines]
+        label_ends(axes, frame, ends, starts, [color(line.style) for line in lines])
+
+    first, last = min(line.curve.x[0] for line in lines), max(line.curve.x[-1] for line in lines)
+    told = "; ".join(f"{line.name} {value}" for line, value in zip(lines, values, strict=True))
+    return draw(
+        frame,
+        f"Line chart of {y_label} over {x_label}, {first:g} to {last:g}. Last values: {told}.",
+        paint,
+    )
+
+
+def _draw_line(axes: Any, line: Line, *, clip: bool) -> None:
+    if line.band is not None:
+        low, high = line.band
+        axes.fill_between(low.x, low.y, high.y, color=color(line.style), alpha=0.16, linewidth=0)
+    style = line.style or 0
+    axes.plot(
+        line.curve.x,
+        line.curve.y,
+        color=color(line.style),
+        linestyle=DASHES[style % len(DASHES)],
+        linewidth=1.6 if line.style is not None else 1.2,
+        marker=MARKERS[style % len(MARKERS)] if line.style is not None else None,
+        markersize=4,
+        markevery=max(1, -(-len(line.curve.x) // 10)),
+        clip_on=clip,
+    )
+
+
+def mean_line(entry: Entry, key: str, shorter: Callable[[Curve], Curve]) -> Line | None:
+    """The mean of an entry's shortened curves, with a band from the smallest to the largest.
+
+    Only what all of them have an x for counts; None where there is no such x, or no curve.
+    """
+    curves = [shorter(curve) for curve in entry.curves(key)]
+    common = reduce(np.intersect1d, [curve.x for curve in curves]) if curves else np.zeros(0)
+    if not len(common):
+        return None
+    table = np.array([curve.y[np.isin(curve.x, common)] for curve in curves])
+    low, high = Curve(common, table.min(0)), Curve(common, table.max(0))
+    band = (low, high) if len(curves) > 1 else None
+    return Line(entry.name, entry.number, Curve(common, table.mean(0)), band)
+
+
+def thin_out(curve: Curve) -> Curve:
+    """Replaces a long curve by the means of 60 groups of neighboring points; a short one stays."""
+    if len(curve.x) <= _MOST_POINTS:
+        return curve
+    groups = [np.array_split(values, _MOST_POINTS) for values in (curve.x, curve.y)]
+    return Curve(*(np.array([group.mean() for group in each]) for each in groups))
+
+
+def pick_epochs(curve: Curve) -> Curve:
+    """Leaves out points of a very long curve, but not the first and the last: 120 stay."""
+    if len(curve.x) <= _MOST_EPOCHS:
+        return curve
+    kept = np.linspace(0, len(curve.x) - 1, _MOST_EPOCHS).round().astype(int)
+    return Curve(curve.x[kept], curve.y[kept])

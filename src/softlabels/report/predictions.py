@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabels.report.canvas import decimals, printable
-from softlabels.report.class_charts import draw_bars, draw_features
-from softlabels.report.curves import merge, over_epochs
-from softlabels.report.diagrams import (
+from softlabels.report.charts import (
     PowerLaw,
+    draw_bars,
     draw_differences,
+    draw_features,
     draw_reliability,
     draw_zipf,
 )
+from softlabels.report.curves import merge, over_epochs
 from softlabels.report.entries import (
     CURVE_SCORES,
     Block,

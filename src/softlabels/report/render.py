@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softlabels.io.files import write_text
 from softlabels.report.canvas import RUN_COLOURS
@@ -24,6 +22,14 @@ from softlabels.report.predictions import (
     zipf_sections,
 )
 from softlabels.training.schemas import Gallery, GalleryImage
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("softlabels.report", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def write_page(
     """
     samples = _samples(entries)
     shares = [share for s in samples for _, image in s.answers for _, share in image.non_target]
-    page = _template().render(
+    page = _TEMPLATES.get_template("page.html.j2").render(
         title=title,
         command=command,
         notes=notes,
@@ -98,14 +104,6 @@ def write_page(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)
     return output
-
-
-@cache
-def _template() -> Template:
-    text = resources.files("softlabels.report").joinpath("page.html.j2").read_text("utf-8")
-    return Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(text)
 
 
 def _sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:

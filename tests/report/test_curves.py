@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from softlabels.report.figures import Line, draw_curves, thin_out
+from softlabels.report.curves import Line, draw_curves, thin_out
 from softlabels.training.run_records import Curve
 
 
