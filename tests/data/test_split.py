@@ -11,7 +11,7 @@ import torch
 from shared.data_files import hugging_face_splits, levels, write_images, write_shards
 from softlabels.data import open_source
 from softlabels.data.sources.folder import FolderSource
-from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.sources.glyphs import GlyphSource
 from softlabels.data.split import divide
 from softlabels.training.build import build_source
 from softlabels.training.config import ConfigError, resolve
@@ -148,7 +148,7 @@ def test_a_folder_reads_held_out_images_without_augmentation(image_folder):
 @pytest.mark.parametrize("changes", [{"validation": 0.25}, {"train_share": 0.5}])
 def test_a_part_has_another_fingerprint_than_the_whole(image_folder, memory_source, changes):
     noise = open_source("noise", num_train=40, num_test=10)
-    for whole in (FolderSource(image_folder, image_size=16), memory_source, noise, glyphs100()):
+    for whole in (FolderSource(image_folder, image_size=16), memory_source, noise, GlyphSource()):
         before, part = whole.fingerprints(), whole.split(**changes).fingerprints()
         assert part["data"] != before["data"]
         assert part["augmentation"] == before["augmentation"]
@@ -168,7 +168,7 @@ def test_noise_stays_itself():
 
 
 def test_glyphs_are_divided_by_fonts():
-    whole = glyphs100(**GLYPHS_PLAIN)
+    whole = GlyphSource(**GLYPHS_PLAIN)
     part = whole.split(validation=0.2)
     assert (part.num_train, part.num_test) == (19_100, 4_800)  # 48 of 239 fonts
     shown, all_shown = views(part), views(whole)
@@ -179,7 +179,7 @@ def test_glyphs_are_divided_by_fonts():
     images, clean = every(held_out, "images"), every(all_shown, "images")[19_100:]
     own, other_font = ((images - clean.roll(k, 0)).abs().mean() for k in (0, 100))
     assert 0.1 < own < other_font - 0.01
-    other = glyphs100(num_fonts=3, noise_std=0.5).split(validation=0.2, train_share=0.4)
+    other = GlyphSource(num_fonts=3, noise_std=0.5).split(validation=0.2, train_share=0.4)
     assert torch.equal(
         every(list(other.test_batches(batch_size=1000, device="cpu")), "images"), images
     )
@@ -187,9 +187,9 @@ def test_glyphs_are_divided_by_fonts():
 
 
 def test_the_fonts_that_are_left_limit_their_number():
-    assert glyphs100(num_fonts=191).split(validation=0.2).num_train == 19_100
+    assert GlyphSource(num_fonts=191).split(validation=0.2).num_train == 19_100
     with pytest.raises(ValueError, match=r"in 1\.\.191 beside 48 fonts that are held out, got 192"):
-        glyphs100(num_fonts=192).split(validation=0.2)
+        GlyphSource(num_fonts=192).split(validation=0.2)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_fonts_that_are_left_limit_their_number():
     ],
 )
 def test_shares_have_a_range(memory_source, changes, message):
-    for source in (memory_source, glyphs100(num_fonts=1)):
+    for source in (memory_source, GlyphSource(num_fonts=1)):
         with pytest.raises(ValueError, match=message):
             source.split(**changes)
 

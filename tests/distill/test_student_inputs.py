@@ -302,7 +302,7 @@ def test_given_values_are_those_that_do_not_come_from_the_student():
         "e": Votes(),
     }
 
-    values = external_values(inputs, target, {"index": index}, {TeacherLogits(): logits})
+    values, _ = external_values(inputs, target, {"index": index}, {TeacherLogits(): logits})
 
     assert values.keys() == {"b", "c", "d"}
     assert values["b"] is target

@@ -619,7 +619,7 @@ def test_soft_labels_are_those_of_the_stored_answers(written):
 def test_extras_that_a_method_reads_go_to_the_targets_device():
     target = torch.zeros(4, dtype=torch.int64, device="meta")
 
-    values = external_values({"index": FromBatch("index")}, target, {"index": INDEX}, {})
+    values, _ = external_values({"index": FromBatch("index")}, target, {"index": INDEX}, {})
 
     assert values["index"].device.type == "meta"
     assert INDEX.device.type == "cpu"

@@ -20,7 +20,7 @@ from softlabels.data import Batch
 from softlabels.data.augment import Affine, Compose, Noise
 from softlabels.data.in_memory import InMemorySource, Split
 from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
-from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.sources.glyphs import GlyphSource
 from softlabels.distill.external_inputs import checked_inputs
 from softlabels.inputs import Input, PeerLogits, TeacherLogits
 from softlabels.io.weights import load_weights
@@ -183,7 +183,7 @@ STEPS_PER_EPOCH = NUM_FONTS * 100 // BATCH_SIZE
 @cache
 def source() -> InMemorySource:
     """All letters in two of the fonts, each moved and noisy anew in every epoch."""
-    whole = glyphs100(num_fonts=NUM_FONTS)
+    whole = GlyphSource(num_fonts=NUM_FONTS)
     augmentation = Compose((Affine(5, (0.95, 1.05), 3, 1), Noise(0.05)))
     few = Split(whole._test.images[:200], whole._test.target[:200])
     return InMemorySource(whole._train, few, whole.info, augmentation=augmentation)

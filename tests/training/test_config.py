@@ -64,7 +64,7 @@ def test_settings_reach_the_method():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_settings_of_a_data_source_are_its_own(source):
-    parameters = inspect.signature(SOURCES[source]).parameters
+    parameters = inspect.signature(SOURCES[source].open).parameters
     declared = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     shared = {*DataSettings.model_fields, "path"}
     fields = DATA_SETTINGS[source].model_fields

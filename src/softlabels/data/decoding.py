@@ -7,6 +7,8 @@ import stat
 import struct
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 # What Pillow's decoders raise for damaged files.
@@ -19,6 +21,31 @@ DECODING_ERRORS = (
     IndexError,
     Image.DecompressionBombError,
 )
+
+
+class Images:
+    """Images that can be read one by one, in any process.
+
+    Attributes:
+        targets: [N] class indices.
+    """
+
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """What an error calls an image."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image as 8-bit RGB.
+
+        Raises:
+            Exception: One of `DECODING_ERRORS`.
+        """
+        raise NotImplementedError
 
 
 def read_rgb(file: str | IO[bytes]) -> Image.Image:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import is_image_file
 
-from softlabels.data.decoding import read_rgb
+from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.randomness import derive_seed
 from softlabels.data.split import part_of
 
@@ -24,7 +24,7 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True)
-class ImageList:
+class ImageList(Images):
     """Files with their classes.
 
     Held in arrays, not lists, so that worker processes share their memory.
@@ -42,9 +42,6 @@ class ImageList:
         """Build a list from (path, class index) of each image."""
         paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
         return cls(paths, np.array([target for _, target in samples], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
     def name(self, index: int) -> str:
         """The path of an image's file; see `Images`."""

@@ -1,6 +1,6 @@
 """Worker processes that read, decode and transform single images, and what may go wrong there."""
 
-from __future__ import annotations
+# The fields' types are also read where subclasses are defined, so they are not deferred to text.
 
 import os
 import signal
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,42 +21,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabels.data.decoding import DECODING_ERRORS
+from softlabels.data.decoding import DECODING_ERRORS, Images
 from softlabels.data.extra_views import NOTHING_FURTHER, PARTNER, FurtherImages, Partners
 from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 
-__all__ = ["BadImages", "ImageReader", "Images", "Samples", "SomeImages", "Split", "View"]
+__all__ = ["ImageReader", "ReaderSettings", "Samples", "SomeImages", "Split", "View"]
 
-BadImages = Literal["error", "skip"]
 Split = Literal["train", "test"]
 
 
-class Images(Protocol):
-    """Images that can be read one by one, in any process."""
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """[N] class indices."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What an error calls an image."""
-        ...
-
-    def read(self, index: int) -> Image.Image:
-        """Read an image as 8-bit RGB.
-
-        Raises:
-            Exception: One of `DECODING_ERRORS`.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class SomeImages:
+class SomeImages(Images):
     """Some of a split's images, numbered anew.
 
     Args:
@@ -64,16 +39,10 @@ class SomeImages:
         rows: [M] int64, which ones.
     """
 
-    images: Images
-    rows: NDArray[np.int64]
-
-    @cached_property
-    def targets(self) -> NDArray[np.int64]:
-        """[M] class indices."""
-        return self.images.targets[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, images: Images, rows: NDArray[np.int64]) -> None:
+        self.images = images
+        self.rows = rows
+        self.targets = images.targets[rows]
 
     def name(self, index: int) -> str:
         """What an error calls an image; see `Images`."""
@@ -128,16 +97,14 @@ class Samples(NamedTuple):
 
 
 def _collate(samples: list[_Sample]) -> Samples:
-    images = [sample.image for sample in samples if sample.image is not None]
     good = [sample for sample in samples if sample.image is not None]
+    names = good[0].extras if good else ()
     return Samples(
-        torch.stack(images) if images else None,
+        torch.stack([s.image for s in good if s.image is not None]) if good else None,
         torch.tensor([sample.target for sample in good], dtype=torch.int64),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
         [entry for sample in samples for entry in sample.bad],
-        {name: torch.stack([s.extras[name] for s in good]) for name in good[0].extras}
-        if good
-        else {},
+        {name: torch.stack([s.extras[name] for s in good]) for name in names},
     )
 
 
@@ -223,17 +190,44 @@ def _image(images: Images, index: int, bad: list[tuple[str, str]]) -> Image.Imag
         return None
 
 
+@dataclass(kw_only=True, eq=False)
+class ReaderSettings:
+    """Who reads images, and what is done where it fails.
+
+    Args:
+        workers: Number of processes that read images; 0 reads in this one.
+        bad_images: What to do about an image that cannot be read. `"error"`: stop. `"skip"`:
+            warn once; in training read the next good image instead, in testing leave it out. For a
+            partner that cannot be read, another image of the class stands in; where there is none,
+            the next good image that has a partner is read in place of the two.
+        max_bad_images: How many different ones may be skipped before the run stops after all.
+        max_worker_restarts: How many times worker processes that died are replaced by new ones.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    workers: int = 2
+    bad_images: Literal["error", "skip"] = "error"
+    max_bad_images: int = 100
+    max_worker_restarts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_bad_images", "max_worker_restarts"):
+            value: int = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.bad_images not in ("error", "skip"):
+            raise ValueError(f"bad_images must be one of error, skip, got {self.bad_images!r}")
+
+
 class ImageReader:
     """Reads batches of views with worker processes, which stay alive between epochs.
 
     Args:
         images: Of both splits.
         transforms: What is done to an image of each.
-        num_workers: Number of processes; 0 reads in this one.
-        bad_images: What to do about an image that cannot be read. `"error"`: stop. `"skip"`: warn
-            once; in training read the next good image instead, in testing leave it out.
-        max_bad_images: How many different ones may be skipped.
-        max_worker_restarts: How many times workers that died are replaced by new ones.
+        settings: How.
 
     Attributes:
         skipped: Names of the images that were skipped so far, with reasons.
@@ -243,19 +237,12 @@ class ImageReader:
         self,
         images: Mapping[Split, Images],
         transforms: Mapping[Split, ImageTransform],
-        *,
-        num_workers: int,
-        bad_images: BadImages,
-        max_bad_images: int,
-        max_worker_restarts: int,
+        settings: ReaderSettings,
     ) -> None:
-        skips = bad_images == "skip"
-        self._views = _Views(images, transforms, max_bad_images if skips else 0)
-        self._num_workers = num_workers
-        self._most_bad = max_bad_images if skips else 0
-        self._advises_to_skip = not skips
-        self._restarts_left = max_worker_restarts
-        self._max_worker_restarts = max_worker_restarts
+        self._settings = settings
+        most_bad = settings.max_bad_images if settings.bad_images == "skip" else 0
+        self._views = _Views(images, transforms, most_bad)
+        self._num_restarts = 0
         self._idle: list[DataLoader[_Sample]] = []
         self.skipped: dict[str, str] = {}
 
@@ -290,7 +277,7 @@ class ImageReader:
                     yield samples
                 return
             except _OF_DEAD_WORKERS as error:
-                if self._num_workers == 0 or not _tells_of_a_death(error):
+                if self._settings.workers == 0 or not _tells_of_a_death(error):
                     raise
                 self._count_restart(error)
 
@@ -301,24 +288,24 @@ class ImageReader:
         loader.batch_sampler.batches = batches
         with _without_signals_of_children():
             samples = iter(loader)
+        is_dead = False
         try:
             yield from samples
         except _OF_DEAD_WORKERS:
-            raise  # this loader is of no more use
-        except BaseException:  # the reader has seen enough
-            self._idle.append(loader)
+            is_dead = True  # this loader is of no more use
             raise
-        else:
-            self._idle.append(loader)
+        finally:
+            if not is_dead:
+                self._idle.append(loader)
 
     def _new_loader(self, pin: bool) -> DataLoader[_Sample]:
         return DataLoader(
             self._views,
             batch_sampler=_ViewBatches(),
-            num_workers=self._num_workers,
+            num_workers=self._settings.workers,
             collate_fn=_collate,
             pin_memory=pin,
-            persistent_workers=self._num_workers > 0,
+            persistent_workers=self._settings.workers > 0,
             # Without its own generator a loader would draw from torch's, on which models depend.
             generator=torch.Generator(),
             worker_init_fn=_leave_interrupts_to_the_reader,
@@ -326,23 +313,23 @@ class ImageReader:
 
     def _count_restart(self, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        limit = self._max_worker_restarts
-        if self._restarts_left == 0:
+        self._num_restarts += 1
+        limit = self._settings.max_worker_restarts
+        if self._num_restarts > limit:
             raise ChildProcessError(
-                f"workers that read images died {limit + 1} times, max_worker_restarts is "
+                f"workers that read images died {self._num_restarts} times, max_worker_restarts is "
                 f"{limit}; often the memory is too small: try fewer workers ({reason:.200})"
             ) from error
-        self._restarts_left -= 1
         warnings.warn(
-            f"a worker that reads images died; new ones go on, time {limit - self._restarts_left} "
-            f"of at most {limit} ({reason:.200})",
+            f"a worker that reads images died; new ones go on, time {self._num_restarts} of at "
+            f"most {limit} ({reason:.200})",
             stacklevel=4,
         )
 
     def _report(self, bad: list[tuple[str, str]]) -> None:
         """Warn once about each image that could not be read, or raise."""
         for name, reason in bad:
-            if self._advises_to_skip:
+            if self._settings.bad_images == "error":
                 raise ValueError(
                     f"cannot read the image {name} ({reason}); expected an image file that Pillow"
                     ' can decode. bad_images="skip" goes on without it'
@@ -350,10 +337,10 @@ class ImageReader:
             if name in self.skipped:
                 continue
             self.skipped[name] = reason
-            if len(self.skipped) > self._most_bad:
+            if len(self.skipped) > self._settings.max_bad_images:
                 raise ValueError(
                     f"{len(self.skipped)} images cannot be read, max_bad_images is "
-                    f"{self._most_bad}; the last one is {name} ({reason})"
+                    f"{self._settings.max_bad_images}; the last one is {name} ({reason})"
                 )
             warnings.warn(f"skipped the unreadable image {name} ({reason})", stacklevel=4)
 

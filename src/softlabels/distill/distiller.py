@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,12 @@ from softlabels.distill.external_inputs import (
     TeacherReader,
     checked_inputs,
     external_values,
-    images_key,
 )
 from softlabels.distill.output import StepOutput
 from softlabels.distill.teacher import Teacher, Teachers
 from softlabels.distill.teacher_cache import TeacherCache
 from softlabels.distill.trainable import Outputs, Trainable, provided
-from softlabels.inputs import Input, PeerLogits, SecondPass, TeacherLogits, Value
+from softlabels.inputs import PeerLogits, TeacherLogits, Value
 from softlabels.losses import MemoryBank, Method, SoftLabels
 from softlabels.losses._checks import check_logits, check_target
 from softlabels.losses._non_target import in_float32, label_probabilities
@@ -187,29 +187,20 @@ class Distiller(nn.Module):
             example = layout().example()
             models = [core, *([self.teacher] if isinstance(self.teacher, nn.Module) else [])]
             with undisturbed(*models):
-                from_teacher = self._reader.example(example) if self._reader is not None else {}
-                given = external_values(self._from_teacher_alone(), example, {}, from_teacher)
-                further = {images_key(name): example for name in self._further_images()}
-                outputs = core(example, {**given, **further})
+                from_teacher = self._reader.read(example, None) if self._reader is not None else {}
+                given = {n: from_teacher[s] for n, s in self._inputs.items() if s in from_teacher}
+                images = {run.images: example for run in core.passes if run.images is not None}
+                outputs = core(example, given, images)
             self._check_classes(outputs.logits, given)
             if method is not None and has_adapters:
                 values = {**given, **outputs.read}
-                shapes = {name: _shape(value) for name, value in values.items()}
+                shapes = {n: _each(lambda x: tuple(x.shape), value) for n, value in values.items()}
                 core.adapters = method.build_adapters(shapes)
         parameter = next(core.student.parameters(), None)
         if parameter is not None:
             for part in (core.providers, core.adapters):
                 if part is not None:
                     part.to(parameter)
-
-    def _from_teacher_alone(self) -> dict[str, Input]:
-        return {name: kind for name, kind in self._inputs.items() if kind.reads_teacher}
-
-    def _further_images(self) -> list[str]:
-        """Names of the batch's extras that are images for a further forward of the student."""
-        return [
-            *dict.fromkeys(s.images for s in self._inputs.values() if isinstance(s, SecondPass))
-        ]
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -222,9 +213,7 @@ class Distiller(nn.Module):
     def _core(self) -> Trainable:
         module = self.trainable
         while not isinstance(module, Trainable):
-            inner = getattr(module, "module", None)
-            if inner is None:
-                inner = getattr(module, "_orig_mod", None)
+            inner = getattr(module, "module", getattr(module, "_orig_mod", None))
             if not isinstance(inner, nn.Module):
                 raise TypeError(
                     "trainable must be the distiller's own module or a wrapper around it, "
@@ -254,8 +243,9 @@ class Distiller(nn.Module):
             ValueError: A missing extra, labels that do not fit the logits, or a teacher with
                 another number of classes and no class map.
         """
-        given = self._given(images, target, extras)
-        outputs: Outputs = self.trainable(images, self._for_trainable(given))
+        given, further = self._given(images, target, extras)
+        for_adapters = None if self._core.adapters is None else given
+        outputs: Outputs = self.trainable(images, for_adapters, further or None)
         logits = outputs.logits
         self._check_classes(logits, given)
         task = self.task_loss(logits, target)
@@ -263,7 +253,7 @@ class Distiller(nn.Module):
         terms = {"task": loss}
         heads = [logits]
         if self.method is not None:
-            values = {**self._arguments(given), **outputs.read}
+            values = {**given, **outputs.read}
             arguments = self.method.arguments_of(values)
             distilled = self.method(**arguments)
             if self.detailed:
@@ -289,20 +279,9 @@ class Distiller(nn.Module):
 
     def _given(
         self, images: Tensor, target: Tensor, extras: Mapping[str, Tensor]
-    ) -> dict[str, Value]:
+    ) -> tuple[dict[str, Value], dict[str, Tensor]]:
         from_teacher = self._reader.read(images, extras) if self._reader is not None else {}
         return external_values(self._inputs, target, extras, from_teacher)
-
-    def _for_trainable(self, given: Mapping[str, Value]) -> Mapping[str, Value] | None:
-        """What the trained module needs of the values from outside."""
-        if self._core.adapters is not None:
-            return given
-        further = {key: given[key] for key in map(images_key, self._further_images())}
-        return further or None
-
-    def _arguments(self, given: Mapping[str, Value]) -> dict[str, Value]:
-        """The values from outside that the method reads itself."""
-        return {name: value for name, value in given.items() if name in self._inputs}
 
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
         for argument, kind in self._inputs.items():
@@ -326,7 +305,7 @@ class Distiller(nn.Module):
                 "call distiller.after_step() after each optimizer.step()"
             )
         names = getattr(self._core.adapters, "memory_inputs", None) or values
-        self._kept.append({name: _detached(values[name]) for name in names})
+        self._kept.append({name: _each(Tensor.detach, values[name]) for name in names})
 
     def memories(self) -> list[MemoryBank]:
         """What the method remembers from one step to the next."""
@@ -374,8 +353,8 @@ class Distiller(nn.Module):
         """
         with torch.no_grad():
             if self.method is not None and self.method.has_soft_labels():
-                given = self._given(images, target, extras)
-                values = {**self._arguments(given), **self._core(images, given).read}
+                given, further = self._given(images, target, extras)
+                values = {**given, **self._core(images, given, further).read}
                 arguments = {**self.method.arguments_of(values), "target": target}
                 found = self.method.soft_labels(**arguments)
                 if found is not None:
@@ -457,25 +436,16 @@ def _of_all_processes(values: Mapping[str, Value]) -> dict[str, Value]:
         distributed.all_gather(parts, tensor)
         return torch.cat(parts)
 
-    return {
-        name: gathered(value) if isinstance(value, Tensor) else [gathered(v) for v in value]
-        for name, value in values.items()
-    }
+    return {name: _each(gathered, value) for name, value in values.items()}
 
 
 def _logits_among(read: Mapping[str, Value]) -> list[Tensor]:
     """What the method reads from the student that is [B, C] and has a gradient."""
     logits = cast("Tensor | None", read.get("logits"))
-    flat = [
-        tensor
-        for value in read.values()
-        for tensor in ([value] if isinstance(value, Tensor) else value)
-    ]
-    return [
-        tensor
-        for tensor in flat
-        if tensor.requires_grad and logits is not None and tensor.shape == logits.shape
-    ]
+    if logits is None:
+        return []
+    values = chain.from_iterable([v] if isinstance(v, Tensor) else v for v in read.values())
+    return [value for value in values if value.requires_grad and value.shape == logits.shape]
 
 
 def _split_taps(
@@ -488,11 +458,6 @@ def _split_taps(
     return of_student, of_teacher
 
 
-def _detached(value: Value) -> Value:
-    return value.detach() if isinstance(value, Tensor) else [tensor.detach() for tensor in value]
-
-
-def _shape(value: Value) -> tuple[int, ...] | list[tuple[int, ...]]:
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    return [tuple(tensor.shape) for tensor in value]
+def _each(change: Callable[[Tensor], Any], value: Value) -> Any:
+    """A value with all its tensors changed."""
+    return change(value) if isinstance(value, Tensor) else [change(tensor) for tensor in value]

@@ -28,7 +28,6 @@ __all__ = [
     "TeacherReader",
     "checked_inputs",
     "external_values",
-    "images_key",
 ]
 
 
@@ -73,11 +72,7 @@ class TeacherReader:
         for tap in self._taps:
             tap.enabled = False
 
-    def example(self, images: Tensor) -> dict[Input, Value]:
-        """Values as those of `read`, for images that are in no data set."""
-        return self.read(images, {})
-
-    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Input, Value]:
+    def read(self, images: Tensor, extras: Mapping[str, Tensor] | None) -> dict[Input, Value]:
         """Logits and features of the teachers for a batch, without gradient."""
         runs = [
             tap.run(teacher, images)
@@ -114,16 +109,18 @@ class CacheReader:
                     "teacher itself"
                 )
 
-    def example(self, images: Tensor) -> dict[Input, Value]:
-        """Values as those of `read`, for images that are in no data set."""
-        return _of_one(images.new_zeros(len(images), self.cache.num_classes))
-
-    def read(self, images: Tensor, extras: Mapping[str, Tensor]) -> dict[Input, Value]:
+    def read(self, images: Tensor, extras: Mapping[str, Tensor] | None) -> dict[Input, Value]:
         """The stored logits for a batch, on the device of its images.
+
+        Args:
+            images: [B, C, H, W].
+            extras: What the batch brings; None for images that are in no data set, which get zeros.
 
         Raises:
             ValueError: The extras do not say which views the images are.
         """
+        if extras is None:
+            return _of_one(images.new_zeros(len(images), self.cache.num_classes))
         missing = [name for name in ("index", "draw") if name not in extras]
         if missing:
             raise ValueError(
@@ -184,8 +181,8 @@ def external_values(
     target: Tensor,
     extras: Mapping[str, Tensor],
     from_teacher: Mapping[Input, Value],
-) -> dict[str, Value]:
-    """Values of the inputs that do not come from the student, by argument name.
+) -> tuple[dict[str, Value], dict[str, Tensor]]:
+    """Values of the inputs that do not come from the student, by argument name; further images.
 
     Extras are moved to the target's device.
 
@@ -195,14 +192,15 @@ def external_values(
     names = dict.fromkeys(name for kind in inputs.values() for name in kind.extras)
     brought = {name: _extra(name, extras, target) for name in names}
     values: dict[str, Value] = {}
+    further: dict[str, Tensor] = {}
     for argument, kind in inputs.items():
         if isinstance(kind, BatchInput):
             values[argument] = kind.read(target, brought)
         elif isinstance(kind, SecondPass):
-            values[images_key(kind.images)] = brought[kind.images]
+            further[kind.images] = brought[kind.images]
         elif kind in from_teacher:
             values[argument] = from_teacher[kind]
-    return values
+    return values, further
 
 
 def _extra(name: str, extras: Mapping[str, Tensor], target: Tensor) -> Tensor:
@@ -213,8 +211,3 @@ def _extra(name: str, extras: Mapping[str, Tensor], target: Tensor) -> Tensor:
             f"distiller(images, target, {name}=...)"
         )
     return extras[name].to(target.device, non_blocking=True)
-
-
-def images_key(name: str) -> str:
-    """The name under which further images of the batch are given to the trained module."""
-    return f"images/{name}"

@@ -8,7 +8,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from softlabels.distill.external_inputs import images_key
 from softlabels.inputs import Input, Provider, SecondPass, StudentInput, Value
 from softlabels.taps import FeatureTap, Layout
 
@@ -78,25 +77,29 @@ class Trainable(nn.Module):
         self.tap = FeatureTap(student, sorted(points))
         self.tap.enabled = False
 
-    def forward(self, images: Tensor, given: Mapping[str, Value] | None = None) -> Outputs:
+    def forward(
+        self,
+        images: Tensor,
+        given: Mapping[str, Value] | None = None,
+        further: Mapping[str, Tensor] | None = None,
+    ) -> Outputs:
         """Run the student and provide what is read of it.
 
         Args:
             images: [B, C, H, W].
-            given: Values from outside, by argument, for the adapters (labels, teachers, extras);
-                and further images, by `images_key`.
+            given: Values from outside, by argument, for the adapters (labels, teachers, extras).
+            further: Images of other passes, by their name.
         """
-        given = given or {}
         read: dict[str, Value] = {}
         logits, monitored = self._provide(Pass(), images, read)
         for run in self.passes:
-            if run.images is not None:
+            if run.images is not None and further is not None:
                 with torch.set_grad_enabled(run.gradient and torch.is_grad_enabled()):
-                    self._provide(run, cast("Tensor", given[images_key(run.images)]), read)
+                    self._provide(run, further[run.images], read)
         if self.peer is not None:
             read.update(dict.fromkeys(self.peer_arguments, self.peer(images)))
         if self.adapters is not None:
-            read.update(self.adapters({**given, **read}))
+            read.update(self.adapters({**(given or {}), **read}))
         return Outputs(logits, read, monitored)
 
     def _provide(

@@ -9,7 +9,7 @@ from pydantic import Field
 from rich.console import Console
 
 from softlabels.data import DataInfo
-from softlabels.data.sources.by_name import FIXED_FACTS
+from softlabels.data.sources.by_name import SOURCES
 from softlabels.experiments.search_space import with_values
 from softlabels.experiments.train import ReportWriter
 from softlabels.export.export import Exported, export_run
@@ -74,7 +74,7 @@ def shrunk(config: Config, *, processes: int = 1) -> Config:
     """
     batch_size = _IMAGES_A_PROCESS * processes
     kind = config.data.source
-    facts = FIXED_FACTS[kind]
+    facts = SOURCES[kind]
     given = config.data.model_dump()
     side = given.get("image_size") or facts.image_size or _SIDE
     classes = given.get("num_classes") or facts.num_classes or _CLASSES

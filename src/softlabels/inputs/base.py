@@ -73,23 +73,25 @@ class Input:
         return ()
 
 
-class StudentInput(Input):
-    """Base of the inputs from the student."""
-
+class _NetworkInput(Input):
     def provider(self, layout: Callable[[], Layout]) -> Provider:
-        """What provides it; its parameters are trained with the student.
+        """What provides it.
 
         Args:
-            layout: Gives the student's layout, by a dry run; called only if the input needs it.
+            layout: Gives the network's layout, by a dry run; called only if the input needs it.
 
         Raises:
-            ValueError: The student has no such layer.
+            ValueError: The network has no such layer.
         """
         raise NotImplementedError
 
 
-class TeacherInput(Input):
-    """Base of the inputs from a teacher, without gradient."""
+class StudentInput(_NetworkInput):
+    """Base of the inputs from the student; parameters of the provider are trained with it."""
+
+
+class TeacherInput(_NetworkInput):
+    """Base of the inputs from a teacher, without gradient, and without parameters of their own."""
 
     @property
     def reads_teacher(self) -> bool:
@@ -100,17 +102,6 @@ class TeacherInput(Input):
     def teacher(self) -> int | None:
         """Which of several teachers; None: all of them, whose logits alone can be read then."""
         return 0
-
-    def provider(self, layout: Callable[[], Layout]) -> Provider:
-        """What provides it, without parameters of its own.
-
-        Args:
-            layout: Gives the teacher's layout; called only if the input needs it.
-
-        Raises:
-            ValueError: The teacher has no such layer.
-        """
-        raise NotImplementedError
 
 
 class BatchInput(Input):

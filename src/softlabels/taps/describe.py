@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import nn
 
-from softlabels.taps.dry_run import DryRun, inside, undisturbed
-from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module
+from softlabels.taps.dry_run import DryRun, inside
+from softlabels.taps.feature_tap import TapPoint, find_module
 from softlabels.taps.layout import Layout
-from softlabels.taps.position_head import PositionHead
 from softlabels.taps.published import published_tap
-from softlabels.taps.stages import num_layers
+from softlabels.taps.stages import Classifier, last_classifier, num_layers
 
 __all__ = ["Classifier", "Finding", "TapSurvey", "describe_taps"]
 
@@ -39,21 +37,6 @@ class Finding:
     def path(self) -> str:
         """Dotted name of the tapped module; empty if there is none."""
         return "" if self.point is None else self.point.path
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """The last layer of a model.
-
-    Attributes:
-        path: Dotted name of the module.
-        in_features: Width of the feature that it classifies.
-        out_features: Number of classes.
-    """
-
-    path: str
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ def describe_taps(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     layout = Layout(model, example_shape, overrides)
-    classifier = _classifier(model, layout.dry_run)
+    classifier = last_classifier(model, layout.dry_run)
     middle, last = _finding(model, layout, "middle"), _finding(model, layout, "last")
     found = {finding.path for finding in (middle, last)} - {""}
     others = tuple(
@@ -160,7 +143,7 @@ def describe_taps(
         num_classes=layout.num_classes,
         middle=middle,
         last=last,
-        votes=_votes(model, layout) if last.point else Finding(None, "none without a last map"),
+        votes=_votes(layout) if last.point else Finding(None, "none without a last map"),
         classifier=classifier,
         others=others,
     )
@@ -215,7 +198,7 @@ def _words(model: nn.Module, point: TapPoint) -> str:
     return f"{kind}, {size}, {width}"
 
 
-def _votes(model: nn.Module, layout: Layout) -> Finding:
+def _votes(layout: Layout) -> Finding:
     try:
         head = layout.head()
     except ValueError as error:
@@ -224,7 +207,7 @@ def _votes(model: nn.Module, layout: Layout) -> Finding:
     notes = []
     if head.steps is None:
         how = "each position through the model's own forward_head"
-        if not _gives_the_logits(model, layout.dry_run, head):
+        if not layout.gives_the_logits(head):
             notes.append(
                 "the head does not begin with a mean over positions: each position votes as if "
                 "the whole map were like it"
@@ -239,31 +222,6 @@ def _votes(model: nn.Module, layout: Layout) -> Finding:
         )
     num_votes = point.height * point.width
     return Finding(point, f"{num_votes} an image, {how}", tuple(notes))
-
-
-def _gives_the_logits(model: nn.Module, run: DryRun, head: PositionHead) -> bool:
-    """Whether timm's head makes the model's logits of the pooled map."""
-    path = head.point.path
-    with undisturbed(model), FeatureTap(model, [path]) as tap:
-        logits = run.forward()
-        feature = tap.pop()[path]
-        tap.enabled = False
-        pooled = head.logits(model, head.point.pooled(feature))
-    return torch.allclose(pooled, logits, rtol=1e-3, atol=1e-4)
-
-
-def _classifier(model: nn.Module, run: DryRun) -> Classifier | None:
-    """The last linear layer or convolution, if it is as wide as the logits."""
-    for record in reversed(run.records):
-        module = find_module(model, record.path)
-        if isinstance(module, nn.Linear):
-            layer = Classifier(record.path, module.in_features, module.out_features)
-        elif isinstance(module, nn.Conv2d):
-            layer = Classifier(record.path, module.in_channels, module.out_channels)
-        else:
-            continue
-        return layer if layer.out_features == run.num_classes else None
-    return None
 
 
 def _point(layout: Layout, path: str) -> TapPoint | None:

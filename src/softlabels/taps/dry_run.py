@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -114,41 +116,31 @@ class DryRun:
     def _recorded(self, run: Callable[[], Result]) -> tuple[Result, list[_Call]]:
         """What `run` returns, and the calls of modules in it."""
         calls: list[_Call] = []
-        started: dict[str, list[int]] = {}
-        num_events = 0
+        started: defaultdict[str, list[int]] = defaultdict(list)
+        events = count(1)
         handles: list[RemovableHandle] = []
 
-        def before(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                nonlocal num_events
-                num_events += 1
-                started.setdefault(path, []).append(num_events)
+        def before(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            started[path].append(next(events))
 
-            return hook
-
-        def after(path: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-                nonlocal num_events
-                num_events += 1
-                start = started[path].pop()
-                if isinstance(output, Tensor):
-                    first = args[0] if args else None
-                    record = Record(
-                        path,
-                        tuple(output.shape),
-                        first.dim() if isinstance(first, Tensor) else 0,
-                        next(module.parameters(), None) is not None,
-                        start,
-                        num_events,
-                        output.data_ptr(),
-                    )
-                    calls.append((record, output))
-
-            return hook
+        def after(path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            start, finish = started[path].pop(), next(events)
+            if isinstance(output, Tensor):
+                first = args[0] if args else None
+                record = Record(
+                    path,
+                    tuple(output.shape),
+                    first.dim() if isinstance(first, Tensor) else 0,
+                    next(module.parameters(), None) is not None,
+                    start,
+                    finish,
+                    output.data_ptr(),
+                )
+                calls.append((record, output))
 
         for path, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(before(path)))
-            handles.append(module.register_forward_hook(after(path)))
+            handles.append(module.register_forward_pre_hook(partial(before, path)))
+            handles.append(module.register_forward_hook(partial(after, path)))
         try:
             return run(), calls
         finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +17,11 @@ from softlabels.taps.dry_run import DryRun, Record, example_shape_of, inside, un
 from softlabels.taps.feature_tap import FeatureTap, Kind, TapPoint, find_module
 from softlabels.taps.position_head import PositionHead
 from softlabels.taps.published import published_tap
-from softlabels.taps.stages import (
-    activation_after,
-    is_stage_name,
-    last_classifier,
-    norm_before,
-    numbered,
-    pyramid,
-)
+from softlabels.taps.stages import activation_after, last_classifier, norm_before, pyramid
 
 __all__ = ["Layout"]
 
+_STAGE_NAME = re.compile(r"(stage|block):(-?\d+)")
 _NUM_SPACED = 4  # as many as the stages of most pyramids
 
 
@@ -75,8 +71,8 @@ class Layout:
         """Names of single stages, with `"stages"` replaced by all of the network."""
         names: list[str] = []
         for stage in stages:
-            count = range(len(self.stages())) if stage == "stages" else ()
-            names += [f"stage:{k}" for k in count] if stage == "stages" else [stage]
+            all_stages = range(len(self.stages())) if stage == "stages" else ()
+            names += [f"stage:{k}" for k in all_stages] or [stage]
         return names
 
     def stages(self) -> list[str]:
@@ -101,11 +97,25 @@ class Layout:
         Raises:
             ValueError: There is no such run.
         """
-        blocks = self._longest_run()
+
+        def block_class(child: tuple[str, nn.Module]) -> type[nn.Module] | None:
+            path, module = child
+            record = self.dry_run.place(path)
+            if record is None or next(module.children(), None) is None:
+                return None
+            return type(module) if self.dry_run.kind(record) == "tokens" else None
+
+        runs: list[list[str]] = [[]]
+        for path, module in self._model.named_modules():
+            children = [(f"{path}.{n}" if path else n, c) for n, c in module.named_children()]
+            for of_class, run in groupby(children, block_class):
+                runs += [[child for child, _ in run]] if of_class else []
+        blocks = max(runs, key=len)
         if len(blocks) < 2:
             raise ValueError(
-                f"the method reads transformer blocks ('block:K'), but found no run of blocks that "
-                f"return tokens in {type(self._model).__name__}: it needs a vision transformer"
+                f"found no run of blocks that return tokens in {type(self._model).__name__}: it "
+                "needs a vision transformer where a method reads transformer blocks ('block:K'); "
+                "name a middle with taps={'middle': 'path.of.module'}"
             )
         return blocks
 
@@ -119,19 +129,17 @@ class Layout:
             ValueError: As `point`.
         """
         point = self.point(stage)
-        place = self.dry_run.place(point.path)
-        norm = norm_before(self._model, self.dry_run, point.path)
-        follows = norm is not None and place is not None and self._starts_after(norm, place)
-        if norm is not None and follows:
-            point = self.at(norm)
-        activation = activation_after(self._model, self.dry_run, point.path)
-        if activation is None:
-            return point
-        return replace(point, path=activation, of_input=True)
+        place = self._place(point)
+        norm = norm_before(self._model, self.dry_run, place)
+        if norm is not None and norm.started > place.finished:
+            point = self.at(norm.path)
+        activation = activation_after(self._model, self.dry_run, self._place(point))
+        return point if activation is None else replace(point, path=activation, of_input=True)
 
-    def _starts_after(self, path: str, place: Record) -> bool:
-        record = self.dry_run.place(path)
-        return record is not None and record.started > place.finished
+    def _place(self, point: TapPoint) -> Record:
+        record = self.dry_run.place(point.path)
+        assert record is not None  # `at` has seen to it
+        return record
 
     def norm(self, stage: str) -> nn.BatchNorm2d:
         """The BatchNorm that the map of a stage before its activation comes out of.
@@ -140,8 +148,8 @@ class Layout:
             ValueError: There is none, or as `point`.
         """
         point = self.point(stage)
-        path = norm_before(self._model, self.dry_run, point.path)
-        module = None if path is None else find_module(self._model, path)
+        norm = norm_before(self._model, self.dry_run, self._place(point))
+        module = None if norm is None else find_module(self._model, norm.path)
         if not isinstance(module, nn.BatchNorm2d) or not module.affine:
             raise ValueError(
                 f"needs a BatchNorm with weight and bias at the end of {point.path!r} of "
@@ -155,8 +163,8 @@ class Layout:
         Raises:
             ValueError: The logits do not come out of a linear layer.
         """
-        path = last_classifier(self._model, self.dry_run)
-        module = None if path is None else find_module(self._model, path)
+        layer = last_classifier(self._model, self.dry_run)
+        module = None if layer is None else find_module(self._model, layer.path)
         if not isinstance(module, nn.Linear):
             raise ValueError(
                 f"needs a linear classifier at the end of {type(self._model).__name__}, found none"
@@ -169,9 +177,12 @@ class Layout:
         Raises:
             ValueError: No such module, it gives no feature, or no rule finds the stage.
         """
-        if is_stage_name(stage):
-            of_blocks = stage.startswith("block:")
-            return self.at(numbered(stage, self.blocks() if of_blocks else self.stages()))
+        if numbered := _STAGE_NAME.fullmatch(stage):
+            kind, number = numbered[1], int(numbered[2])
+            paths = self.blocks() if kind == "block" else self.stages()
+            if not -len(paths) <= number < len(paths):
+                raise ValueError(f"{stage!r} does not exist: the network has {len(paths)} {kind}s")
+            return self.at(paths[number])
         path = self._overrides.get(stage)
         if path is not None or stage != "middle":
             return self.at(path or self.found(stage))
@@ -247,7 +258,8 @@ class Layout:
         last = self._require_last()
         size = self.dry_run.size(last)
         if size is None:
-            return self._middle_block()
+            blocks = self.blocks()
+            return blocks[len(blocks) // 2 - 1]
         child = self._child_of_size((2 * size[0], 2 * size[1]))
         return self._middle_without_halving(last, size) if child is None else child
 
@@ -326,35 +338,6 @@ class Layout:
                 )
             level = stages[0] if stages and stages[0] in inner else inner[0]
 
-    def _longest_run(self) -> list[str]:
-        """Paths of the longest run of blocks of one class that return tokens."""
-        best: list[str] = []
-        for path, module in self._model.named_modules():
-            run: list[str] = []
-            previous: type[nn.Module] | None = None
-            for name, child in module.named_children():
-                child_path = f"{path}.{name}" if path else name
-                record = self.dry_run.place(child_path)
-                is_block = next(child.children(), None) is not None
-                if not is_block or record is None or self.dry_run.kind(record) != "tokens":
-                    run, previous = [], None
-                    continue
-                run = [*run, child_path] if type(child) is previous else [child_path]
-                previous = type(child)
-                if len(run) > len(best):
-                    best = run
-        return best
-
-    def _middle_block(self) -> str:
-        """Block L/2 - 1 of the longest run of L blocks of one class that return tokens."""
-        best = self._longest_run()
-        if len(best) < 2:
-            raise ValueError(
-                f"found no run of blocks in {type(self._model).__name__}; name a middle with "
-                "taps={'middle': 'path.of.module'}"
-            )
-        return best[len(best) // 2 - 1]
-
     def _depends_on_mode(self, path: str) -> bool:
         module = find_module(self._model, path)
         if isinstance(module, nn.Dropout | nn.Dropout2d | nn.AlphaDropout):
@@ -374,8 +357,7 @@ class Layout:
                 f"{point.path!r} gives no patch tokens to vote; choose a map with "
                 "taps={'last': 'path.of.module'}"
             )
-        record = self.dry_run.place(point.path)
-        assert record is not None
+        record = self._place(point)
         later = [r for r in self.dry_run.records if r.started > record.finished]
         mode_dependent = tuple(r.path for r in later if self._depends_on_mode(r.path))
         if record is self.dry_run.last and self.dry_run.in_two_halves:
@@ -389,27 +371,30 @@ class Layout:
             for r in later
             if not any(inside(r.path, other.path) for other in later)
         )
-        with undisturbed(self._model), FeatureTap(self._model, [point.path]) as tap:
-            logits = self.dry_run.forward()
-            feature = tap.pop()[point.path]
-            tap.enabled = False
-            for activation in (False, True):
-                head = PositionHead(point, steps, activation, mode_dependent, self.num_classes)
-                values = functional.relu(feature) if activation else feature
-                try:
-                    pooled = head.logits(self._model, point.pooled(values))
-                except (RuntimeError, ValueError, TypeError):
-                    continue
-                if pooled.shape == logits.shape and torch.allclose(
-                    pooled, logits, rtol=1e-3, atol=1e-4
-                ):
-                    return head
+        for activation in (False, True):
+            head = PositionHead(point, steps, activation, mode_dependent, self.num_classes)
+            if self.gives_the_logits(head):
+                return head
         raise ValueError(
             f"votes need a classifier that works at a single position of the last map "
             f"({point.path!r}, {point.height}x{point.width}): the modules after it "
             f"({', '.join(path for path, _ in steps) or 'none'}) do not give the model's logits "
             "from the pooled map; choose another map with taps={'last': 'path.of.module'}"
         )
+
+    def gives_the_logits(self, head: PositionHead) -> bool:
+        """Whether a head makes the model's logits of the pooled map."""
+        path = head.point.path
+        with undisturbed(self._model), FeatureTap(self._model, [path]) as tap:
+            logits = self.dry_run.forward()
+            feature = tap.pop()[path]
+            tap.enabled = False
+            values = functional.relu(feature) if head.activation else feature
+            try:
+                pooled = head.logits(self._model, head.point.pooled(values))
+            except (RuntimeError, ValueError, TypeError):
+                return False
+        return pooled.shape == logits.shape and torch.allclose(pooled, logits, rtol=1e-3, atol=1e-4)
 
     def _check_single_positions(self, head: PositionHead) -> None:
         positions = self.example().new_zeros(2, head.point.channels)

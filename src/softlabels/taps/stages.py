@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,12 +12,11 @@ from softlabels.taps.dry_run import DryRun, Record, inside
 from softlabels.taps.feature_tap import find_module
 
 __all__ = [
+    "Classifier",
     "activation_after",
-    "is_stage_name",
     "last_classifier",
     "norm_before",
     "num_layers",
-    "numbered",
     "pyramid",
 ]
 
@@ -32,25 +31,21 @@ _ACTIVATIONS = (
     nn.PReLU,
 )
 _SHORTCUTS = ("downsample", "shortcut", "skip")
-_STAGE_NAME = re.compile(r"(stage|block):(-?\d+)")
 
 
-def is_stage_name(name: str) -> bool:
-    """Whether a name is `"stage:K"` or `"block:K"`."""
-    return _STAGE_NAME.fullmatch(name) is not None
+@dataclass(frozen=True)
+class Classifier:
+    """The last layer of a model.
 
-
-def numbered(name: str, paths: Sequence[str]) -> str:
-    """The path that `"stage:K"` or `"block:K"` stands for.
-
-    Raises:
-        ValueError: There are fewer.
+    Attributes:
+        path: Dotted name of the module.
+        in_features: Width of the feature that it classifies.
+        out_features: Number of classes.
     """
-    kind, number = name.split(":")
-    position = int(number)
-    if not -len(paths) <= position < len(paths):
-        raise ValueError(f"{name!r} does not exist: the network has {len(paths)} {kind}s")
-    return paths[position]
+
+    path: str
+    in_features: int
+    out_features: int
 
 
 def pyramid(
@@ -83,42 +78,36 @@ def pyramid(
     return [last.path]
 
 
-def activation_after(model: nn.Module, run: DryRun, path: str) -> str | None:
-    """Path of the activation whose output is that of the module at `path`, or None."""
-    place = run.place(path)
-    if place is None:
-        return None
+def activation_after(model: nn.Module, run: DryRun, place: Record) -> str | None:
+    """Path of the activation whose output is that of a place, or None."""
     for record in reversed(run.records):
         same = record.address == place.address and record.shape == place.shape
         if not same or record.finished > place.finished:
             continue
         # A placeholder (Identity) gives on what came before it.
         given_on = record.finished < place.started and not place.has_parameters
-        if not (given_on or record.path == path or inside(record.path, path)):
+        if not (given_on or record.path == place.path or inside(record.path, place.path)):
             continue
         if isinstance(find_module(model, record.path), _ACTIVATIONS):
             return record.path
     return None
 
 
-def norm_before(model: nn.Module, run: DryRun, path: str) -> str | None:
-    """Path of the BatchNorm that the feature of `path` comes out of before its activation.
+def norm_before(model: nn.Module, run: DryRun, place: Record) -> Record | None:
+    """The BatchNorm that the feature of a place comes out of before its activation.
 
     The next layer, if that is a BatchNorm; else the last one of the stage that is as wide as its
     output, those of shortcuts left out.
     """
-    place = run.place(path)
-    if place is None:
-        return None
     leaves = (r for r in run.records if _is_layer(find_module(model, r.path)))
     following = [record for record in leaves if record.started > place.finished]
     following.sort(key=lambda record: record.started)
     if following and _fits(model, following[0], place):
-        return following[0].path
+        return following[0]
     within = [
-        record.path
+        record
         for record in run.records
-        if (inside(record.path, path) or record.path == path)
+        if (inside(record.path, place.path) or record.path == place.path)
         and _fits(model, record, place)
         and not any(name in record.path for name in _SHORTCUTS)
     ]
@@ -126,7 +115,7 @@ def norm_before(model: nn.Module, run: DryRun, path: str) -> str | None:
         return within[-1]
     # A single activation after its norm: the layers are no children of the place.
     earlier = [r for r in run.records if r.finished < place.started and _fits(model, r, place)]
-    return earlier[-1].path if earlier else None
+    return earlier[-1] if earlier else None
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -147,10 +136,15 @@ def num_layers(module: nn.Module) -> int:
     )
 
 
-def last_classifier(model: nn.Module, run: DryRun) -> str | None:
-    """Path of the last linear layer, if it is as wide as the logits."""
+def last_classifier(model: nn.Module, run: DryRun) -> Classifier | None:
+    """The last linear layer or convolution, if it is as wide as the logits."""
     for record in reversed(run.records):
         module = find_module(model, record.path)
         if isinstance(module, nn.Linear):
-            return record.path if module.out_features == run.num_classes else None
+            layer = Classifier(record.path, module.in_features, module.out_features)
+        elif isinstance(module, nn.Conv2d):
+            layer = Classifier(record.path, module.in_channels, module.out_channels)
+        else:
+            continue
+        return layer if layer.out_features == run.num_classes else None
     return None

@@ -292,10 +292,10 @@ class DataSettings(Section):
 
 def _data_settings(source: str) -> type[DataSettings]:
     """The settings of a source: the keyword-only arguments of what opens it."""
-    texts = _documented(SOURCES[source])
+    texts = _documented(SOURCES[source].open)
     described = DataSettings.model_fields["source"].description
     fields: dict[str, Any] = {"source": (Literal[source], Field(description=described))}
-    for name, given in inspect.signature(SOURCES[source], eval_str=True).parameters.items():
+    for name, given in inspect.signature(SOURCES[source].open, eval_str=True).parameters.items():
         if given.kind is given.KEYWORD_ONLY:
             fields[name] = (given.annotation, Field(given.default, description=texts.get(name, "")))
         elif name == "path":

@@ -33,10 +33,14 @@ def test_a_source_can_be_named(image_folder):
         (
             ("folders",),
             {},
-            "unknown data source 'folders', expected glyphs100, folder, idx, webdataset, .*; "
+            "unknown data source 'folders', expected glyphs100, cifar100, cifar10, .*; "
             "did you mean 'folder'",
         ),
-        (("xyz",), {}, "unknown data source 'xyz', expected glyphs100, folder, .*, hf, noise$"),
+        (
+            ("xyz",),
+            {},
+            "unknown data source 'xyz', expected glyphs100, cifar100, .*, folder, noise$",
+        ),
         (("folder",), {}, "the data source 'folder' needs a path, got none"),
         (("glyphs100", "some"), {}, "'glyphs100' takes no path, got 'some'"),
         (
@@ -58,7 +62,7 @@ def test_wrong_names_are_told(arguments, settings, message):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_setting_has_a_default_a_type_and_a_description(name):
-    constructor = SOURCES[name]
+    constructor = SOURCES[name].open
     # A class need not describe again what those that it builds on do.
     described = inspect.getmro(constructor) if inspect.isclass(constructor) else [constructor]
     documentation = "\n".join(filter(None, map(inspect.getdoc, described)))

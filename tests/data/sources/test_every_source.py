@@ -18,7 +18,7 @@ from shared.data_files import (
     write_tiny_imagenet,
 )
 from softlabels.data import open_source
-from softlabels.data.sources.by_name import FIXED_FACTS, SOURCES, kind_of
+from softlabels.data.sources.by_name import SOURCES, kind_of
 
 RANDOM = {"image_size": 16, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5}
 PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8}
@@ -94,7 +94,7 @@ def test_facts(places, kind):
     assert source.info.in_channels == 3
     many = kind == "imagenet"
     assert (source.num_train, source.num_test) == ((1000, 1000) if many else (14, 6))
-    size = FIXED_FACTS[kind].image_size or 224
+    size = SOURCES[kind].image_size or 224
     assert source.info.image_size == (size, size)
 
 
@@ -243,12 +243,11 @@ def test_what_is_no_folder_is_left_to_the_folder_source(path):
 
 
 def test_the_table_of_facts_is_about_every_source(places):
-    assert FIXED_FACTS.keys() == SOURCES.keys()
     for kind in FILES:
         source = open_source(kind, str(places[kind]))
-        assert FIXED_FACTS[kind].image_size in (None, source.info.image_size[0])
-        assert FIXED_FACTS[kind].in_channels == source.info.in_channels
-    assert open_source("glyphs100").info.num_classes == FIXED_FACTS["glyphs100"].num_classes
+        assert SOURCES[kind].image_size in (None, source.info.image_size[0])
+        assert SOURCES[kind].in_channels == source.info.in_channels
+    assert open_source("glyphs100").info.num_classes == SOURCES["glyphs100"].num_classes
 
 
 def test_the_wnids_of_tiny_imagenet_are_sorted():

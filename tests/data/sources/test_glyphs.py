@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.sources.glyphs import GlyphSource
 
 
 def read_test_set(source):
@@ -15,7 +15,7 @@ def read_test_set(source):
 
 @pytest.fixture(scope="module")
 def source():
-    return glyphs100()
+    return GlyphSource()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_no_font_or_family_is_in_both_splits(file):
 
 def test_targets_belong_to_their_images(file):
     """An upright training image, without augmentation, is the file's image of that class."""
-    plain = glyphs100(
+    plain = GlyphSource(
         rotation=0, scale=(1, 1), shear=0, shift=0, contrast=(1, 1), noise_std=0, num_fonts=3
     )
     (batch,) = plain.train_batches(seed=0, epoch=0, batch_size=300, device="cpu")
@@ -57,7 +57,7 @@ def test_targets_belong_to_their_images(file):
 def test_the_test_set_is_the_same_whatever_the_settings(source):
     images = read_test_set(source)
     assert torch.equal(read_test_set(source), images)
-    assert torch.equal(read_test_set(glyphs100(num_fonts=5, noise_std=0, rotation=40)), images)
+    assert torch.equal(read_test_set(GlyphSource(num_fonts=5, noise_std=0, rotation=40)), images)
 
 
 def test_the_test_set_is_pinned(source):
@@ -94,7 +94,7 @@ def test_training_images_change_with_the_epoch_and_are_normalized(source):
 
 
 def test_fewer_fonts_are_the_first_of_all_fonts(source):
-    few = glyphs100(num_fonts=2)
+    few = GlyphSource(num_fonts=2)
     assert few.num_train == 200
     assert few.info == source.info
     (batch,) = few.train_batches(seed=0, epoch=0, batch_size=200, device="cpu")
@@ -104,4 +104,4 @@ def test_fewer_fonts_are_the_first_of_all_fonts(source):
 @pytest.mark.parametrize("num_fonts", [0, 240])
 def test_number_of_fonts_out_of_range(num_fonts):
     with pytest.raises(ValueError, match=rf"num_fonts must be in 1\.\.239, got {num_fonts}"):
-        glyphs100(num_fonts=num_fonts)
+        GlyphSource(num_fonts=num_fonts)

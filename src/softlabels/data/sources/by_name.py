@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from types import MappingProxyType
+from pathlib import Path
 from typing import NamedTuple
 
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from softlabels.data.source import DataSource
 from softlabels.data.sources.cifar import CIFAR10Source, CIFAR100Source, holds_cifar
 from softlabels.data.sources.folder import FolderSource
-from softlabels.data.sources.glyphs import glyphs100
+from softlabels.data.sources.glyphs import GlyphSource
 from softlabels.data.sources.hugging_face import HuggingFaceSource, holds_hugging_face
 from softlabels.data.sources.idx import holds_idx, idx
 from softlabels.data.sources.imagenet import ImageNetSource
@@ -23,66 +23,40 @@ from softlabels.data.sources.noise import noise
 from softlabels.data.sources.tiny_imagenet import TinyImageNetSource, holds_tiny_imagenet
 from softlabels.data.sources.webdataset import ShardSource, holds_shards
 
-# The keyword-only arguments are a source's settings; a first argument `path`, if any, is its path.
-SOURCES: Mapping[str, Callable[..., DataSource]] = MappingProxyType(
-    {
-        "glyphs100": glyphs100,
-        "folder": FolderSource,
-        "idx": idx,
-        "webdataset": ShardSource,
-        "cifar10": CIFAR10Source,
-        "cifar100": CIFAR100Source,
-        "tiny_imagenet": TinyImageNetSource,
-        "imagenet": ImageNetSource,
-        "inat21": INat21Source,
-        "hf": HuggingFaceSource,
-        "noise": noise,
-    }
-)
 
-
-class FixedFacts(NamedTuple):
-    """What is the same in all copies of a data set; None where it differs.
+class Kind(NamedTuple):
+    """A data source, and what is the same in all copies of its data; None where it differs.
 
     Attributes:
+        open: Opens it. Its keyword-only arguments are its settings; a first argument `path`, if
+            any, is its path.
         num_classes: Number of classes.
         image_size: Height and width of the images if no setting says another, pixels.
         in_channels: Channels of the images.
+        holds: Whether a folder unmistakably holds it.
     """
 
+    open: Callable[..., DataSource]
     num_classes: int | None
     image_size: int | None
     in_channels: int | None
+    holds: Callable[[Path], bool] | None = None
 
 
-FIXED_FACTS: Mapping[str, FixedFacts] = MappingProxyType(
-    {
-        "glyphs100": FixedFacts(100, 32, 1),
-        "folder": FixedFacts(None, None, 3),
-        "idx": FixedFacts(None, None, 1),
-        "webdataset": FixedFacts(None, None, 3),
-        "cifar10": FixedFacts(10, 32, 3),
-        "cifar100": FixedFacts(100, 32, 3),
-        "tiny_imagenet": FixedFacts(200, 64, 3),
-        "imagenet": FixedFacts(1000, 224, 3),
-        "inat21": FixedFacts(10_000, 224, 3),
-        "hf": FixedFacts(None, None, 3),
-        "noise": FixedFacts(None, None, None),
-    }
-)
-
-# What a folder holds, the most telling signs first. Without any it is a folder of images.
-_SIGNS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
-    {
-        "cifar100": partial(holds_cifar, data=CIFAR100),
-        "cifar10": partial(holds_cifar, data=CIFAR10),
-        "tiny_imagenet": holds_tiny_imagenet,
-        "inat21": holds_inat21,
-        "hf": holds_hugging_face,
-        "idx": holds_idx,
-        "webdataset": holds_shards,
-    }
-)
+# By what a folder holds, the most telling signs first. Without any it is a folder of images.
+SOURCES = {
+    "glyphs100": Kind(GlyphSource, 100, 32, 1),
+    "cifar100": Kind(CIFAR100Source, 100, 32, 3, partial(holds_cifar, data=CIFAR100)),
+    "cifar10": Kind(CIFAR10Source, 10, 32, 3, partial(holds_cifar, data=CIFAR10)),
+    "tiny_imagenet": Kind(TinyImageNetSource, 200, 64, 3, holds_tiny_imagenet),
+    "inat21": Kind(INat21Source, 10_000, 224, 3, holds_inat21),
+    "hf": Kind(HuggingFaceSource, None, None, 3, holds_hugging_face),
+    "idx": Kind(idx, None, None, 1, holds_idx),
+    "webdataset": Kind(ShardSource, None, None, 3, holds_shards),
+    "imagenet": Kind(ImageNetSource, 1000, 224, 3),
+    "folder": Kind(FolderSource, None, None, 3),
+    "noise": Kind(noise, None, None, None),
+}
 
 
 def kind_of(source: str | None, path: str | None) -> str:
@@ -98,7 +72,8 @@ def kind_of(source: str | None, path: str | None) -> str:
     if source is None:
         if path is None:
             return "glyphs100"
-        found = [kind for kind, holds in _SIGNS.items() if holds(path)]
+        root = Path(path).expanduser()
+        found = [name for name, kind in SOURCES.items() if kind.holds and kind.holds(root)]
         if {"cifar10", "cifar100"} <= {*found}:
             raise ValueError(
                 f"{path} has both CIFAR-10 and CIFAR-100; expected source to say which"
@@ -113,7 +88,7 @@ def kind_of(source: str | None, path: str | None) -> str:
 
 def settings_of(source: str) -> list[str]:
     """The names of a source's settings."""
-    parameters = inspect.signature(SOURCES[source]).parameters
+    parameters = inspect.signature(SOURCES[source].open).parameters
     return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
@@ -137,7 +112,7 @@ def open_source(
             or too much; and whatever the source finds wrong.
     """
     source = kind_of(source, path)
-    open_it = SOURCES[source]
+    open_it = SOURCES[source].open
     parameters = inspect.signature(open_it).parameters
     known = settings_of(source)
     for name in settings:

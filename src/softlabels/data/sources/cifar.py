@@ -42,9 +42,9 @@ _GROUPS = {
 }
 
 
-def holds_cifar(path: str | Path, data: type[CIFAR10]) -> bool:
+def holds_cifar(root: Path, data: type[CIFAR10]) -> bool:
     """Whether a folder is, or has, that of a data set, by the name that the archive gives to it."""
-    folder: Path = _root(path, data) / data.base_folder
+    folder: Path = _root(root, data) / data.base_folder
     return folder.is_dir()
 
 

@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 
 import numpy as np
 
-from softlabels.data.augment import Affine, Augmentation, Compose, Contrast, Noise
+from softlabels.data.augment import Affine, Compose, Contrast, Noise
 from softlabels.data.batch import DataInfo
 from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
 from softlabels.data.randomness import permutation
@@ -54,22 +54,51 @@ def _split(fonts: np.ndarray) -> Split:
 
 
 class GlyphSource(InMemorySource):
-    """The embedded data set, whose unit is the font: it is divided by fonts.
+    """The embedded data set of 100 accented letters, whose unit is the font: it is split by fonts.
+
+    There are 239 fonts for training (23,900 images), 80 for testing (8,000). A training image is
+    drawn anew in every epoch. The test images are one fixed draw with the default settings, the
+    same for everybody and whatever the settings. Images are normalized by the mean and std of all
+    training fonts.
 
     Args:
-        num_fonts: Train on the first fonts of their fixed random order; None takes all.
-        augmentation: What is done to training images.
+        num_fonts: Train on the first fonts of a fixed random order only, 1..239; None takes all.
+        rotation: Largest rotation either way, degrees.
+        scale: (low, high) factor of the size.
+        shear: Largest shear either way, degrees.
+        shift: Largest shift either way along each axis, pixels.
+        contrast: (low, high) factor of the contrast.
+        noise_std: Standard deviation of the pixels' noise, for images in 0..1.
 
     Raises:
-        ValueError: If there are not so many fonts.
+        ValueError: If a setting is out of its range.
     """
 
-    def __init__(self, num_fonts: int | None, augmentation: Augmentation) -> None:
-        train, test, info = _load()
-        self._fonts = train
+    def __init__(
+        self,
+        *,
+        num_fonts: int | None = None,
+        rotation: float = 15.0,
+        scale: tuple[float, float] = (0.8, 1.2),
+        shear: float = 10.0,
+        shift: float = 3.0,
+        contrast: tuple[float, float] = (0.3, 1.0),
+        noise_std: float = 0.18,
+    ) -> None:
+        self._fonts, test, self._info = _load()
         self._num_fonts = num_fonts
-        count = self._chosen(_num_fonts(train, info))
-        super().__init__(_fonts_of(train, info, 0, count), test, info, augmentation=augmentation)
+        train = self._some_fonts(0, self._chosen(self._all_fonts))
+        steps = (Affine(rotation, scale, shear, shift), Contrast(*contrast), Noise(noise_std))
+        super().__init__(train, test, self._info, augmentation=Compose(steps))
+
+    @property
+    def _all_fonts(self) -> int:
+        return len(self._fonts.target) // self._info.num_classes
+
+    def _some_fonts(self, first: int, end: int) -> Split:
+        """The fonts from one to before another."""
+        rows = slice(first * self._info.num_classes, end * self._info.num_classes)
+        return Split(self._fonts.images[rows], self._fonts.target[rows])
 
     def _chosen(self, available: int, beside: str = "") -> int:
         """How many fonts are trained on, of so many."""
@@ -94,61 +123,12 @@ class GlyphSource(InMemorySource):
             ValueError: If a share is out of its range, or fewer fonts than `num_fonts` are left.
         """
         check_shares(validation, train_share)
-        available, test = _num_fonts(self._fonts, self._info), self._test
-        beside = ""
+        available, test, beside = self._all_fonts, self._test, ""
         if validation is not None:
             held_out = part_of(available, validation)
             available -= held_out
             beside = f" beside {held_out} fonts that are held out"
-            fonts = _fonts_of(self._fonts, self._info, available, None)
+            fonts = self._some_fonts(available, self._all_fonts)
             test = fonts.augmented(_TEST_AUGMENTATION, _VALIDATION_SEED)
-        count = part_of(self._chosen(available, beside), train_share)
-        train = _fonts_of(self._fonts, self._info, 0, count)
+        train = self._some_fonts(0, part_of(self._chosen(available, beside), train_share))
         return InMemorySource(train, test, self._info, augmentation=self._augmentation)
-
-
-def _num_fonts(split: Split, info: DataInfo) -> int:
-    return len(split.target) // info.num_classes
-
-
-def _fonts_of(split: Split, info: DataInfo, first: int, end: int | None) -> Split:
-    """The fonts from one to before another; None: to the last."""
-    rows = slice(first * info.num_classes, None if end is None else end * info.num_classes)
-    return Split(split.images[rows], split.target[rows])
-
-
-def glyphs100(
-    *,
-    num_fonts: int | None = None,
-    rotation: float = 15.0,
-    scale: tuple[float, float] = (0.8, 1.2),
-    shear: float = 10.0,
-    shift: float = 3.0,
-    contrast: tuple[float, float] = (0.3, 1.0),
-    noise_std: float = 0.18,
-) -> GlyphSource:
-    """Open the embedded data set of 100 accented letters.
-
-    The split is by font family: 239 fonts for training (23,900 images), 80 for testing (8,000). A
-    training image is drawn anew in every epoch. The test images are one fixed draw with the default
-    settings, the same for everybody and whatever the settings.
-
-    Args:
-        num_fonts: Train on the first fonts of a fixed random order only, 1..239; None takes all.
-        rotation: Largest rotation either way, degrees.
-        scale: (low, high) factor of the size.
-        shear: Largest shear either way, degrees.
-        shift: Largest shift either way along each axis, pixels.
-        contrast: (low, high) factor of the contrast.
-        noise_std: Standard deviation of the pixels' noise, for images in 0..1.
-
-    Returns:
-        The data source. Images are normalized by the mean and std of all training fonts.
-
-    Raises:
-        ValueError: If a setting is out of its range.
-    """
-    augmentation = Compose(
-        (Affine(rotation, scale, shear, shift), Contrast(*contrast), Noise(noise_std))
-    )
-    return GlyphSource(num_fonts, augmentation)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from softlabels.data.decoding import read_rgb
+from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.image_source import ImageSource
 from softlabels.data.listing import check_classes_have_images, check_targets
 
@@ -30,9 +30,8 @@ _ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImple
 _INSTALL = "the data source 'hf' needs the library datasets: pip install 'softlabels[data]'"
 
 
-def holds_hugging_face(path: str | Path) -> bool:
+def holds_hugging_face(root: Path) -> bool:
     """Whether a folder was made by `save_to_disk`, or holds Parquet files of training images."""
-    root = Path(path).expanduser()
     return _is_saved(root) or "train" in _parquet_files(root)
 
 
@@ -86,7 +85,7 @@ class HuggingFaceSource(ImageSource):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Rows(Images):
     """The images of a split.
 
     Args:
@@ -117,9 +116,6 @@ class _Rows:
             raise ValueError(
                 f"{place}: the column {column!r} holds no images: {reason:.200}"
             ) from error
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
     def name(self, index: int) -> str:
         """The split and the row of an image; see `Images`."""

@@ -76,9 +76,9 @@ def _find(folder: Path, part: str, kind: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def holds_idx(path: str | Path) -> bool:
+def holds_idx(root: Path) -> bool:
     """Whether a folder holds training images, such as `train-images-idx3-ubyte.gz`."""
-    return _find(Path(path).expanduser(), "train", "images-idx3") is not None
+    return _find(root, "train", "images-idx3") is not None
 
 
 def _read_split(folder: Path, part: str) -> Split:

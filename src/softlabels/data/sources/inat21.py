@@ -46,9 +46,8 @@ class _Annotations(BaseModel):
     categories: list[_Category]
 
 
-def holds_inat21(path: str | Path) -> bool:
+def holds_inat21(root: Path) -> bool:
     """Whether a folder has iNat21's `train_mini/` and `val/`."""
-    root = Path(path).expanduser()
     return (root / _TRAIN[0]).is_dir() and (root / _VAL).is_dir()
 
 

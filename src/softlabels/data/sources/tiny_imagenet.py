@@ -19,9 +19,8 @@ from softlabels.data.sources.folder import FileSource
 _ANNOTATIONS = "val_annotations.txt"
 
 
-def holds_tiny_imagenet(path: str | Path) -> bool:
+def holds_tiny_imagenet(root: Path) -> bool:
     """Whether a folder has TinyImageNet's list of classes beside a `train/` and a `val/`."""
-    root = Path(path).expanduser()
     is_there = (root / "wnids.txt").is_file() or (root / "val" / _ANNOTATIONS).is_file()
     return is_there and (root / "train").is_dir() and (root / "val").is_dir()
 

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 
-from softlabels.data.decoding import read_rgb
+from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.image_source import ImageSource
 from softlabels.data.randomness import permutation
 from softlabels.io.files import replace_file
@@ -36,7 +36,7 @@ _EXPECTED = "expected WebDataset shards (.tar), with `train` or `val` in their n
 
 
 @dataclass(frozen=True)
-class ShardImages:
+class ShardImages(Images):
     """Images in tar files, by their places.
 
     Args:
@@ -53,9 +53,6 @@ class ShardImages:
     size: NDArray[np.int64]
     targets: NDArray[np.int64]
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
     def name(self, index: int) -> str:
         """The shard and the place of an image; see `Images`."""
         return f"{self.shards[self.shard[index]]} at byte {self.offset[index]}"
@@ -70,9 +67,8 @@ class ShardImages:
         return read_rgb(io.BytesIO(content))
 
 
-def holds_shards(path: str | Path) -> bool:
+def holds_shards(root: Path) -> bool:
     """Whether a folder, or one of its folders for training and testing, holds tar files."""
-    root = Path(path).expanduser()
     return root.is_dir() and any(_tar_files(root))
 
 
@@ -168,7 +164,6 @@ def _fingerprint(shards: Sequence[Path]) -> str:
 
 def _images(shards: Sequence[Path], index_file: Path) -> ShardImages:
     """The images of shards, from the index file if it is of these shards, else from themselves."""
-    names = tuple(map(str, shards))
     fingerprint = _fingerprint(shards)
     columns = _read_index(index_file, fingerprint, len(shards))
     if columns is None:
@@ -186,9 +181,7 @@ def _images(shards: Sequence[Path], index_file: Path) -> ShardImages:
                 "`index` names a file elsewhere",
                 stacklevel=3,
             )
-    return ShardImages(
-        names, columns["shard"], columns["offset"], columns["size"], columns["target"]
-    )
+    return ShardImages(tuple(map(str, shards)), *(columns[name] for name in _COLUMNS))
 
 
 def _read_index(
@@ -201,9 +194,9 @@ def _read_index(
         with safe_open(str(path), "numpy") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:
                 return None
-        columns: dict[str, NDArray[np.int64]] = load_file(path)
-        table = np.stack([columns[name] for name in _COLUMNS])
-    except (SafetensorError, OSError, ValueError, KeyError):
+            columns = {name: file.get_tensor(name) for name in _COLUMNS}
+        table = np.stack([*columns.values()])
+    except (SafetensorError, OSError, ValueError):
         return None
     fits = (
         table.dtype == np.int64
