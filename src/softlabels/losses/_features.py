@@ -167,16 +167,15 @@ def check_maps(
                     f"samples in {names[0]}[0] and {len(map)} in one of {name}"
                 )
     for ours, theirs in paired_from_deepest(student, teacher):
-        if same_widths and ours.shape[1] != theirs.shape[1]:
-            raise ValueError(
-                f"paired maps of {names[0]} and {names[1]} must have the same number of "
-                f"channels, got {tuple(ours.shape)} and {tuple(theirs.shape)}"
-            )
-        if same_sizes and ours.shape[2:] != theirs.shape[2:]:
-            raise ValueError(
-                f"paired maps of {names[0]} and {names[1]} must have the same height and "
-                f"width, got {tuple(ours.shape)} and {tuple(theirs.shape)}"
-            )
+        for what, wanted, sides in (
+            ("number of channels", same_widths, slice(1, 2)),
+            ("height and width", same_sizes, slice(2, 4)),
+        ):
+            if wanted and ours.shape[sides] != theirs.shape[sides]:
+                raise ValueError(
+                    f"paired maps of {names[0]} and {names[1]} must have the same {what}, got "
+                    f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+                )
 
 
 def _check_list(name: str, maps: Sequence[Tensor]) -> None:

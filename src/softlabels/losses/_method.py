@@ -211,6 +211,12 @@ class Method(_Settings):
     under `Args:`, is its help. The constructor takes them by keyword. A call takes the inputs in
     the order of the arguments of `terms`, or by name.
 
+    What methods have in common is not said again in the text of each. They compute in float32 or
+    wider, also under autocast, and treat each sample by itself, without batch statistics. Logits
+    are raw, [B, C]; those of a teacher get no gradient. `target` holds [B] class indices, or
+    [B, C] probabilities (mixup, cutmix). Maps are lists of [B, D, H, W], shallow to deep; pooled
+    features are lists of one [B, D]; a teacher's D may be another.
+
     Args:
         ignore_index: Class index of samples that count nothing, or None.
         reduction: `"mean"`, `"sum"` or `"none"`, over the samples of a batch.

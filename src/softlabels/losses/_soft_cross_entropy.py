@@ -56,10 +56,10 @@ def soft_cross_entropy(
         rest: [B, 1], `row_sums(logits, labels).rest`, where it is known.
     """
     values = labels.values if isinstance(labels.values, Tensor) else None
-    tensors = labels.classes, values, target_values, non_target
+    tensors = logits, labels.classes, values, target_values, non_target
     if not torch.compiler.is_compiling() and in_transform():
-        return _weighted(logits, *tensors, temperature, weights)
-    return cast("Tensor", _ClosedForm.apply(logits, *tensors, temperature, weights, rest))
+        return _value(_given(*tensors, temperature, weights))
+    return cast("Tensor", _ClosedForm.apply(*tensors, temperature, weights, rest))
 
 
 def soft_cross_entropy_terms(
@@ -119,29 +119,26 @@ def _non_target_term(
     return sums.scaled.squeeze(1) - others.mul_(non_target).sum(1)
 
 
-def _weighted(
-    logits: Tensor,
-    classes: Tensor,
-    values: Tensor | None,
-    target_values: Tensor | None,
-    non_target: Tensor,
-    temperature: float,
-    weights: tuple[float, float],
-) -> Tensor:
-    labels = Labels(classes, 1.0 if values is None else values)
-    sums = row_sums(logits, labels, temperature)
-    return _value(logits, labels, target_values, non_target, temperature, weights, sums)
+class _Given(NamedTuple):
+    """The arguments of `soft_cross_entropy`."""
+
+    logits: Tensor
+    labels: Labels
+    target_values: Tensor | None
+    non_target: Tensor
+    temperature: float
+    weights: tuple[float, float]
 
 
-def _value(
-    logits: Tensor,
-    labels: Labels,
-    target_values: Tensor | None,
-    non_target: Tensor,
-    temperature: float,
-    weights: tuple[float, float],
-    sums: RowSums,
-) -> Tensor:
+def _given(logits: Tensor, classes: Tensor, values: Tensor | None, *others: Any) -> _Given:
+    """From what an autograd function takes, whose tensors stand alone."""
+    return _Given(logits, Labels(classes, 1.0 if values is None else values), *others)
+
+
+def _value(given: _Given, sums: RowSums | None = None) -> Tensor:
+    """The weighted sum, [B], with autograd's own gradient."""
+    logits, labels, target_values, non_target, temperature, weights = given
+    sums = row_sums(logits, labels, temperature) if sums is None else sums
     value = weights[1] * _non_target_term(logits, non_target, temperature, sums)
     if target_values is None:
         return value
@@ -150,7 +147,7 @@ def _value(
 
 
 class _ClosedForm(torch.autograd.Function):
-    """`_weighted` with its gradient in closed form."""
+    """`_value` with its gradient in closed form."""
 
     @staticmethod
     def forward(
@@ -164,30 +161,28 @@ class _ClosedForm(torch.autograd.Function):
         weights: tuple[float, float],
         rest: Tensor | None,
     ) -> Tensor:
-        of_soft = target_values, non_target, temperature, weights
+        tensors = logits, classes, values, target_values, non_target
+        given = _given(*tensors, temperature, weights)
         gradient = None
-        if values is None:
-            value, gradient = _of_single_labels(
-                logits, Labels(classes, 1.0), *of_soft, rest, ctx.needs_input_grad[0]
-            )
+        if given.labels.single():
+            value, gradient = _of_single_labels(given, rest, ctx.needs_input_grad[0])
         else:
-            labels = Labels(classes, values)
-            sums = row_sums(logits, labels, temperature)
-            value = _value(logits, labels, *of_soft, sums)
+            sums = row_sums(logits, given.labels, temperature)
+            value = _value(given, sums)
             if ctx.needs_input_grad[0]:
-                gradient = _gradient(logits, labels, *of_soft, sums)
+                gradient = _gradient(given, sums)
         ctx.settings = temperature, weights
         if torch.compiler.is_compiling():  # where there is no second gradient
             ctx.save_for_backward(gradient)
         else:
-            ctx.save_for_backward(gradient, logits, classes, values, target_values, non_target)
+            ctx.save_for_backward(gradient, *tensors)
         return value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         found, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            value = _weighted(*tensors, *ctx.settings)
+            value = _value(_given(*tensors, *ctx.settings))
             (found,) = torch.autograd.grad(value, tensors[0], outer, create_graph=True)
         else:
             found = found * outer[0].unsqueeze(1)
@@ -195,20 +190,14 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _of_single_labels(
-    logits: Tensor,
-    labels: Labels,
-    target_values: Tensor | None,
-    non_target: Tensor,
-    temperature: float,
-    weights: tuple[float, float],
-    rest: Tensor | None,
-    with_gradient: bool,
+    given: _Given, rest: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Value, [B], and gradient, [B, C], of `_weighted` for one label a row, in few operations.
+    """Value, [B], and gradient, [B, C], of `_value` for one label a row, in few operations.
 
     With one label all follows from the log-odds r of the other classes against it, without a
     softmax over all classes: -log S_t = softplus(r), and 1 - S_t = sigmoid(r).
     """
+    logits, labels, target_values, non_target, temperature, weights = given
     limit = finite_limit(logits.dtype)
     pushed = weights[1] / temperature
     sums = row_sums(logits, labels, temperature) if rest is None or temperature != 1 else None
@@ -224,13 +213,13 @@ def _of_single_labels(
     del far
     if target_values is None:
         value = weights[1] * value
-        given = torch.zeros_like(odds)
+        moved = torch.zeros_like(odds)
     else:
         pulled = target_values if weights[0] == 1 else weights[0] * target_values
         # Above the threshold softplus is r itself, to the last bit.
         of_target = pulled * functional.softplus(odds, threshold=50.0)
         value = torch.add(of_target.squeeze(1), value, alpha=weights[1])
-        given = pulled * odds.sigmoid()  # what the target term moves from the others to the label
+        moved = pulled * odds.sigmoid()  # what the target term moves from the others to the label
     if not with_gradient:
         return value, None
     # 3. The gradient at the others, where S is N(S) (1 - S_t): both terms are multiples of N(S),
@@ -238,25 +227,18 @@ def _of_single_labels(
     found = (logits - rest).exp_()
     if sums is not None and temperature != 1:
         others = (logits - sums.top).div_(temperature).sub_(sums.scaled).exp_()
-        found = found.mul_(given).add_(others, alpha=pushed)
+        found = found.mul_(moved).add_(others, alpha=pushed)
     else:
-        found = found.mul_(given + pushed)
+        found = found.mul_(moved + pushed)
     found = found.sub_(non_target, alpha=pushed)
     if torch.compiler.is_compiling():  # which does not fuse a scatter
-        return value, torch.where(single_mask(labels, logits), -given, found)
-    return value, found.scatter_(1, labels.classes, -given)
+        return value, torch.where(single_mask(labels, logits), -moved, found)
+    return value, found.scatter_(1, labels.classes, -moved)
 
 
-def _gradient(
-    logits: Tensor,
-    labels: Labels,
-    target_values: Tensor | None,
-    non_target: Tensor,
-    temperature: float,
-    weights: tuple[float, float],
-    sums: RowSums,
-) -> Tensor:
-    """Gradient of `_weighted` with respect to the logits, [B, C], for a batch sum."""
+def _gradient(given: _Given, sums: RowSums) -> Tensor:
+    """Gradient of `_value` with respect to the logits, [B, C], for a batch sum."""
+    logits, labels, target_values, non_target, temperature, weights = given
     if target_values is None:
         target_values = torch.zeros_like(labels.classes, dtype=logits.dtype)
     everything = log_total(logits, labels, sums.rest)

@@ -8,10 +8,10 @@ from torch.nn import functional
 from softlabels.losses._features import LevelsMethod, pooled_to_each_other
 from softlabels.losses._method import Count, Defaults, Stages
 
-__all__ = ["ATLoss"]
+__all__ = ["ATLoss", "attention"]
 
 
-def _attention(map: Tensor, power: int) -> Tensor:
+def attention(map: Tensor, power: int = 2) -> Tensor:
     """[B, H W], of length 1."""
     sizes = map if power % 2 == 0 else map.abs()
     return functional.normalize(sizes.pow(power).mean(1).flatten(1))
@@ -42,7 +42,7 @@ class ATLoss(LevelsMethod, name="at"):
     Deviations: mean of squares, as in the authors' code, where the paper has a norm. Odd powers
     are of absolute values, as in the paper; the codes have none, which differs on maps with
     negative values.
-    Numerics: float32 or wider, also under autocast. A map of zeros has attention 0.
+    Numerics: A map of zeros has attention 0.
     Distributed: mean over the samples of the process.
 
     Example:
@@ -60,6 +60,6 @@ class ATLoss(LevelsMethod, name="at"):
     def level(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Of the attention of both; the larger map is average-pooled to the smaller."""
         student, teacher = (
-            _attention(map, self.power) for map in pooled_to_each_other(student, teacher)
+            attention(map, self.power) for map in pooled_to_each_other(student, teacher)
         )
         return (student - teacher).square().mean()

@@ -95,7 +95,7 @@ class BAKELoss(Method, name="bake"):
     it comes, so that its sampler has to do that. On ImageNet that code also joins the batches of
     all processes before it ensembles.
 
-    Numerics: in float32 or wider, also under autocast. Q from a linear system, without inverse.
+    Numerics: Q from a linear system, without inverse.
     Distributed: neighbors are those of the process's own batch.
 
     Args:
@@ -123,12 +123,7 @@ class BAKELoss(Method, name="bake"):
         _check_omega(self.omega)
 
     def terms(self, logits: Tensor, features: list[Tensor]) -> dict[str, Tensor]:
-        """`"divergence"`.
-
-        Args:
-            logits: [B, C], raw logits. Get the gradient.
-            features: One of [B, D], pooled. Gets none.
-        """
+        """`"divergence"`."""
         ensembled = self._targets(logits, features)
         # Finite also where a probability is 0, whose logarithm takes no part.
         gap = ensembled.clamp(min=torch.finfo(ensembled.dtype).tiny).log()

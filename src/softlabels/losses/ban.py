@@ -58,7 +58,6 @@ class BANLoss(Method, name="ban"):
     The paper trains on this alone, without the task's cross-entropy (`task_weight` 0); its
     BAN+L adds that (`task_weight` 1).
 
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself, but the mean confidence, which is that of the batch of
     each process.
 

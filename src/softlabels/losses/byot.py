@@ -47,8 +47,6 @@ class BYOTLoss(Method, name="byot"):
     Deviations: the paper weighs the terms of each exit by 1 - alpha, alpha and lambda; the code
     that is followed by 1, 1 and 0.05. Its feature term is an element mean. Its exits repeat the
     network's own blocks; those of the input `AuxBranches` are plain convolutions.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Args:
         temperature: T, above 0; unitless.

@@ -42,7 +42,6 @@ class CSKDLoss(Method, name="cs_kd"):
     make up the other half, without cross-entropy: here every image of the batch has a partner
     beside it, so that its batch size of 128 is one of 64 here.
     Numerics: as `kd_loss`, of which this is a use.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -59,12 +58,7 @@ class CSKDLoss(Method, name="cs_kd"):
     }
 
     def terms(self, logits: Tensor, partner_logits: Tensor) -> dict[str, Tensor]:
-        """`"divergence"`.
-
-        Args:
-            logits: [B, C], raw logits of the images. Gets the gradient.
-            partner_logits: [B, C], raw logits of their partners. Gets none.
-        """
+        """`"divergence"`."""
         check_logits(logits)
         check_logits(partner_logits, "partner_logits", like=logits)
         temperature = self.temperature

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
 from softlabels.inputs import Features, Logits, SecondPass, Target
-from softlabels.losses._checks import (
-    check_logits,
-    check_target,
-)
+from softlabels.losses._checks import check_logits
 from softlabels.losses._features import check_vectors, the_only
 from softlabels.losses._method import Defaults, Method, Temperature, Weight
 from softlabels.losses._non_target import in_float32
 from softlabels.losses.kd import kd_loss
+from softlabels.losses.label_smoothing import label_smoothing_loss
 
 __all__ = ["DDGSDLoss"]
 
@@ -55,7 +52,6 @@ class DDGSDLoss(Method, name="ddgsd"):
     Deviations: Self-KD-Lib halves the cross-entropy twice, so that each view has a quarter of
     its mean: a `second_view_weight` and a task weight of 0.25 give that. The feature gap is
     between two scalars, as there; in the paper it is between mean vectors.
-    Numerics: log-softmax throughout, in float32 or wider, also under autocast.
     Distributed: the means of the feature gap are those of the process.
 
     Example:
@@ -104,14 +100,11 @@ class DDGSDLoss(Method, name="ddgsd"):
         check_logits(second_logits, "second_logits", like=logits)
         check_vectors(first, logits, ("features", "logits"))
         check_vectors(first, second, ("features", "second_features"), same_widths=True)
-        check_target(target, logits)
-        second_logits = in_float32(second_logits)
         gap = in_float32(first).mean() - in_float32(second).mean()
-        labels = target.long() if target.dim() == 1 else target.to(second_logits.dtype)
+        second_label = label_smoothing_loss(second_logits, target, smoothing=0.0)
         return {
             "first_divergence": kd_loss(logits, second_logits, temperature=temperature),
             "second_divergence": kd_loss(second_logits, logits, temperature=temperature),
             "feature_gap": self.feature_weight * gap.square(),
-            "second_view": self.second_view_weight
-            * functional.cross_entropy(second_logits, labels),
+            "second_view": self.second_view_weight * second_label,
         }

@@ -64,7 +64,6 @@ class DISTLoss(Method, name="dist"):
     gradient is not a number there.
     As published, a class whose probabilities vary by less than about 1e-4 over the batch counts
     as uncorrelated, because of the 1e-8.
-    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
     Distributed: classes are correlated over the batch of this process.
 
     Example:
@@ -83,12 +82,7 @@ class DISTLoss(Method, name="dist"):
     of_batch = True
 
     def terms(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """`"inter"` and `"intra"`, weighted scalars.
-
-        Args:
-            logits: [B, C], raw student logits. Gets the gradient.
-            teacher_logits: [B, C], raw teacher logits. Gets none.
-        """
+        """`"inter"` and `"intra"`, weighted scalars."""
         student, teacher = (
             log_softened(of_one, self.temperature).exp()
             for of_one in student_and_teacher(logits, teacher_logits)

@@ -81,8 +81,6 @@ class DKDLoss(Method, name="dkd"):
     Deviations: the published code takes class indices alone, and the logarithm of summed
     probabilities, which is infinite where they underflow; here each logarithm is a difference
     of log-sums. With two classes the non-target term is 0, as there.
-    Numerics: computed in float32 or wider, also under autocast; no host synchronization.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -100,13 +98,7 @@ class DKDLoss(Method, name="dkd"):
     inputs: ClassVar = {"logits": Logits(), "teacher_logits": TeacherLogits(), "target": Target()}
 
     def terms(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`"target"` and `"non_target"`, weighted.
-
-        Args:
-            logits: [B, C], raw student logits. Gets the gradient.
-            teacher_logits: [B, C], raw teacher logits. Gets none.
-            target: [B] class indices, or [B, C] probabilities (mixup, cutmix).
-        """
+        """`"target"` and `"non_target"`, weighted."""
         logits, teacher_logits = student_and_teacher(logits, teacher_logits)
         check_target(target, logits)
         labels = checked_columns(target, logits, self.mixed_target)

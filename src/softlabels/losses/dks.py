@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softlabels.inputs import AuxBranches, Input, Logits, Target
 from softlabels.losses._method import Method, Share, Stages, Temperature, Weight
-from softlabels.losses._non_target import in_float32
+from softlabels.losses._soft_target import log_softened
 from softlabels.losses.byot import checked_branches
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
@@ -46,9 +46,7 @@ class DKSLoss(Method, name="dks"):
     Deviations: none from the official loss by default; `temperature=4, smoothing=0` is that of
     github.com/winycg/Self-KD-Lib. Published exits repeat the network's own blocks; those of the
     input `AuxBranches` are plain convolutions.
-    Numerics: computed in float32 or wider, also under autocast. Without smoothing, log-softmax
-    throughout.
-    Distributed: each sample by itself, no batch statistics.
+    Numerics: without smoothing, log-softmax throughout.
 
     Args:
         temperature: T, above 0; unitless.
@@ -113,14 +111,8 @@ def _divergences(every: Sequence[Tensor], temperature: float, smoothing: float) 
     """Of the smoothed predictions, [B] for each ordered pair."""
     scale = 1 + smoothing * every[0].shape[1]
     # The denominators cancel in the quotients, but not in front of them.
-    smoothed = [_softened(logits, temperature) + smoothing for logits in every]
+    smoothed = [log_softened(logits, temperature).exp() + smoothing for logits in every]
     return [
         temperature**2 / scale * (source.detach() * (source.detach().log() - learner.log())).sum(1)
         for learner, source in permutations(smoothed, 2)
     ]
-
-
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax at a temperature; shifted first, so that a small temperature overflows none."""
-    logits = in_float32(logits)
-    return ((logits - logits.detach().amax(1, keepdim=True)) / temperature).softmax(1)

@@ -42,7 +42,6 @@ class FitNetLoss(LevelsMethod, name="fitnet"):
     elements; this is the form of the later comparisons, one training with both terms. Where the
     student's map is smaller, but not by half, the convolution is 1x1 and the teacher's map is
     pooled; the published code has no regressor for it.
-    Numerics: float32 or wider, also under autocast.
     Distributed: each sample by itself; the BatchNorms of the adapters are those of the process.
 
     Example:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from softlabels.inputs import Features, Input, Logits, Target
 from softlabels.losses._checks import check_logits
 from softlabels.losses._features import check_maps, paired_maps
 from softlabels.losses._frskd_adapters import FRSKDAdapters
 from softlabels.losses._method import Count, Method, Shapes, Stages, Temperature, Weight
+from softlabels.losses.at import attention
 from softlabels.losses.kd import kd_loss
 from softlabels.losses.label_smoothing import label_smoothing_loss
 
@@ -46,7 +46,6 @@ class FRSKDLoss(Method, name="frskd"):
     Deviations: weights 2 and 100 are those of the published commands for CIFAR-100; the code's
     own defaults are 1 and 0. The branch, `FRSKDAdapters`, is the published one, but takes maps of
     any sizes, and no ReLU comes before it.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: each sample by itself; the BatchNorms of the branch are those of the process.
 
     Args:
@@ -115,7 +114,7 @@ class FRSKDLoss(Method, name="frskd"):
         check_logits(branch_logits, "branch_logits", like=logits)
         _check_maps(maps, branch_maps, len(logits))
         gaps = [
-            (_attention(own) - _attention(refined)).square().mean()
+            (attention(own) - attention(refined)).square().mean()
             for own, refined in paired_maps(maps, branch_maps)
         ]
         label = label_smoothing_loss(branch_logits, target, smoothing=0.0)
@@ -125,11 +124,6 @@ class FRSKDLoss(Method, name="frskd"):
             "kd": self.kd_weight * divergence,
             "attention": self.attention_weight * torch.stack(gaps).sum(),
         }
-
-
-def _attention(map: Tensor) -> Tensor:
-    """A of the equation, [B, H W]."""
-    return functional.normalize(map.square().mean(1).flatten(1))
 
 
 def _check_maps(maps: Sequence[Tensor], branch_maps: Sequence[Tensor], batch_size: int) -> None:

@@ -62,9 +62,7 @@ class KDCLLoss(Method, name="kdcl"):
     confirmed with the paper's text: that `"linear"` takes a combination of its own for each
     sample, and the defaults of `temperature` and `distillation_weight`.
 
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast; the share
-    of `"linear"` is exact to 2^-25.
-    Distributed: each sample by itself, no batch statistics.
+    Numerics: the share of `"linear"` is exact to 2^-25.
 
     Args:
         ensemble: One of the table; without gradient.
@@ -87,11 +85,7 @@ class KDCLLoss(Method, name="kdcl"):
     def terms(self, logits: Tensor, peer_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """`"student"` and `"peer"` (divergences), `"peer_cross_entropy"`.
 
-        Args:
-            logits: [B, C], raw student logits. Get the gradient.
-            peer_logits: [B, C], raw logits of the network that is trained along. Get the gradient.
-            target: [B] class indices, or [B, C] probabilities (mixup, cutmix). The label of
-                `"min_logit"` is the largest (ties: the lower class).
+        Both networks get a gradient. The label of `"min_logit"` is the largest (ties: the lower).
         """
         check_logits(logits)
         check_logits(peer_logits, "peer_logits", like=logits)

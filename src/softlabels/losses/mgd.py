@@ -92,8 +92,6 @@ class MGDLoss(Method, name="mgd"):
 
     Deviations: maps of student and teacher with different sizes, which the published code cannot
     take, are average-pooled to the smaller; the student's before it is masked.
-    Numerics: in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch

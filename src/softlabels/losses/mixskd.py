@@ -62,7 +62,6 @@ class MixSKDLoss(Method, name="mixskd"):
     `discriminators="fixed"` is as published. Own and mixed images run in two forwards, so that
     BatchNorm takes statistics of each apart; published exits repeat the network's own blocks.
     Gradients: the squared difference of the maps is not detached on either side.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
     Distributed: partners are in the same process's batch.
 
     Args:

@@ -40,7 +40,7 @@ class NSTLoss(LevelsMethod, name="nst"):
     Args:
         stages: Names of stages, as of `Features`; both networks are read there.
 
-    Numerics: float32 or wider, also under autocast. A channel of zeros stays zeros.
+    Numerics: A channel of zeros stays zeros.
     Distributed: mean over the samples of the process.
 
     Example:

@@ -109,7 +109,6 @@ class OFDLoss(Method, name="ofd"):
     in the maps' precision instead of float32, and are finite for a BatchNorm weight of 0. Both
     run the teacher's BatchNorm on batch statistics; here the teacher is in evaluation mode, unless
     the `Teacher`'s own mode is `"train"`.
-    Numerics: float32 or wider, also under autocast.
     Distributed: mean over the samples of the process.
 
     Example:

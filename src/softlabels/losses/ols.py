@@ -99,8 +99,6 @@ class OLSLoss(Method, name="ols"):
     Deviations: labels may be mixed, which the published code does not take: the soft label is then
     the mean of the rows, weighted with the labels, and a prediction counts for the class with the
     largest label.
-    Numerics: log-softmax, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Args:
         initial: The matrix of the first epoch. `"zeros"`, as in the script for CIFAR-100 and

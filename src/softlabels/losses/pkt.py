@@ -48,7 +48,6 @@ class PKTLoss(Method, name="pkt"):
     mean is over all B^2 entries, and 1e-7 is added to lengths and inside the logarithm. From
     that code, whose gradient is NaN there: a row of zeros, which has the kernel 1/2 with all
     samples, gets no gradient.
-    Numerics: computed in float32 or wider, also under autocast.
     Distributed: neighbors within the batch of each process.
 
     Example:
@@ -65,12 +64,7 @@ class PKTLoss(Method, name="pkt"):
     def terms(
         self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """`"neighbors"`, a scalar; each list holds one [B, D].
-
-        Args:
-            student_features: [B, D], pooled. Gets the gradient.
-            teacher_features: [B, E], pooled; E may differ from D. Gets none.
-        """
+        """`"neighbors"`, a scalar."""
         student, teacher = map(_neighbors, pooled_pair(student_features, teacher_features))
         log_student = (student + _EPSILON).log()
         divergence = (teacher * ((teacher + _EPSILON).log() - log_student)).mean()

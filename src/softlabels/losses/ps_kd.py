@@ -87,8 +87,6 @@ class PSKDLoss(Method, name="ps_kd"):
 
     Deviations: none in the loss. The memory (`PSKDLoss.build_adapters`) is on the device and in
     each checkpoint; the published code keeps it on the host.
-    Numerics: log-softmax, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch

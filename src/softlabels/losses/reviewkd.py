@@ -77,7 +77,6 @@ class ReviewKDLoss(Method, name="reviewkd"):
     they are paired from the
     deepest. Training needs two samples a process at least, since the pooled level's BatchNorm sees
     one position.
-    Numerics: float32 or wider, also under autocast.
     Distributed: each sample by itself; the BatchNorms of the adapters are those of the process.
 
     Example:

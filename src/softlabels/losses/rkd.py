@@ -63,7 +63,7 @@ class RKDLoss(Method, name="rkd"):
     for the distance of equal ones) have no direction: their angles are 0, as there for equal
     ones, without gradient. Distances come from differences, not from inner products, which lose
     small ones.
-    Numerics: computed in float32 or wider, also under autocast. Holds B^2 (D + E) numbers.
+    Numerics: holds B^2 (D + E) numbers.
     Distributed: relations within the batch of each process.
 
     Example:
@@ -82,12 +82,7 @@ class RKDLoss(Method, name="rkd"):
     def terms(
         self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """`"distance"` and `"angle"`, weighted scalars; each list holds one [B, D].
-
-        Args:
-            student_features: [B, D], pooled. Gets the gradient.
-            teacher_features: [B, E], pooled; E may differ from D. Gets none.
-        """
+        """`"distance"` and `"angle"`, weighted scalars."""
         student, teacher = pooled_pair(student_features, teacher_features)
         distances, angles = _relations(student)
         teacher_distances, teacher_angles = _relations(teacher)

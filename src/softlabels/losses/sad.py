@@ -49,8 +49,6 @@ class SADLoss(Method, name="sad"):
     resized after the square, and the squares are summed over channels. Made for CNNs: in a vision
     transformer the residual stream carries a change of the shallower map into the deeper one, and
     the term was seen to grow in training.
-    Numerics: in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch

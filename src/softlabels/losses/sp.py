@@ -44,7 +44,6 @@ class SPLoss(LevelsMethod, name="sp"):
 
     Deviations: a sample whose map is 0 everywhere has no direction, and its row is 0 as in the
     published codes; here it gets no gradient of that row, where theirs is divided by 1e-12.
-    Numerics: computed in float32 or wider, also under autocast.
     Distributed: similarities within the batch of each process.
 
     Example:

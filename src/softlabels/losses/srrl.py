@@ -69,7 +69,6 @@ class SRRLLoss(Method, name="srrl"):
 
     Deviations: none. Both terms are means over channels or classes, as in the published code;
     the maps may differ in size, since only their means are compared.
-    Numerics: computed in float32 or wider, also under autocast.
     Distributed: each sample by itself; the adapter's BatchNorm has the statistics of this process.
 
     Example:

@@ -77,7 +77,7 @@ class TaTLoss(Method, name="tat"):
     there are no reference values: projections, weights and the missing scale in the softmax are
     those of the code, which projects nothing of the teacher. The paper's patch-group and
     anchor-point forms, for segmentation, are left out.
-    Numerics: in float32 or wider, also under autocast. Holds B H W h w weights.
+    Numerics: holds B H W h w weights.
     Distributed: each sample by itself; the BatchNorms of the adapters are those of the process.
 
     Example:

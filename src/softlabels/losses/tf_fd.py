@@ -46,7 +46,6 @@ class TfFDLoss(Method, name="tf_fd"):
     odd number of channels, which that code cannot take, the middle one in order is left out of
     the first term.
 
-    Numerics: in float32 or wider, also under autocast.
     Distributed: the order of the channels is that of the process's own batch.
 
     Args:

@@ -50,8 +50,6 @@ class TfKDLoss(Method, name="tf_kd"):
     Deviations: none from the published code, whose divergence is a mean over samples *and*
     classes (hence 1 / C), with the student not softened and no factor tau^2; the paper writes
     a sum over classes, both softened. Set `multiplier` to C for the sum.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Args:
         temperature: tau, of the virtual teacher, above 0; unitless. 20 for most networks, 40 for
@@ -76,10 +74,7 @@ class TfKDLoss(Method, name="tf_kd"):
     def terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """`"virtual"`.
 
-        Args:
-            logits: [B, C], raw logits. Get the gradient.
-            target: [B] class indices, or [B, C] probabilities, for which u is the mean of the
-                virtual teachers of the classes.
+        Of mixed labels u is the mean of the virtual teachers of the classes.
         """
         virtual = self._virtual_teacher(logits, target) / self.temperature
         divergence = kd_loss(logits, virtual, temperature=1.0, reduction="none")

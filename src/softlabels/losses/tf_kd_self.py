@@ -42,7 +42,6 @@ class TfKDSelfLoss(Method, name="tf_kd_self"):
     Deviations: none from the published code, whose divergence is a mean over samples *and*
     classes, hence 1 / C; set `multiplier` to C for KD itself.
     Numerics: that of `kd_loss`.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -58,12 +57,7 @@ class TfKDSelfLoss(Method, name="tf_kd_self"):
     defaults = Defaults(weight=0.95, task_weight=0.05, taught_by_itself=True)
 
     def terms(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """`"divergence"`.
-
-        Args:
-            logits: [B, C], raw student logits. Gets the gradient.
-            teacher_logits: [B, C], raw logits of the same network, trained before. Gets none.
-        """
+        """`"divergence"`."""
         temperature = self.temperature
         divergence = kd_loss(logits, teacher_logits, temperature=temperature, reduction="none")
         return {"divergence": (self.multiplier / logits.shape[1]) * divergence}

@@ -74,7 +74,6 @@ class VIDLoss(Method, name="vid"):
 
     Deviations: the numbers are trained; mdistiller does not give them to its optimizer. The
     softplus does not overflow.
-    Numerics: float32 or wider, also under autocast.
     Distributed: mean over the samples of the process.
 
     Example:

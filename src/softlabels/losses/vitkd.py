@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.inputs import Features
-from softlabels.losses._features import check_maps, the_only, wide_maps
+from softlabels.losses._features import check_maps, paired_maps, the_only
 from softlabels.losses._method import Method, Range, Shapes, Weight
-from softlabels.losses._non_target import in_float32
 from softlabels.losses.mgd import alignment, generator
 
 __all__ = ["ViTKDAdapters", "ViTKDLoss"]
@@ -103,8 +102,6 @@ class ViTKDLoss(Method, name="vitkd"):
         mask_ratio: Share of tokens that is masked, in (0, 1].
 
     Deviations: none of the value. Tokens are on their grid, which need not be a square.
-    Numerics: in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -177,14 +174,10 @@ class ViTKDLoss(Method, name="vitkd"):
         wanted = (batch_size, *generated_map.shape[2:])
         if tuple(mask.shape) != wanted:
             raise ValueError(f"mask must be {wanted}, got {tuple(mask.shape)}")
-        mimicked = [
-            (student - teacher).square().sum()
-            for student, teacher in zip(
-                wide_maps(student_low), wide_maps(teacher_low, constant=True), strict=True
-            )
-        ]
-        gap = in_float32(generated_map) - in_float32(wanted_map.detach())
-        generated = (gap * mask.unsqueeze(1).to(gap.dtype)).square().sum()
+        pairs = paired_maps(student_low, teacher_low)
+        mimicked = [(student - teacher).square().sum() for student, teacher in pairs]
+        ((ours, theirs),) = paired_maps([generated_map], [wanted_map])
+        generated = ((ours - theirs) * mask.unsqueeze(1).to(ours.dtype)).square().sum()
         return {
             "mimic": self.mimic_weight / batch_size * torch.stack(mimicked).sum(),
             "generation": self.generation_weight / self.mask_ratio / batch_size * generated,

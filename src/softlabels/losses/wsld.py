@@ -57,8 +57,6 @@ class WSLDLoss(Method, name="wsld"):
 
     Deviations: the published code takes class indices alone; mixed labels enter both
     cross-entropies with all their classes.
-    Numerics: log-softmax throughout, computed in float32 or wider, also under autocast.
-    Distributed: each sample by itself, no batch statistics.
 
     Example:
         >>> import torch
@@ -76,10 +74,7 @@ class WSLDLoss(Method, name="wsld"):
     def terms(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """`"soft"`.
 
-        Args:
-            logits: [B, C], raw student logits. Gets the gradient, of the last factor alone.
-            teacher_logits: [B, C], raw teacher logits. Gets none.
-            target: [B] class indices, or [B, C] probabilities.
+        The gradient is of the last factor alone.
         """
         logits, teacher_logits = student_and_teacher(logits, teacher_logits)
         check_target(target, logits)

@@ -258,23 +258,23 @@ def _terms(
     check_target(target, logits)
     logits = in_float32(logits)
     labels = checked_columns(target, logits, mixed_target)
-    terms = {"non_target": _divergence(logits, votes, labels, law)}
+    soft = _soft_labels(logits.detach(), votes, labels, law)
+    # Temperature and weights as constants: dynamic compiled code takes a default for an input.
+    cross_entropy = soft_cross_entropy(logits, labels, None, soft, 1.0, (1.0, 1.0))
+    terms = {"non_target": cross_entropy + torch.xlogy(soft, soft).sum(1)}
     if correct_only:
         correct = logits.detach().argmax(1) == largest_label(target)
         correct = correct if kept is None else correct & kept
         terms["non_target"] = _of_correct(terms["non_target"], correct, kept, reduction)
     if exit_logits:
-        of_exits = label_columns(target, logits)
-        terms["exits"] = exit_weight * _exits(exit_logits, logits, of_exits)
+        labels = label_columns(target, logits)
+        exits = {}
+        for number, own in enumerate(exit_logits):
+            name = f"exit_logits[{number}]"
+            check_logits(own, name, like=logits)
+            exits[name] = label_cross_entropy(in_float32(own).to(logits.dtype), labels)
+        terms["exits"] = exit_weight * total_of(exits)
     return terms
-
-
-def _divergence(logits: Tensor, votes: Tensor | None, labels: Labels, law: Law) -> Tensor:
-    """The equation above, [B]."""
-    soft = _soft_labels(logits.detach(), votes, labels, law)
-    # Temperature and weights as constants: dynamic compiled code takes a default for an input.
-    cross_entropy = soft_cross_entropy(logits, labels, None, soft, 1.0, (1.0, 1.0))
-    return cross_entropy + torch.xlogy(soft, soft).sum(1)
 
 
 def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: Reduction) -> Tensor:
@@ -284,16 +284,6 @@ def _of_correct(term: Tensor, correct: Tensor, kept: Tensor | None, reduction: R
         return term
     count = len(term) if kept is None else kept.sum().clamp(min=1)
     return term * count / correct.sum().clamp(min=1)
-
-
-def _exits(exit_logits: Sequence[Tensor], logits: Tensor, labels: Labels) -> Tensor:
-    """The cross-entropy of all exits together, [B], over the labels themselves."""
-    terms = {}
-    for number, own in enumerate(exit_logits):
-        name = f"exit_logits[{number}]"
-        check_logits(own, name, like=logits)
-        terms[name] = label_cross_entropy(in_float32(own).to(logits.dtype), labels)
-    return total_of(terms)
 
 
 class ZipfLSLoss(Method, name="zipf_ls"):
