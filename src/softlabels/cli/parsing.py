@@ -6,7 +6,7 @@ import difflib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import make_dataclass
 from typing import Annotated, Any, TypeVar
@@ -140,7 +140,7 @@ def configured(
         further: The schema of the command's own options, whose names differ from a run's.
         load: Gives the settings of the recipe; None: as they stand in it.
     """
-    from softlabels.training.config import checked, load_recipe, parse, with_data, with_method
+    from softlabels.training.config import checked, load_recipe, parse, with_chosen
 
     arguments = [*map(_long_form, arguments)]
     values: dict[str, Any] = {}
@@ -148,10 +148,8 @@ def configured(
         values = (load or load_recipe)(arguments[0])
         arguments = arguments[1:]
     # Method and data decide which options there are, so they are looked for before tyro parses.
-    given = _values_of(arguments, ("--method.kind", "--data.source", "--data.path"))
-    if "--method.kind" in given:
-        values = with_method(values, given["--method.kind"])
-    values = with_data(values, given.get("--data.source"), given.get("--data.path"))
+    flags = ("--method.kind", "--data.source", "--data.path")
+    values = with_chosen(values, *map(_values_of(arguments).get, flags))
     default = {"config": parse(values)} | ({} if further is None else {"further": further()})
     own = tyro.conf.arg(name="")  # both stand side by side, without a name before them
     both = make_dataclass("both", [(k, Annotated[type(v), own]) for k, v in default.items()])
@@ -178,13 +176,12 @@ def _long_form(argument: str) -> str:
     return f"{_LONG_FORMS.get(flag, flag)}{equals}{value}"
 
 
-def _values_of(arguments: list[str], flags: Sequence[str]) -> dict[str, str]:
-    """The values of some flags, as they stand among arguments."""
+def _values_of(arguments: list[str]) -> dict[str, str]:
+    """What may be the values of options, as they stand among arguments."""
     found: dict[str, str] = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
-        if flag in flags:
-            found[flag] = value if equals else following
+        found[flag] = value if equals else following
     return found
 
 

@@ -237,7 +237,7 @@ def _with_teacher(config: Config, own_teacher: bool) -> Config:
         teacher = TeacherSettings(name=student.name, settings=student.settings)
     elif teacher.name is None and teacher.cache is None:
         recipe = _SHIPPED_TEACHERS.get(config.data.source)
-        if recipe is None or config.data.location is not None:
+        if recipe is None or getattr(config.data, "path", None) is not None:
             raise ConfigError(
                 f"method {config.method.kind!r} reads from a teacher: give teacher.name, with "
                 "teacher.weights or to be trained here first"

@@ -38,7 +38,7 @@ _PREFIXES = (("module.",), ("_orig_mod.",), ("model.",), ("net.",), ("backbone."
 _SHOWN = 5
 _LONGEST_NAME = 120
 
-# What a damaged pickle may raise: its bytes are instructions, so nearly anything goes wrong.
+# What a damaged pickle may raise, whose bytes are instructions, or a network from wrong settings.
 UNREADABLE = (
     ArithmeticError,
     AssertionError,

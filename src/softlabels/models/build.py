@@ -16,7 +16,7 @@ from pydantic_core import PydanticSerializationError
 from timm.models import adapt_input_conv
 from torch import nn
 
-from softlabels.io.weights import count_stored, load_weights
+from softlabels.io.weights import UNREADABLE, count_stored, load_weights
 from softlabels.models.record import (
     METADATA_KEY,
     FileRecord,
@@ -30,16 +30,6 @@ __all__ = ["InputSpec", "build_model", "model_input", "model_metadata"]
 
 # Settings of timm's factory that name files to read, or say what to fetch.
 _NOT_OF_A_NETWORK = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
-# What networks raise for settings that make no sense, such as a width of 0.
-_UNBUILDABLE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -196,11 +186,11 @@ def _call(
     build: Callable[..., nn.Module],
     arguments: dict[str, Any],
     settings: dict[str, Any],
-    due_to_settings: tuple[type[Exception], ...] = (),
+    is_right: bool = False,
 ) -> nn.Module:
     """Call `build` with both; a setting that it does not take is the user's error.
 
-    So is, of code that is known to be right, any error that is due to its settings.
+    So is any error of code that is known to be right: settings make no sense, such as a width of 0.
     """
     clash = sorted(arguments.keys() & settings.keys())
     if clash:
@@ -217,7 +207,9 @@ def _call(
                 f"model {name!r} does not take the setting {refused[1]!r} ({error})"
             ) from error
         raise
-    except due_to_settings as error:
+    except UNREADABLE as error:
+        if not is_right:
+            raise
         raise ValueError(
             f"model {name!r} cannot be built with {given!r:.200}: "
             f"{type(error).__name__}: {error!s:.300}"
@@ -263,7 +255,7 @@ def _build_timm(name: str, wanted: _Wanted) -> nn.Module:
             "their own, given as weights, or with pretrained"
         )
     build = partial(timm.create_model, name)
-    return _call(f"timm:{name}", build, arguments, wanted.settings, _UNBUILDABLE)
+    return _call(f"timm:{name}", build, arguments, wanted.settings, is_right=True)
 
 
 def _check_torchvision_name(name: str) -> None:
@@ -285,7 +277,7 @@ def _build_torchvision(name: str, wanted: _Wanted) -> nn.Module:
     elif size is not None and family == "maxvit":
         arguments["input_size"] = size
     build = partial(torchvision.models.get_model, name)
-    model = _call(f"torchvision:{name}", build, arguments, wanted.settings, _UNBUILDABLE)
+    model = _call(f"torchvision:{name}", build, arguments, wanted.settings, is_right=True)
     if wanted.in_channels != 3:
         _adapt_first_convolution(model, name, wanted.in_channels)
     return model

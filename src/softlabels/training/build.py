@@ -124,11 +124,10 @@ def with_findings(config: Config, source: DataSource) -> Config:
         ValueError: A teacher's file of weights that cannot be read.
     """
     told = getattr(source, "found_settings", {})
-    left = [name for name in type(config.data).model_fields if name != "source"]
-    left = [name for name in left if getattr(config.data, name) in (None, "auto") and name in told]
+    left = {n for n in type(config.data).model_fields if getattr(config.data, n) in (None, "auto")}
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={name: told[name] for name in left}),
+            "data": config.data.model_copy(update={n: told[n] for n in left & {*told}}),
             "teacher": _with_its_input(config.teacher, source.info),
             "further_teachers": tuple(
                 _with_its_input(teacher, source.info) for teacher in config.further_teachers
@@ -141,8 +140,7 @@ def _with_its_input(settings: TeacherSettings, info: DataInfo) -> TeacherSetting
     """With the mean, deviation and size of images that a teacher's weights expect."""
     if settings.name is None or settings.name.startswith(OBJECT):
         return settings
-    weights = None if settings.weights is None else _file(settings.weights)
-    expects = _expected_input(settings, _record_of(settings.name, weights))
+    _, _, expects = _read_header(settings)
     height, width = expects.image_size or info.image_size
     size = height if height == width and (height, width) != info.image_size else None
     found = {"mean": expects.mean, "std": expects.std, "input_size": settings.input_size or size}
@@ -316,12 +314,8 @@ def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
         ValueError: A name, a setting or weights that do not fit.
     """
     name = settings.name or ""
-    weights = None if settings.weights is None else _file(settings.weights)
-    record = _record_of(name, weights)
-    expects = _expected_input(settings, record)
-    own = None
-    if expects.mean is not None and expects.std is not None:
-        own = (expects.mean, expects.std)
+    weights, record, expects = _read_header(settings)
+    own = (expects.mean, expects.std) if expects.mean and expects.std else None
     if own == (info.mean, info.std):
         own = None
     num_classes = settings.num_classes or (record.num_classes if record is not None else None)
@@ -338,10 +332,8 @@ def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
         settings=settings.settings,
         pretrained=settings.pretrained,
     )
-    class_map: Sequence[int] | None = None
-    if settings.class_map != "names":
-        class_map = settings.class_map
-    else:
+    class_map: Sequence[int] | str | None = settings.class_map
+    if isinstance(class_map, str):
         names = _class_names_of(model, settings, record, (in_channels, *size))
         class_map = map_by_names(info.class_names, names, f"the teacher {name!r:.200}")
     if class_map is not None and len(class_map) != info.num_classes:
@@ -360,23 +352,24 @@ def build_teacher(settings: TeacherSettings, info: DataInfo) -> Teacher:
     )
 
 
-def _record_of(name: str, weights: str | None) -> FileRecord | None:
-    """What the file of a network's weights says of it; None without a file that says anything."""
-    kind, _, path = name.partition(":")
-    if weights is None and kind != "file":
-        return None
-    return find_record(weights_file(path) if weights is None else weights)
+def _read_header(settings: TeacherSettings) -> tuple[str | None, FileRecord | None, InputSpec]:
+    """The file of a teacher's weights, what it says of the network, and what that expects to see.
 
-
-def _expected_input(settings: TeacherSettings, record: FileRecord | None) -> InputSpec:
-    """What a teacher's weights expect to see, as far as anybody says it."""
+    Each as far as anybody says it.
+    """
+    weights = None if settings.weights is None else _file(settings.weights)
+    kind, _, path = (settings.name or "").partition(":")
+    record = None
+    if weights is not None or kind == "file":
+        record = find_record(weights_file(path) if weights is None else weights)
     known = record or (model_input(settings.name or "") if settings.pretrained else InputSpec())
     size = settings.input_size
-    return InputSpec(
+    expects = InputSpec(
         mean=settings.mean or known.mean,
         std=settings.std or known.std,
         image_size=known.image_size if size is None else (size, size),
     )
+    return weights, record, expects
 
 
 def _class_names_of(

@@ -219,11 +219,19 @@ class _Builder:
             total = sum(len(manifest.images_of(chunk)) for _, chunk in files)
             task = progress.add_task("teacher's answers", total=total, speed="", news="")
             for number, (draw, chunk) in enumerate(files):
+                images = manifest.images_of(chunk)
                 if self._is_done(draw, chunk):
-                    progress.advance(task, len(manifest.images_of(chunk)))
+                    progress.advance(task, len(images))
                     continue
                 collected = _Collected(manifest, chunk)
-                for batch in self._views(draw, chunk, batch_size):
+                views = self.source.train_views(
+                    draw=(manifest.seed, draw),
+                    batch_size=batch_size,
+                    start=images.start,
+                    stop=images.stop,
+                    device=self.accelerator.device,
+                )
+                for batch in views:
                     collected.add(batch, self._logits(batch))
                     progress.advance(task, len(batch.index))
                     if interrupt.asked:
@@ -243,16 +251,6 @@ class _Builder:
             say(self.console, f"made again: {error}")
             return False
         return True
-
-    def _views(self, draw: int, chunk: int, batch_size: int) -> Iterator[Batch]:
-        images = self.manifest.images_of(chunk)
-        return self.source.train_views(
-            draw=(self.manifest.seed, draw),
-            batch_size=batch_size,
-            start=images.start,
-            stop=images.stop,
-            device=self.accelerator.device,
-        )
 
     def _logits(self, batch: Batch) -> Tensor:
         with self.accelerator.autocast():

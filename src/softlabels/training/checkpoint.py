@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -203,21 +203,6 @@ class Found(NamedTuple):
     damaged: Sequence[str]
 
 
-class _Hashed:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.hash = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 class CheckpointFolder:
     """The newest checkpoints of a run, `step-STEP-DIGEST.pt`.
 
@@ -249,9 +234,9 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         unfinished = self.path / f"step-{step:08d}.pt"
         with replace_file(unfinished) as file:
-            hashed = _Hashed(file)
-            torch.save(dict(content), cast("IO[bytes]", hashed))
-        path = self.path / f"step-{step:08d}-{hashed.hash.hexdigest()}.pt"
+            torch.save(dict(content), file)
+        with unfinished.open("rb") as written:
+            path = self.path / f"step-{step:08d}-{_digest_of(written)}.pt"
         os.replace(unfinished, path)
         # What claims to be of this step or a later one is not of this run's past.
         past = [other for other in self.files() if _step(other) < step]
@@ -295,13 +280,17 @@ def _step(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
+def _digest_of(file: BinaryIO) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-            if digest.hexdigest() != path.stem.split("-")[2]:
+            if _digest_of(file) != path.stem.split("-")[2]:
                 raise ValueError("damaged, its content does not agree with the digest in its name")
             file.seek(0)
             content = read_plain(file)  # a checkpoint from a stranger cannot run code

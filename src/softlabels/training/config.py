@@ -56,8 +56,7 @@ __all__ = [
     "recipe_names",
     "resolve",
     "taught_by_itself",
-    "with_data",
-    "with_method",
+    "with_chosen",
     "with_method_defaults",
     "with_object",
 ]
@@ -278,25 +277,21 @@ def describe_method(kind: str) -> str:
     return "\n".join([kind, *map(wrap.fill, lines)])
 
 
-def with_method(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Choose the method's kind; settings of another kind are dropped.
+def with_chosen(
+    values: Mapping[str, Any], kind: str | None, source: str | None, path: str | None
+) -> dict[str, Any]:
+    """Choose the method's kind, the data's source and path; settings of others are dropped.
 
     Raises:
         ConfigError: No such method.
     """
     try:
-        settings_class(kind)
+        settings_class("none" if kind is None else kind)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return merged(values, {"method": {"kind": kind}})
-
-
-def with_data(
-    values: Mapping[str, Any], source: str | None = None, path: str | None = None
-) -> dict[str, Any]:
-    """Choose the data's source, their path or both; settings of another source are dropped."""
-    given = {"source": source, "path": path}
-    return merged(values, {"data": {key: v for key, v in given.items() if v is not None}})
+    data = {"source": source, "path": path}
+    chosen = {"data": {key: value for key, value in data.items() if value is not None}}
+    return merged(values, chosen if kind is None else {**chosen, "method": {"kind": kind}})
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -419,5 +414,4 @@ def with_object(config: Config, method: Method) -> Config:
 def dump(config: Config) -> str:
     """The YAML record of a run: every setting, resolved; training it repeats the run."""
     values = config.model_dump(mode="json")
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -83,7 +83,12 @@ def lost_processes(accelerator: Accelerator, timeout: float) -> Iterator[None]:
     except RunError:
         raise
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not _is_of_communication(error):
+        # gloo raises plain RuntimeErrors: only their text tells them apart.
+        words = ("gloo", "nccl", "connection", "process group", "timed out")
+        is_told = isinstance(error, torch.distributed.DistError) or any(
+            word in str(error).lower() for word in words
+        )
+        if accelerator.num_processes == 1 or not is_told:
             raise
         raise LostProcessError(
             f"process {accelerator.process_index} of {accelerator.num_processes} lost another "
@@ -91,11 +96,3 @@ def lost_processes(accelerator: Accelerator, timeout: float) -> Iterator[None]:
             "(process_timeout). Its own message tells more; the same command goes on from the "
             f"last checkpoint ({' '.join(str(error).split()):.200})"
         ) from error
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    # gloo raises plain RuntimeErrors: only their text tells them apart.
-    text = str(error).lower()
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in text for word in ("gloo", "nccl", "connection", "process group", "timed out")
-    )

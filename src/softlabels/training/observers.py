@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -189,32 +189,25 @@ def infinite_parts(engine: Engine) -> set[str]:
     return names
 
 
-class _JsonLines:
-    """A file of JSON objects, one a line, that can be cut back to an earlier length."""
+def _opened(path: Path, length: int) -> TextIO:
+    """A file of lines, cut back to an earlier length, that is written on."""
+    file = path.open("a", encoding="utf-8", buffering=1)
+    size = _length(file)
+    if size < length:
+        warnings.warn(
+            f"{path} has {size} bytes, the checkpoint was written after {length}: what is missing "
+            "stays missing",
+            stacklevel=2,
+        )
+    if size > length:
+        os.truncate(path, length)
+    return file
 
-    def __init__(self, path: Path, length: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        size = self.length()
-        if size < length:
-            warnings.warn(
-                f"{path} has {size} bytes, the checkpoint was written after {length}: what is "
-                "missing stays missing",
-                stacklevel=2,
-            )
-        if size > length:
-            os.truncate(path, length)
 
-    def write(self, line: Record) -> None:
-        self._file.write(json.dumps(line.dump()) + "\n")
-        self._file.flush()
-
-    def length(self) -> int:
-        """Bytes written so far, all of them on the disk."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
+def _length(file: TextIO) -> int:
+    """Bytes written so far, all of them on the disk."""
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
 
 
 class Tracker:
@@ -243,10 +236,10 @@ class Tracker:
         label: str,
         first_step: int = 0,
     ) -> None:
-        self._files: dict[str, _JsonLines] = {}
+        self._files: dict[str, TextIO] = {}
         self._writer: SummaryWriter | None = None
         if folder is not None:
-            self._files = {n: _JsonLines(folder / n, lengths.get(n, 0)) for n in self.FILES}
+            self._files = {n: _opened(folder / n, lengths.get(n, 0)) for n in self.FILES}
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._progress = progress_bar(console)
         self._task = self._progress.add_task(
@@ -266,7 +259,7 @@ class Tracker:
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each file so far, for a checkpoint."""
-        return {name: file.length() for name, file in self._files.items()}
+        return {name: _length(file) for name, file in self._files.items()}
 
     def metrics(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write scalars that a repetition of the run gives again; see `Metrics`."""
@@ -282,7 +275,7 @@ class Tracker:
     def _write(self, name: str, line: Record, step: int, curves: Mapping[str, float]) -> None:
         if self._writer is None:
             return
-        self._files[name].write(line)
+        self._files[name].write(json.dumps(line.dump()) + "\n")
         for curve, value in curves.items():
             self._writer.add_scalar(curve, value, step)
 

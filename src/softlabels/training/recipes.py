@@ -113,7 +113,7 @@ def recipe_names() -> list[str]:
     return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a recipe: a YAML file by its path, or one of the package by its name.
 
     A recipe may say `base: NAME`: another recipe, of the package or a file in the same folder.
@@ -121,6 +121,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
     Args:
         name: The path or the name.
+        above: Recipes that are based on it, and on each other.
 
     Returns:
         Its settings, unchecked: texts, numbers, lists and mappings with texts as keys.
@@ -129,7 +130,17 @@ def load_recipe(name: str) -> dict[str, Any]:
         ConfigError: No such recipe, or no YAML mapping of such values, or more than `MOST_BYTES`,
             or a base that is none.
     """
-    return _with_base(name, ())
+    values = parsed_text(read_recipe_text(name), name)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"base of {name} must be the name of a recipe, got {base!r:.80}")
+    above = (*above, name)
+    place = _place_of_base(name, base)
+    if place in above or len(above) == _DEEPEST:
+        raise ConfigError(f"recipes are based on each other: {' -> '.join((*above, place)):.300}")
+    return merged(load_recipe(place, above), values)
 
 
 def flattened(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -202,20 +213,6 @@ def _differ(before: object, after: object, key: str) -> bool:
 
 def _kind(method: object) -> object:
     return method.get("kind") if isinstance(method, Mapping) else method
-
-
-def _with_base(name: str, above: tuple[str, ...]) -> dict[str, Any]:
-    values = parsed_text(read_recipe_text(name), name)
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigError(f"base of {name} must be the name of a recipe, got {base!r:.80}")
-    above = (*above, name)
-    place = _place_of_base(name, base)
-    if place in above or len(above) == _DEEPEST:
-        raise ConfigError(f"recipes are based on each other: {' -> '.join((*above, place)):.300}")
-    return merged(_with_base(place, above), values)
 
 
 def _place_of_base(name: str, base: str) -> str:

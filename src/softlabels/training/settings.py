@@ -283,12 +283,6 @@ class DataSettings(Section):
         "None: all.",
     )
 
-    @property
-    def location(self) -> str | None:
-        """The path; None where it is not given, or the source has none."""
-        path: str | None = getattr(self, "path", None)
-        return path
-
 
 def _data_settings(source: str) -> type[DataSettings]:
     """The settings of a source: the keyword-only arguments of what opens it."""

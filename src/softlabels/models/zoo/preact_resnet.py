@@ -7,7 +7,6 @@ ResNet-18 of the runs of Zipf's label smoothing on CIFAR-100 and TinyImageNet.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from timm.layers import BatchNormAct2d, create_conv2d
@@ -19,7 +18,7 @@ from softlabels.models.zoo.small_network import (
     cifar_cfg,
     normal_weights,
     register,
-    stage,
+    stages,
 )
 
 __all__ = ["PreActResNet", "WideResNet"]
@@ -41,20 +40,13 @@ class WideResNet(SmallNetwork):
     def __init__(self, *, depth: int, width_factor: int, in_chans: int = 3, **head: Any) -> None:
         if depth < 10 or (depth - 4) % 6 != 0:
             raise ValueError(f"depth must be 6n + 4 (10, 16, 22, ...), got {depth}")
-        make = partial(stage, _block, (depth - 4) // 6)
-        first, second, third = (width * width_factor for width in (16, 32, 64))
-        super().__init__(
-            {
-                "conv1": nn.Conv2d(in_chans, 16, 3, padding=1, bias=False),
-                "layer1": make(16, first, 1),
-                "layer2": make(first, second, 2),
-                "layer3": make(second, third, 2),
-                "norm": BatchNormAct2d(third),
-            },
-            [("layer1", 1, first), ("layer2", 2, second), ("layer3", 4, third)],
-            num_features=third,
-            **head,
-        )
+        depths = [(depth - 4) // 6] * 3
+        widths = [width * width_factor for width in (16, 32, 64)]
+        stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        layers, described = stages(_block, 16, zip(depths, widths, (1, 2, 2), strict=True))
+        norm = BatchNormAct2d(widths[-1])
+        chain = {"conv1": stem, **layers, "norm": norm}
+        super().__init__(chain, described, num_features=widths[-1], **head)
         normal_weights(self)
         if isinstance(self.fc, nn.Linear):
             nn.init.zeros_(self.fc.bias)
@@ -75,20 +67,11 @@ class PreActResNet(SmallNetwork):
     """
 
     def __init__(self, *, num_blocks: int, in_chans: int = 3, **head: Any) -> None:
-        make = partial(stage, _activated_block, num_blocks)
-        super().__init__(
-            {
-                "conv1": nn.Conv2d(in_chans, 64, 3, padding=1, bias=False),
-                "norm1": BatchNormAct2d(64),
-                "layer1": make(64, 64, 1),
-                "layer2": make(64, 128, 2),
-                "layer3": make(128, 256, 2),
-                "layer4": make(256, 512, 2),
-            },
-            [("layer1", 1, 64), ("layer2", 2, 128), ("layer3", 4, 256), ("layer4", 8, 512)],
-            num_features=512,
-            **head,
-        )
+        stem = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+        shapes = [(num_blocks, 64, 1), *((num_blocks, width, 2) for width in (128, 256, 512))]
+        layers, described = stages(_activated_block, 64, shapes)
+        chain = {"conv1": stem, "norm1": BatchNormAct2d(64), **layers}
+        super().__init__(chain, described, num_features=512, **head)
 
 
 def _block(in_width: int, width: int, stride: int) -> PreActBasic:

@@ -8,7 +8,6 @@ Parameter names are those of RepDistiller's networks, so its checkpoints load as
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from timm.models.resnet import BasicBlock
@@ -19,7 +18,7 @@ from softlabels.models.zoo.small_network import (
     cifar_cfg,
     normal_weights,
     register,
-    stage,
+    stages,
 )
 
 __all__ = ["SmallResNet"]
@@ -55,27 +54,15 @@ class SmallResNet(SmallNetwork):
     ) -> None:
         if depth < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
-        make = partial(stage, _block, (depth - 2) // 6)
-        first, second, third = stage_widths
-        super().__init__(
-            {
-                "conv1": nn.Conv2d(
-                    in_chans, stem_width, 3, stride=stem_stride, padding=1, bias=False
-                ),
-                "bn1": nn.BatchNorm2d(stem_width),
-                "act1": nn.ReLU(inplace=True),
-                "layer1": make(stem_width, first, 1),
-                "layer2": make(first, second, 2),
-                "layer3": make(second, third, 2),
-            },
-            [
-                ("layer1", stem_stride, first),
-                ("layer2", 2 * stem_stride, second),
-                ("layer3", 4 * stem_stride, third),
-            ],
-            num_features=third,
-            **head,
-        )
+        depths = [(depth - 2) // 6] * 3
+        stem: dict[str, nn.Module] = {
+            "conv1": nn.Conv2d(in_chans, stem_width, 3, stride=stem_stride, padding=1, bias=False),
+            "bn1": nn.BatchNorm2d(stem_width),
+            "act1": nn.ReLU(inplace=True),
+        }
+        shapes = zip(depths, stage_widths, (1, 2, 2), strict=True)
+        layers, described = stages(_block, stem_width, shapes, stem_stride)
+        super().__init__({**stem, **layers}, described, num_features=stage_widths[-1], **head)
         normal_weights(self)
 
 

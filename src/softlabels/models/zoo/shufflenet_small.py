@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual, channel_shuffle
 
-from softlabels.models.zoo.small_network import SmallNetwork, cifar_cfg, register, stage
+from softlabels.models.zoo.small_network import SmallNetwork, cifar_cfg, register, stages
 
 __all__ = ["SmallShuffleNet"]
 
@@ -43,23 +43,18 @@ class SmallShuffleNet(SmallNetwork):
         in_chans: int = 3,
         **head: Any,
     ) -> None:
-        first, second, third = stage_widths
         chain = {
             "conv1": nn.Conv2d(in_chans, _STEM_WIDTH, 1, bias=False),
             "norm1": BatchNormAct2d(_STEM_WIDTH),
-            "layer1": stage(block, 4, _STEM_WIDTH, first, 2),
-            "layer2": stage(block, 8, first, second, 2),
-            "layer3": stage(block, 4, second, third, 2),
         }
+        shapes = zip((4, 8, 4), stage_widths, (2, 2, 2), strict=True)
+        layers, described = stages(block, _STEM_WIDTH, shapes)
+        chain.update(layers)
+        third = stage_widths[-1]
         if last_width is not None:
             chain["conv2"] = nn.Conv2d(third, last_width, 1, bias=False)
             chain["norm2"] = BatchNormAct2d(last_width)
-        super().__init__(
-            chain,
-            [("layer1", 2, first), ("layer2", 4, second), ("layer3", 8, third)],
-            num_features=last_width or third,
-            **head,
-        )
+        super().__init__(chain, described, num_features=last_width or third, **head)
 
 
 class _GroupedBlock(nn.Module):

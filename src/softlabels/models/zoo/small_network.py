@@ -12,7 +12,7 @@ from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-__all__ = ["SmallNetwork", "cifar_cfg", "normal_weights", "register", "shrink_stem", "stage"]
+__all__ = ["SmallNetwork", "cifar_cfg", "normal_weights", "register", "shrink_stem", "stages"]
 
 
 class SmallNetwork(nn.Module):
@@ -91,24 +91,30 @@ class SmallNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def stage(
+def stages(
     block: Callable[[int, int, int], nn.Module],
-    num_blocks: int,
     in_width: int,
-    width: int,
-    stride: int,
-) -> nn.Sequential:
-    """Return a chain of blocks, of which the first changes width and resolution.
+    shapes: Iterable[tuple[int, int, int]],
+    reduction: int = 1,
+) -> tuple[dict[str, nn.Module], list[tuple[str, int, int]]]:
+    """Return `layer1`, `layer2`, ... for the chain of a `SmallNetwork`, and its `stages`.
 
     Args:
         block: Makes a block from its channels in, its channels out and its stride.
-        num_blocks: Number of blocks, at least 1.
         in_width: Channels of the map that the first block gets.
-        width: Channels that every block returns.
-        stride: Stride of the first block.
+        shapes: Of each stage the number of blocks, at least 1, the channels that each of them
+            returns, and the stride of the first one.
+        reduction: Factor by which that map is smaller than the image.
     """
-    first = block(in_width, width, stride)
-    return nn.Sequential(first, *(block(width, width, 1) for _ in range(num_blocks - 1)))
+    chain: dict[str, nn.Module] = {}
+    described = []
+    for number, (num_blocks, width, stride) in enumerate(shapes, 1):
+        first = block(in_width, width, stride)
+        rest = (block(width, width, 1) for _ in range(num_blocks - 1))
+        chain[f"layer{number}"] = nn.Sequential(first, *rest)
+        reduction, in_width = reduction * stride, width
+        described.append((f"layer{number}", reduction, width))
+    return chain, described
 
 
 def normal_weights(model: nn.Module, *, linear_std: float | None = None) -> None:
