@@ -18,7 +18,7 @@ from softlabels.training.config import (
     load_recipe,
     recipe_names,
     resolve,
-    with_method,
+    with_chosen,
 )
 from softlabels.training.recipes import merged
 from softlabels.training.settings import DATA_SETTINGS, METHOD_SETTINGS, DataSettings
@@ -180,8 +180,8 @@ def test_a_row_stays_one_with_its_method_or_with_words_of_its_own(over):
 
 
 def test_another_method_by_option_is_not_the_row_either():
-    assert with_method(ROW, "uskd") == {"method": {"kind": "uskd"}, "epochs": 3}
-    assert with_method(ROW, "ols") == ROW
+    assert with_chosen(ROW, "uskd") == {"method": {"kind": "uskd"}, "epochs": 3}
+    assert with_chosen(ROW, "ols") == ROW
 
 
 @pytest.mark.parametrize(

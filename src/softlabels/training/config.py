@@ -179,30 +179,24 @@ def build_method(config: Config) -> Method | None:
     """
     if config.method.kind == "none":
         return None
-    first = _built(config.method)
-    if not config.further_methods and config.method_teacher is None:
-        return first
-    name = _short(config.method.kind)
-    methods, teachers = {name: first}, dict[str, int]()
-    if config.method_teacher is not None:
-        teachers[name] = config.method_teacher
-    for number, further in enumerate(config.further_methods, 2):
-        name = _short(further.kind)
+    chosen = [(config.method, config.method_teacher)]
+    chosen += [(_settings_of(further), further.teacher) for further in config.further_methods]
+    methods, teachers = dict[str, Method](), dict[str, int]()
+    for number, (settings, teacher) in enumerate(chosen, 1):
+        name = _short(settings.kind)
         name = name if name not in methods else f"{name}_{number}"
-        methods[name] = _built(_settings_of(further))
-        if further.teacher is not None:
-            teachers[name] = further.teacher
+        settings_class(settings.kind)  # which an unknown one has not
+        methods[name] = method_class(settings.kind)(**settings.model_dump(exclude={"kind"}))
+        if teacher is not None:
+            teachers[name] = teacher
+    if len(methods) == 1 and not teachers:
+        return methods[name]
     return WeightedSum(methods, teachers=teachers)
 
 
 def _short(kind: str) -> str:
     """What a method is called: its kind, or the name of the user's class."""
     return re.split(r"[:.]", kind)[-1]
-
-
-def _built(settings: MethodSettings) -> Method:
-    settings_class(settings.kind)  # which an unknown one has not
-    return method_class(settings.kind)(**settings.model_dump(exclude={"kind"}))
 
 
 def _settings_of(further: FurtherMethod) -> MethodSettings:
@@ -278,7 +272,10 @@ def describe_method(kind: str) -> str:
 
 
 def with_chosen(
-    values: Mapping[str, Any], kind: str | None, source: str | None, path: str | None
+    values: Mapping[str, Any],
+    kind: str | None,
+    source: str | None = None,
+    path: str | None = None,
 ) -> dict[str, Any]:
     """Choose the method's kind, the data's source and path; settings of others are dropped.
 
@@ -289,9 +286,11 @@ def with_chosen(
         settings_class("none" if kind is None else kind)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    data = {"source": source, "path": path}
-    chosen = {"data": {key: value for key, value in data.items() if value is not None}}
-    return merged(values, chosen if kind is None else {**chosen, "method": {"kind": kind}})
+    given = {"method": {"kind": kind}, "data": {"source": source, "path": path}}
+    for part, chosen in given.items():
+        chosen = {key: value for key, value in chosen.items() if value is not None}
+        values = merged(values, {part: chosen}) if chosen else values
+    return dict(values)
 
 
 def parse(values: Mapping[str, Any]) -> Config:
