@@ -26,7 +26,7 @@ from softlabels.models import build_model
 from softlabels.training.build import build_distiller, build_source, with_defaults
 from softlabels.training.checkpoint import CheckpointFolder
 from softlabels.training.config import resolve
-from softlabels.training.validate import check_needs, memory_of
+from softlabels.training.validate import check_needs
 
 DATA = {
     "num_train": 32, "num_test": 16, "num_classes": 4, "image_size": 8, "in_channels": 1,
@@ -264,8 +264,9 @@ def test_the_memory_of_a_distiller():
     source = noise(**DATA)
     config = with_defaults(resolve({"method": "ps_kd"}), source.info, source.num_train)
 
-    assert memory_of(build_distiller(config, source.info)) == 32 * (4 * 4 + 1)
-    assert memory_of(build_distiller(resolve({"student": TEACHER}), source.info)) == 0
+    (memory,) = build_distiller(config, source.info).memories()
+    assert memory.num_bytes() == 32 * (4 * 4 + 1)
+    assert not [*build_distiller(resolve({"student": TEACHER}), source.info).memories()]
 
 
 # Networks

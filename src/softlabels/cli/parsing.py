@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from softlabels.io.records import problem_of
 
-__all__ = ["Count", "UsageError", "command", "configured", "is_main_process", "metrics_line"]
+__all__ = ["Count", "UsageError", "command", "configured", "metrics_line"]
 
 Result = TypeVar("Result")
 Count = Annotated[int, Field(ge=1)]
@@ -223,13 +223,6 @@ def _wrapped(start: str, text: str, indent: int) -> str:
         subsequent_indent=" " * indent,  # tyro keeps the breaks before indented lines alone
         break_on_hyphens=False,
     )
-
-
-def is_main_process() -> bool:
-    """Whether this is the one process of a run that prints its results."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:

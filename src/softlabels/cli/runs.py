@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from softlabels.cli.parsing import UsageError, configured, is_main_process, metrics_line
+from softlabels.cli.parsing import UsageError, configured, metrics_line
 from softlabels.io.console import echo, progress_console
 
 __all__ = ["cache_teacher", "train"]
@@ -10,6 +10,8 @@ __all__ = ["cache_teacher", "train"]
 
 def train(arguments: list[str]) -> None:
     """Train a student."""
+    from accelerate import PartialState
+
     from softlabels.experiments.smoke import TrainOptions, smoke
     from softlabels.experiments.train import ReportWriter
     from softlabels.training.trainer import run
@@ -25,7 +27,7 @@ def train(arguments: list[str]) -> None:
             )
         return
     result = run(settings, observers=[ReportWriter()], console=progress_console())
-    if not is_main_process():
+    if not PartialState().is_main_process:
         return
     echo(metrics_line(result.final))
     page = "report.html, " if settings.report else ""
@@ -34,6 +36,8 @@ def train(arguments: list[str]) -> None:
 
 def cache_teacher(arguments: list[str]) -> None:
     """Store a teacher's answers."""
+    from accelerate import PartialState
+
     from softlabels.training.cache_teacher import CacheOptions, build_cache
     from softlabels.training.config import load_recipe
 
@@ -46,7 +50,7 @@ def cache_teacher(arguments: list[str]) -> None:
     if path is None:
         raise UsageError("say where the cache shall be: --output FOLDER")
     cache = build_cache(config, path, options, console=progress_console())
-    if not is_main_process():
+    if not PartialState().is_main_process:
         return
     error, views = cache.error, cache.num_images * cache.num_draws
     echo(

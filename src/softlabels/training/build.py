@@ -12,7 +12,6 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from softlabels.data import DataInfo, DataSource, open_source
-from softlabels.data.mixup import MixupCutmix
 from softlabels.data.randomness import seeded
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.external_inputs import checked_inputs
@@ -42,7 +41,6 @@ from softlabels.training.settings import (
 
 __all__ = [
     "build_distiller",
-    "build_mixer",
     "build_source",
     "build_teacher",
     "opened_source",
@@ -394,18 +392,4 @@ def _class_names_of(
     raise ValueError(
         "teacher.class_map names: nothing says the names of the classes of "
         f"{settings.name!r:.200}; give teacher.class_names, a file with one a line"
-    )
-
-
-def build_mixer(config: Config, info: DataInfo) -> MixupCutmix | None:
-    """Mixup and cutmix, or None where both are off."""
-    mix = config.mix
-    if not (mix.mixup or mix.cutmix):
-        return None
-    return MixupCutmix(
-        mixup_alpha=mix.mixup,
-        cutmix_alpha=mix.cutmix,
-        probability=mix.probability,
-        switch_probability=mix.switch_probability,
-        num_classes=info.num_classes,
     )

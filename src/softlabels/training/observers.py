@@ -59,10 +59,7 @@ class Observer:
         """A step is done; `scalars` is not empty at every `log_every`-th."""
 
     def epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
-        """An epoch is trained; `scalars` is empty if it was not evaluated.
-
-        `epoch` counts the finished ones.
-        """
+        """So many epochs are trained; `scalars` is empty if the last was not evaluated."""
 
     def store(self) -> None:
         """The state is to be written down, so that the run can go on from here."""

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from softlabels.analysis.analyze import Analyzed, analyze
 from softlabels.analysis.gallery import make_gallery
 from softlabels.data import Batch, DataInfo
-from softlabels.data.mixup import MIXUP_EXTRAS, mixup_extras
+from softlabels.data.mixup import MIXUP_EXTRAS, MixupCutmix, mixup_extras
 from softlabels.distill.distiller import Distiller
 from softlabels.distill.teacher import Teacher, Teachers
-from softlabels.training.build import build_mixer
 from softlabels.training.config import Config
 from softlabels.training.metrics import Autocast, evaluate
 from softlabels.training.teacher_check import teacher_name
@@ -119,7 +118,15 @@ class ClassificationTask(Task):
     def __init__(self, config: Config, info: DataInfo, extras: Sequence[str]) -> None:
         self.config = config
         self.info = info
-        self.mixer = build_mixer(config, info)
+        mix, self.mixer = config.mix, None
+        if mix.mixup or mix.cutmix:
+            self.mixer = MixupCutmix(
+                mixup_alpha=mix.mixup,
+                cutmix_alpha=mix.cutmix,
+                probability=mix.probability,
+                switch_probability=mix.switch_probability,
+                num_classes=info.num_classes,
+            )
         self.extras = [n for n in extras if n not in _OF_EVERY_BATCH and n not in MIXUP_EXTRAS]
         self._mixes_pairs = bool(MIXUP_EXTRAS & {*extras})
 

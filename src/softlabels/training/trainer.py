@@ -57,7 +57,7 @@ from softlabels.training.schemas import (
 from softlabels.training.settings import NoMethod, TeacherSettings
 from softlabels.training.task import ClassificationTask
 from softlabels.training.teacher_check import checked_teacher
-from softlabels.training.validate import check_cache, check_needs, memory_of
+from softlabels.training.validate import check_cache, check_needs
 
 __all__ = ["TrainResult", "peak_memory", "run"]
 
@@ -277,7 +277,8 @@ def _fit(
     say(console, f"{label}: {plan}, {describe_precision(config)} -> {folder.path}")
     for key, reason in config.assumed.items():
         say(console, f"assumed {key}: {reason}")
-    remembered = memory_of(distiller) * (1 if engine.ema is None else 2)
+    remembered = sum(memory.num_bytes() for memory in distiller.memories())
+    remembered *= 1 if engine.ema is None else 2
     if remembered:
         say(console, f"{label} keeps {remembered / 2**20:,.1f} MiB in each process for its method")
     with (

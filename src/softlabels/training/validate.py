@@ -22,7 +22,7 @@ from softlabels.training.build import build_teacher
 from softlabels.training.config import Config
 from softlabels.training.settings import TeacherSettings
 
-__all__ = ["check_cache", "check_fingerprints", "check_needs", "memory_of", "teacher_fingerprint"]
+__all__ = ["check_cache", "check_fingerprints", "check_needs", "teacher_fingerprint"]
 
 _WRONG = {
     "teacher": "another teacher's answers",
@@ -93,11 +93,6 @@ def check_needs(
         device="cpu",
         extras=asked,
     )
-
-
-def memory_of(distiller: Distiller) -> int:
-    """Bytes that the method keeps between steps, in each process."""
-    return sum(memory.num_bytes() for memory in distiller.memories())
 
 
 def check_cache(cache: TeacherCache, config: Config, source: DataSource) -> None:
