@@ -185,7 +185,7 @@ def test_whole_numbers_stay_whole(tmp_path, trained):
         ("optimizer.lr=2..1", "from a number to a larger one, got 2..1"),
         ("optimizer.lr=1..inf", "from a number to a larger one"),
         ("optimizer.lr=0..1:log", "a range with log is above 0, got 0..1:log"),
-        ("optimizer.lr=0..1", "optimizer.lr=0.0 does not fit: optimizer.lr: Input should be"),
+        ("optimizer.lr=0..1", "optimizer.lr=0 does not fit: optimizer.lr: Input should be"),
         ("optimizer.lr=0.1", "needs two values or more that differ"),
         ("optimizer.lr=0.1,0.1", "needs two values or more that differ"),
         ("epochs=1.5..3", "whole ends, got 1.5..3"),

@@ -39,16 +39,11 @@ def make_gallery(
 
     They are test images; where the soft labels need what there is for training images alone, a
     teacher's stored answers, what a method remembers of an image or further images of a batch,
-    they are training images. Each is labeled together with the batch that
-    it stands in, because a soft label may depend on its batch.
+    they are training images. Each is labeled together with the batch that it stands in, because a
+    soft label may depend on its batch.
 
-    Args:
-        distiller: Gives the soft labels.
-        network: Gives the predictions.
-        source: Its test set is read once, or some training images.
-        num_images: How many, drawn without seed or method.
-        batch_size: Of the batches.
-        device: Where the networks are.
+    The distiller gives the soft labels, the network, on the same device, the predictions; so many
+    images are drawn, without seed or method.
     """
     cache = distiller.teacher
     method = distiller.method

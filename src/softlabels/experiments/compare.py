@@ -79,7 +79,17 @@ def compare(
         title=comparison.title or _title(variants),
         command=command or f"softlabels compare {output / 'comparison.yaml'}",
     )
-    _write(results, variants, output)
+    results.write(output / "comparison.json")
+    write_text(output / "comparison.csv", csv_text(results))
+    write_text(output / "comparison.md", markdown(results))
+    write_comparison(
+        [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
+        output / "report.html",
+        title=results.title,
+        table=[{k: v for k, v in row.items() if k} for row in cells(results)],
+        notes=notes(results),
+        command=results.command,
+    )
     rows = cells(results, brief=True)
     show_table(
         console,
@@ -139,17 +149,3 @@ def _title(variants: Sequence[PlannedVariant]) -> str:
     first = variants[0].config
     student = (first.student.name or "").rpartition(":")[2]
     return f"{len(variants)} ways to train {student} on {first.data.source}"
-
-
-def _write(results: ComparisonRecord, variants: Sequence[PlannedVariant], output: Path) -> None:
-    results.write(output / "comparison.json")
-    write_text(output / "comparison.csv", csv_text(results))
-    write_text(output / "comparison.md", markdown(results))
-    write_comparison(
-        [Variant(v.name, tuple(run.folder.path for run in v.runs)) for v in variants],
-        output / "report.html",
-        title=results.title,
-        table=[{k: v for k, v in row.items() if k} for row in cells(results)],
-        notes=notes(results),
-        command=results.command,
-    )

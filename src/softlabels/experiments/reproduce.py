@@ -194,18 +194,15 @@ def reproduce(
 
 
 def _chosen(table: str, rows: Sequence[str]) -> list[str]:
-    known = recipes_of(table)
-    if not rows:
-        return known
-    chosen = [row if row.startswith(f"{table}/") else f"{table}/{row}" for row in rows]
-    for name in chosen:
-        if name not in known:
-            leaves = [other.partition("/")[2] for other in known]
+    known = {name.partition("/")[2]: name for name in recipes_of(table)}
+    chosen = [row.removeprefix(f"{table}/") for row in rows] or [*known]
+    for row in chosen:
+        if row not in known:
+            expected = ", ".join(known)
             raise ConfigError(
-                f"table {table!r} has no row {name.partition('/')[2]!r:.80}: expected some of "
-                f"{', '.join(leaves)}"
+                f"table {table!r} has no row {row!r:.80}: expected some of {expected}"
             )
-    return chosen
+    return [known[row] for row in chosen]
 
 
 def _paper(recipe: str) -> PaperSettings:

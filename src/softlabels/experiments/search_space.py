@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from softlabels.experiments.sweep_record import shown
 from softlabels.training.config import (
     Config,
     ConfigError,
@@ -72,11 +73,6 @@ class Range:
             and self.low <= value <= self.high
             and (not self.whole or value == int(value))
         )
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The smallest and the largest number, of the type that is searched."""
-        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
     def rounded(self, value: float) -> float:
         """A number of the range with few digits, near another one."""
@@ -203,11 +199,11 @@ def fitted_space(config: Config, space: Space) -> dict[str, Range | Choices]:
         elif not all(isinstance(value, bool | int | float | str | None) for value in values):
             raise ConfigError(f"space: {key}: expected numbers, texts, true or false, got {values}")
         fitted[key] = values
-        for value in values.ends if isinstance(values, Range) else values:
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
             try:
                 with_values(config, {key: value})
             except ConfigError as error:
-                raise ConfigError(f"space: {key}={value} does not fit: {error}") from error
+                raise ConfigError(f"space: {key}={shown(value)} does not fit: {error}") from error
     return fitted
 
 

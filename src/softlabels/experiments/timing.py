@@ -30,13 +30,8 @@ def interleaved(
     """Run several steps in turn, A B C C B A ..., and time each.
 
     In turn, because a machine's speed drifts: only times of the same round are compared. Every
-    other round runs backwards, so that none always follows the same neighbor.
-
-    Args:
-        steps: By name.
-        rounds: How often each is timed.
-        warmup: Rounds before, not timed.
-        device: Waited for after each step.
+    other round runs backwards, so that none always follows the same neighbor. The rounds of the
+    warmup are not timed, and the device is waited for after each step.
 
     Returns:
         Seconds of each step, by name, in the order of the rounds.

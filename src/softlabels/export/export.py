@@ -27,7 +27,7 @@ from softlabels.export.predict import load_student
 from softlabels.io.files import replace_file
 from softlabels.io.weights import load_weights
 from softlabels.models import build_model
-from softlabels.models.record import FileRecord, read_record
+from softlabels.models.record import read_record
 from softlabels.training.build import try_out
 from softlabels.training.config import load_recipe, parse
 from softlabels.training.run_folder import RunFolder
@@ -123,7 +123,7 @@ def export_run(
             file=file,
             card=card,
             format=format,
-            network=_code_name(trained.record, network),
+            network=network if isinstance(network, str) else trained.code_name,
             parameters=parameters,
             largest_difference=difference,
             num_images=_NUM_IMAGES,
@@ -209,13 +209,6 @@ def _build(trained: Trained, file: Path, network: str | nn.Module | None) -> nn.
     load_weights(model, file)
     try_out(model.eval(), "the network", trained.image_shape, record.num_classes)
     return model
-
-
-def _code_name(record: FileRecord, network: str | nn.Module | None) -> str | None:
-    """The name by which `build_model` builds the student; None: it was an object."""
-    if isinstance(network, str):
-        return network
-    return None if record.model.startswith("object:") else record.model
 
 
 @contextlib.contextmanager

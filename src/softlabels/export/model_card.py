@@ -60,6 +60,11 @@ class Trained:
     run: RunRecord | None
     config: Config | None
 
+    @property
+    def code_name(self) -> str | None:
+        """The name by which `build_model` builds the network; None: it was an object."""
+        return None if self.record.model.startswith("object:") else self.record.model
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:

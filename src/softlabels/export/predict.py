@@ -15,7 +15,7 @@ from torch import nn
 from softlabels.data import open_source
 from softlabels.data.decoding import DECODING_ERRORS, read_rgb
 from softlabels.data.sources.by_name import kind_of, settings_of
-from softlabels.data.transforms import ImageTransform, evaluation_transform
+from softlabels.data.transforms import evaluation_transform
 from softlabels.distill.teacher import Teacher
 from softlabels.models import build_model
 from softlabels.models.record import FileRecord, read_record
@@ -91,19 +91,6 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _transform(record: FileRecord) -> ImageTransform:
-    """As the data source of the student's run evaluated."""
-    if record.image_size is None or record.mean is None or record.std is None:
-        raise ValueError("the student's file does not say the size and normalization of its images")
-    return evaluation_transform(
-        record.image_size,
-        interpolation=record.interpolation,
-        crop_fraction=record.crop_fraction,
-        mean=record.mean,
-        std=record.std,
-    )
-
-
 def _read(path: Path, in_channels: int) -> Image.Image:
     try:
         image = read_rgb(str(path))
@@ -133,7 +120,15 @@ def predict(
         ValueError: An image that cannot be read, or to which the student's answer is not finite;
             with its path.
     """
-    transform = _transform(record)
+    if record.image_size is None or record.mean is None or record.std is None:
+        raise ValueError("the student's file does not say the size and normalization of its images")
+    transform = evaluation_transform(  # as the data source of the student's run evaluated
+        record.image_size,
+        interpolation=record.interpolation,
+        crop_fraction=record.crop_fraction,
+        mean=record.mean,
+        std=record.std,
+    )
     names = record.class_names or tuple(str(label) for label in range(record.num_classes))
     predictions = []
     for start in range(0, len(images), batch_size):

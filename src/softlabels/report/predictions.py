@@ -176,8 +176,7 @@ def _missing(entries: Sequence[Entry]) -> str:
 
 
 def _mean_ece(entry: Entry) -> float | None:
-    finals = [record.summary.final for record in entry.records]
-    values = [final["ece"] for final in finals if "ece" in final]
+    values = [r.summary.final["ece"] for r in entry.records if "ece" in r.summary.final]
     return float(np.mean(values)) if values else None
 
 
@@ -215,19 +214,13 @@ def _limits(probabilities: Sequence[Numbers]) -> tuple[float, float]:
 def _pooled(parts: Sequence[Reliability]) -> Reliability:
     """The bins of all seeds together."""
     alike = [part for part in parts if len(part.count) == len(parts[0].count)]
-    count = np.array([part.count for part in alike])
-
-    def mean(values: Sequence[Numbers]) -> Numbers:
-        total = np.nansum(np.array(values) * count, 0)
-        return np.asarray(total / np.maximum(count.sum(0), 1), dtype=np.float64)
-
-    return parts[0].model_copy(
-        update={
-            "confidence": mean([part.confidence for part in alike]),
-            "accuracy": mean([part.accuracy for part in alike]),
-            "count": count.sum(0),
-        }
-    )
+    count = np.sum([part.count for part in alike], 0)
+    means = {
+        name: np.nansum([getattr(part, name) * part.count for part in alike], 0)
+        / np.maximum(count, 1)
+        for name in ("confidence", "accuracy")
+    }
+    return parts[0].model_copy(update={**means, "count": count})
 
 
 def _per_class(entry: Entry) -> Numbers:

@@ -12,7 +12,7 @@ from softlabels.io.files import write_text
 from softlabels.report.canvas import RUN_COLOURS
 from softlabels.report.confusion import confusion_sections
 from softlabels.report.curves import curve_sections, loss_share_sections
-from softlabels.report.entries import Entry, Section
+from softlabels.report.entries import Entry
 from softlabels.report.facts import different_settings, environment, facts
 from softlabels.report.predictions import (
     class_sections,
@@ -65,7 +65,7 @@ class _Sample:
 
     gallery: Gallery
     image: GalleryImage
-    answers: tuple[tuple[Entry, GalleryImage], ...]
+    answers: list[tuple[Entry, GalleryImage]]
 
 
 def write_page(
@@ -93,7 +93,16 @@ def write_page(
         introduction=introduction,
         entries=entries,
         results=results,
-        sections=_sections(entries, against_first=against_first),
+        sections=[
+            *curve_sections(entries),
+            *(difference_sections(entries) if against_first else ()),
+            *zipf_sections(entries),
+            *reliability_sections(entries),
+            *class_sections(entries, against_first=against_first),
+            *confusion_sections(entries),
+            *loss_share_sections(entries),
+            *feature_sections(entries),
+        ],
         samples=samples,
         longest_bar=max(shares, default=0.0) or 1.0,
         facts=facts(entries),
@@ -106,30 +115,14 @@ def write_page(
     return output
 
 
-def _sections(entries: Sequence[Entry], *, against_first: bool) -> list[Section]:
-    """All sections with charts or tables, in the order of the page."""
-    return [
-        *curve_sections(entries),
-        *(difference_sections(entries) if against_first else ()),
-        *zipf_sections(entries),
-        *reliability_sections(entries),
-        *class_sections(entries, against_first=against_first),
-        *confusion_sections(entries),
-        *loss_share_sections(entries),
-        *feature_sections(entries),
-    ]
-
-
 def _samples(entries: Sequence[Entry]) -> list[_Sample]:
     """The saved images of all entries: one sample an image, even if several saved it."""
-    images: dict[tuple[str, str, int], tuple[Gallery, GalleryImage]] = {}
-    answers: dict[tuple[str, str, int], list[tuple[Entry, GalleryImage]]] = {}
+    samples: dict[tuple[str, str, int], _Sample] = {}
     for entry in entries:
         gallery = entry.first.gallery
         if gallery is None:
             continue
         for image in gallery.images:
             key = (entry.first.summary.data, gallery.split, image.index)
-            images.setdefault(key, (gallery, image))
-            answers.setdefault(key, []).append((entry, image))
-    return [_Sample(*images[key], tuple(answers[key])) for key in images]
+            samples.setdefault(key, _Sample(gallery, image, [])).answers.append((entry, image))
+    return [*samples.values()]
