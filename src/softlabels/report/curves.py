@@ -99,18 +99,18 @@ def over_epochs(
     remark += _BAND if any(line.band for _, line in lines) else ""
     remark += without(entries, lambda entry: entry.curves(key))
     remark += "; a bad start is cut off" if is_cut else ""
-    draw = partial(
+    drawn = partial(
         draw_curves, x_label="finished epochs", y_label=y_label, digits=digits, limits=limits
     )
     if len(lines) <= _MOST_LINES:
-        return [Block(charts=(Chart(title, remark, draw([line for _, line in lines])),))]
+        return [Block(charts=(Chart(title, remark, drawn([line for _, line in lines])),))]
     reference, baseline = lines[0]
     background = replace(baseline, style=None, band=None)
     charts = tuple(
         Chart(
             entry.name,
             "",
-            draw([line] if entry is reference else [background, line], small=True),
+            drawn([line] if entry is reference else [background, line], small=True),
             entry,
         )
         for entry, line in lines
