@@ -123,7 +123,11 @@ class Config(Section):
         "auto",
         description="Mixed precision; no: float32. auto: bf16 where the student is faster in it.",
     )
-    compile: bool = Field(False, description="Compile the trained module.")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compile the trained module and the method's part of a step. auto: the latter "
+        "alone, and not on a CPU.",
+    )
     channels_last: Literal["auto"] | bool = Field(
         "auto",
         description="Memory format of images and weights. auto: for networks of convolutions.",

@@ -82,7 +82,7 @@ class Engine:
         self.core = distiller.trainable
         # Before wrapping: the copy must hold plain modules with a tap of their own.
         self.ema = ModelEmaV3(self.core, decay=config.ema_decay) if config.ema_decay else None
-        if config.compile:
+        if config.compile is True:
             distiller.trainable = torch.compile(distiller.trainable)  # type: ignore[assignment]  # a module
         # A method's memory takes in what all processes saw, so it is the same on each. Batch
         # statistics need not be, until an evaluation: sending them in every step costs more than

@@ -33,6 +33,7 @@ from softlabels.training.build import (
     with_findings,
 )
 from softlabels.training.checkpoint import Progress, restore
+from softlabels.training.compilation import compiled_method, compiles_method
 from softlabels.training.config import Config, with_object
 from softlabels.training.distributed import from_main, lost_processes, start
 from softlabels.training.engine import Engine
@@ -293,8 +294,10 @@ def _fit(
         ) as tracker,
     ):
         recorder = Recorder(engine, tracker, folder, model_metadata(record), progress, infinite)
+        compiles = compiles_method(config, accelerator.device)
         try:
-            engine.fit([recorder, *observers], interrupt)
+            with compiled_method(distiller.method if compiles else None, partial(say, console)):
+                engine.fit([recorder, *observers], interrupt)
         except Interrupted as error:
             raise Interrupted(
                 f"stopped by a signal after step {engine.step}, in epoch "
