@@ -48,11 +48,8 @@ def paired_from_deepest(
 ) -> list[tuple[Left, Right]]:
     """Pairs of levels, shallow to deep: the deepest of both, the ones before them, and so on.
 
-    Shallow levels of the network that has more are left out.
-
-    Args:
-        student: One entry for each level, shallow to deep: maps, shapes, or anything else.
-        teacher: As for the student; another number of levels is allowed.
+    Shallow levels of the network that has more are left out. A level may be a map, a shape, or
+    anything else.
     """
     count = min(len(student), len(teacher))
     first_student, first_teacher = len(student) - count, len(teacher) - count
@@ -63,13 +60,6 @@ def pooled_to(map: Tensor, size: Sequence[int]) -> Tensor:
     """Average-pool a map [B, D, H, W] to at most `size`; a side that is no larger stays.
 
     So two maps have one size after each is pooled to the size of the other.
-
-    Args:
-        map: [B, D, H, W].
-        size: Height and width.
-
-    Returns:
-        [B, D, min(H, size[0]), min(W, size[1])].
     """
     height, width = map.shape[2:]
     wanted = (min(height, size[0]), min(width, size[1]))

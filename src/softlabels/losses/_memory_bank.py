@@ -54,11 +54,7 @@ def check_memory(
 ) -> None:
     """Raise ValueError if a memory takes more than `most_memory` GiB.
 
-    Args:
-        what: Whose memory and how large, for the message.
-        num_bytes: What it takes.
-        most_memory: The setting.
-        otherwise: When to raise the setting, or what to do instead.
+    The message names `what`, and tells when to raise the setting, or what to do `otherwise`.
     """
     if num_bytes > most_memory * _GIB:
         raise ValueError(

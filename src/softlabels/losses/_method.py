@@ -215,7 +215,8 @@ class Method(_Settings):
     wider, also under autocast, and treat each sample by itself, without batch statistics. Logits
     are raw, [B, C]; those of a teacher get no gradient. `target` holds [B] class indices, or
     [B, C] probabilities (mixup, cutmix). Maps are lists of [B, D, H, W], shallow to deep; pooled
-    features are lists of one [B, D]; a teacher's D may be another.
+    features are lists of one [B, D]; a teacher's D may be another. The loss is added to the task's
+    own, both with their published weights (`defaults`).
 
     Args:
         ignore_index: Class index of samples that count nothing, or None.

@@ -285,10 +285,7 @@ def non_target_weights(weights: Tensor, labels: Labels) -> Tensor:
 def column_means(values: Tensor, labels: Labels, *, sync: bool = False) -> Tensor:
     """Mean of [B, K] values over the rows that have the column and are kept, [K]; no gradient.
 
-    Args:
-        values: [B, K].
-        labels: Say which rows have which column.
-        sync: Take sums and counts over all processes of the default group.
+    `sync` takes sums and counts over all processes of the default group.
     """
     values = values.detach()
     sync = sync and torch.distributed.is_available() and torch.distributed.is_initialized()

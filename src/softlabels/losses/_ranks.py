@@ -115,11 +115,7 @@ def _draws(distribution: Distribution, like: Tensor) -> Tensor:
 def over_ranks(logits: Tensor, votes: Tensor | None, labels: Labels, law: Law) -> Tensor:
     """A distribution over the non-target classes by the ranks of all classes, [B, C].
 
-    Args:
-        logits: [B, C]; rank the classes if there are no votes.
-        votes: [B, K], or None.
-        labels: Which classes are removed, after the ranking.
-        law: What a rank weighs.
+    Votes, [B, K], rank the classes, or the logits if there are none.
     """
     if law.distribution.startswith("random"):
         return non_target_weights(_draws(law.distribution, logits), labels)

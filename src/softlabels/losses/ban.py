@@ -95,12 +95,8 @@ class BANLoss(Method, name="ban"):
     ) -> dict[str, Tensor]:
         """`"divergence"`, or for `"confidence_weighted"` `"label"`.
 
-        Args:
-            logits: [B, C], raw student logits. Get the gradient.
-            teacher_logits: [B, C], raw logits of the generation before. Get none.
-            target: [B] class indices, or [B, C] probabilities. Of `"confidence_weighted"` alone,
-                which needs it.
-            kept: [B], samples that count, also in the mean confidence; None: all.
+        `target` is of `"confidence_weighted"` alone, which needs it; samples that are not `kept`
+        do not count in the mean confidence.
         """
         check_logits(logits)
         check_logits(teacher_logits, "teacher_logits", like=logits)

@@ -129,12 +129,7 @@ def _check_maps(logits: Tensor, branch_maps: Sequence[Tensor], last_map: Tensor)
 def checked_branches(
     branches: Sequence[Tensor], logits: Tensor
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """`split_branches` for one exit or more beside the final one, whose logits all have the shape.
-
-    Raises:
-        TypeError: Logits that are not floating-point tensors.
-        ValueError: An odd number of tensors, none, or logits of another shape.
-    """
+    """`split_branches`, and a check that there is an exit, with logits in the final one's shape."""
     check_logits(logits)
     branch_logits, branch_maps = split_branches(branches)
     if not branch_logits:

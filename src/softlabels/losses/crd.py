@@ -14,15 +14,7 @@ from softlabels.inputs import FromBatch, Target
 from softlabels.losses._checks import check_floating, check_number, values_can_be_read
 from softlabels.losses._features import POOLED_INPUTS, check_vectors, the_only, unit_vectors
 from softlabels.losses._memory_bank import MemoryBank, check_memory, known_size
-from softlabels.losses._method import (
-    Count,
-    Defaults,
-    Method,
-    Positive,
-    Shapes,
-    Share,
-    Value,
-)
+from softlabels.losses._method import Count, Defaults, Method, Positive, Shapes, Share, Value
 from softlabels.losses._non_target import in_float32, largest_label
 
 __all__ = ["CRDLoss", "crd_scores", "draw_negatives"]

@@ -84,15 +84,7 @@ class DDGSDLoss(Method, name="ddgsd"):
         second_features: Sequence[Tensor],
         target: Tensor,
     ) -> dict[str, Tensor]:
-        """`"first_divergence"`, `"second_divergence"`, `"feature_gap"`, `"second_view"`: scalars.
-
-        Args:
-            logits: [B, C], raw logits of the first view. Gets the gradient.
-            features: [B, D], pooled features of the first view. Gets the gradient.
-            second_logits: [B, C], raw logits of the second view. Gets the gradient.
-            second_features: [B, D], pooled features of the second view. Gets the gradient.
-            target: [B] class indices or [B, C] probabilities, the labels of both views.
-        """
+        """`"first_divergence"`, `"second_divergence"`, `"feature_gap"` and `"second_view"`."""
         first = the_only("features", features)
         second = the_only("second_features", second_features)
         temperature = self.temperature

@@ -50,8 +50,6 @@ class DISTLoss(Method, name="dist"):
     tau         `temperature`
     ==========  ==================================================================
 
-    It is *added* to the task's own loss (cross-entropy), with weight 1.
-
     Args:
         inter_weight: Of the relation between classes; 0 or more.
         intra_weight: Of the relation within classes; 0 or more.

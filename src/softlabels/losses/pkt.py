@@ -42,8 +42,6 @@ class PKTLoss(Method, name="pkt"):
     p           probability of being a neighbor; rows sum to 1
     ==========  =====================================================================
 
-    The published weight is 30000, the `method_weight` by default.
-
     Deviations: from the paper, as in the published code: a sample is its own neighbor too, the
     mean is over all B^2 entries, and 1e-7 is added to lengths and inside the logarithm. From
     that code, whose gradient is NaN there: a row of zeros, which has the kernel 1/2 with all

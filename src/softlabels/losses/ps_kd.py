@@ -13,11 +13,7 @@ from softlabels.losses._checks import check_logits
 from softlabels.losses._memory_bank import MemoryBank, check_memory, known_size
 from softlabels.losses._method import Count, Defaults, Method, Positive, Shapes
 from softlabels.losses._non_target import SoftLabels, label_probabilities
-from softlabels.losses._soft_target import (
-    log_softened,
-    soft_target_cross_entropy,
-    taken_apart,
-)
+from softlabels.losses._soft_target import log_softened, soft_target_cross_entropy, taken_apart
 
 __all__ = ["PSKDLoss"]
 

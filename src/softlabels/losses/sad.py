@@ -39,8 +39,6 @@ class SADLoss(Method, name="sad"):
     :math:`\Psi`         mean square over channels, then a softmax over all positions
     ===================  =================================================================
 
-    The published weight, of the whole, is 1000.
-
     Args:
         stages: Which stages are compared, shallow to deep.
 
@@ -70,9 +68,8 @@ class SADLoss(Method, name="sad"):
     def terms(self, student_maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """`"attention"`, a scalar.
 
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep, two or more; D, H and W differ. All
-                but the last get the gradient: the deeper map of each pair is constant.
+        Two maps or more are needed. All but the last get the gradient: the deeper map of each pair
+        is constant.
         """
         check_maps(student_maps, student_maps, ("student_maps", "student_maps"))
         if len(student_maps) < 2:

@@ -36,8 +36,6 @@ class SPLoss(LevelsMethod, name="sp"):
     l           pairs of levels
     ==========  =====================================================================
 
-    The published weight is 3000, the `method_weight` by default.
-
     Args:
         stages: Where maps are read in both networks, as of `Features`; the published codes take
             the last one alone.

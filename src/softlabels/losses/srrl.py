@@ -57,8 +57,6 @@ class SRRLLoss(Method, name="srrl"):
     beta        `logit_weight`
     ==========  ==================================================================
 
-    It is *added* to the task's own loss (cross-entropy), with weight 1.
-
     The teacher must pool its last map to the vector that its classifier reads, as convolutional
     networks do; a class token would not be compared.
 

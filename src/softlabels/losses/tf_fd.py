@@ -72,12 +72,7 @@ class TfFDLoss(Method, name="tf_fd"):
         return {"student_maps": Features(of="student", stages=self.stages, form="map")}
 
     def terms(self, student_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`"intra"` and `"inter"`, which is 0 for one map.
-
-        Args:
-            student_maps: List of [B, D, H, W], shallow to deep; D, H and W may differ. Get the
-                gradient.
-        """
+        """`"intra"` and `"inter"`, which is 0 for one map."""
         check_maps(student_maps, student_maps, ("student_maps", "student_maps"))
         for map in student_maps:
             if map.shape[1] < 2:

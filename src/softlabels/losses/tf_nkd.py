@@ -59,11 +59,8 @@ class TfNKDLoss(Method, name="tf_nkd"):
     ) -> dict[str, Tensor]:
         """`"target"`.
 
-        Args:
-            logits: [B, C], raw logits. Gets the gradient.
-            target: [B] class indices, or [B, C] probabilities with one or two labeled classes,
-                never smoothed; the loss is summed over these classes.
-            kept: [B] boolean, the samples that count; None: all.
+        Mixed labels have one or two labeled classes and are never smoothed; the loss is summed over
+        these classes.
         """
         sync = self.sync_batch_stats
         labels, weights = target_labels(

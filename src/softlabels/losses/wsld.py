@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from softlabels.inputs import Logits, Target, TeacherLogits
-from softlabels.losses._checks import (
-    check_target,
-)
+from softlabels.losses._checks import check_target
 from softlabels.losses._method import Defaults, Method, Temperature
-from softlabels.losses._non_target import (
-    SoftLabels,
-    label_columns,
-)
+from softlabels.losses._non_target import SoftLabels, label_columns
 from softlabels.losses._soft_target import (
     label_cross_entropy,
     log_softened,

@@ -18,15 +18,7 @@ from softlabels.losses._checks import (
     check_target,
     check_votes,
 )
-from softlabels.losses._method import (
-    Count,
-    Defaults,
-    Method,
-    Positive,
-    Range,
-    Share,
-    Weight,
-)
+from softlabels.losses._method import Count, Defaults, Method, Positive, Range, Share, Weight
 from softlabels.losses._non_target import (
     Labels,
     MixedTarget,
