@@ -378,5 +378,13 @@ def test_the_page_of_inputs_lists_every_input():
 
     text = (ROOT / "docs" / "inputs.md").read_text()
     listed = {match for cells in rows(text) for match in re.findall(r"^`(\w+)\(", cells[0])}
-    bases = {"Input", "StudentInput", "TeacherInput", "BatchInput", "Provider", "Value"}
+    bases = {
+        "Input",
+        "NetworkInput",
+        "StudentInput",
+        "TeacherInput",
+        "BatchInput",
+        "Provider",
+        "Value",
+    }
     assert listed == {*inputs.__all__} - bases

@@ -11,9 +11,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from shared.data_files import write_images
-from softlabels.data.lighting import Lighting
 from softlabels.data.sources.folder import FolderSource
-from softlabels.data.transforms import ImageSettings, image_transforms
+from softlabels.data.transforms import ImageSettings, Lighting, image_transforms
 
 
 def settings(**changes):

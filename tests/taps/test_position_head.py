@@ -15,7 +15,7 @@ from torch.nn import functional
 import softlabels.models  # noqa: F401  # registers resnet20 and the like with timm
 from shared.small_networks import NUM_CLASSES, SmallCNN, images_of, small_cnn
 from softlabels import FeatureTap
-from softlabels.taps import Layout, PositionHead, votes_of
+from softlabels.taps import Layout, PositionHead, TapPoint
 
 
 class FunctionalRelu(SmallCNN):
@@ -394,7 +394,7 @@ def test_a_chunk_has_room_for_the_logits_too(num_classes, largest, monkeypatch):
         sizes.append(len(positions))
         return torch.nn.functional.one_hot(torch.arange(len(positions)) % 3, 3)
 
-    votes = votes_of(torch.zeros(7, 41, 8, 8), num_classes, classify)
+    votes = TapPoint.votes_of(torch.zeros(7, 41, 8, 8), num_classes, classify)
 
     assert votes.shape == (7, 64)
     assert sum(sizes) == 7 * 64

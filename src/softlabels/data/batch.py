@@ -132,14 +132,8 @@ def train_indices(
     """Which samples a process reads at each step of an epoch, [B] int64 each.
 
     A training set smaller than a batch gives one batch, without the few samples that would make
-    the shares unequal or odd.
-
-    Args:
-        order: The training samples as the epoch visits them, [N] int64.
-        batch_size: As of `DataSource.train_batches`, and so the others.
-        rank: This process.
-        world_size: Number of processes.
-        start_step: First step.
+    the shares unequal or odd. `order` is that in which the epoch visits the samples, [N] int64; for
+    the others see `DataSource.train_batches`.
 
     Raises:
         ValueError: If a size, the rank or the step makes no sense.

@@ -49,7 +49,7 @@ class Images:
 
 
 def read_rgb(file: str | IO[bytes]) -> Image.Image:
-    """Read an image file of any mode as 8-bit RGB.
+    """Read an image file of any mode as 8-bit RGB; transparency is dropped.
 
     Args:
         file: Its name, or the open file.
@@ -59,18 +59,13 @@ def read_rgb(file: str | IO[bytes]) -> Image.Image:
     """
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError(f"{file} is no file")  # a named pipe would wait for its writer, for ever
-    with Image.open(file) as image:
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB; transparency is dropped."""
-    if image.mode == "F":
-        raise ValueError("an image of floating-point numbers has no known range")
-    if image.mode.startswith("I"):
-        # 16 bits. Pillow's own conversion would turn all above 255 into white.
-        return image.convert("I").point(lambda level: level * (1 / 257)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        # Pillow warns about the direct way.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    with Image.open(file) as opened:
+        image: Image.Image = opened
+        if image.mode == "F":
+            raise ValueError("an image of floating-point numbers has no known range")
+        if image.mode.startswith("I"):
+            # 16 bits. Pillow's own conversion would turn all above 255 into white.
+            return image.convert("I").point(lambda level: level * (1 / 257)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            return image.convert("RGBA").convert("RGB")  # Pillow warns about the direct way
+        return image.convert("RGB")

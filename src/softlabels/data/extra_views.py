@@ -1,9 +1,10 @@
-"""Further images of a batch that some methods need: which ones, and what their draws belong to."""
+"""What is read of a data set, further images for some methods too, and what draws belong to."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,14 +13,7 @@ from torch import Tensor
 
 from softlabels.data.randomness import derive_seed, uniform
 
-__all__ = [
-    "NOTHING_FURTHER",
-    "PARTNER",
-    "SECOND_VIEW",
-    "FurtherImages",
-    "Partners",
-    "check_further_images",
-]
+__all__ = ["PARTNER", "SECOND_VIEW", "Partners", "Reading", "check_further_images"]
 
 SECOND_VIEW = "second_view"
 PARTNER = "partner"
@@ -27,29 +21,31 @@ _KNOWN = (SECOND_VIEW, PARTNER)
 
 
 @dataclass(frozen=True)
-class FurtherImages:
-    """What each batch of an epoch carries besides its images.
+class Reading:
+    """What is read, and what its draws belong to.
 
-    Args:
-        names: `"second_view"`, `"partner"`, both or none.
+    Attributes:
+        what: `"train"`: training batches, which keep their size where an image cannot be read: the
+            next good one stands in. `"views"`: training images in their own order. `"test"`.
+        draw: (seed, number) of the augmentation's draw.
+        extras: Further images that each batch carries: `"second_view"`, `"partner"`, both or none.
         seed: The run's seed.
         epoch: The epoch, from 0.
     """
 
-    names: tuple[str, ...] = ()
+    what: Literal["train", "views", "test"]
+    draw: tuple[int, int] = (0, 0)
+    extras: tuple[str, ...] = ()
     seed: int = 0
     epoch: int = 0
 
-    def key(self, name: str, draw: tuple[int, int]) -> tuple[int | str, ...]:
+    def key(self, name: str) -> tuple[int | str, ...]:
         """What the augmentation's draws for further images belong to, besides the sample's index.
 
         Where the draw that the images themselves show returns in later epochs, as with stored
         answers of a teacher, the further images are still new ones.
         """
-        return (*draw, self.seed, self.epoch, name)
-
-
-NOTHING_FURTHER = FurtherImages()
+        return (*self.draw, self.seed, self.epoch, name)
 
 
 class Partners:
@@ -67,16 +63,10 @@ class Partners:
         self._starts = np.cumsum(self._counts) - self._counts
 
     def of(self, index: Tensor, *, seed: int, epoch: int, skip: int = 0) -> Tensor:
-        """Find the partners of samples.
+        """The partners of samples, given by their indices [B] on the CPU; [B] likewise.
 
-        Args:
-            index: [B] int64 on the CPU, the samples' indices.
-            seed: The run's seed.
-            epoch: The epoch, from 0.
-            skip: How many of the others to pass over, in a circle that starts at the partner.
-
-        Returns:
-            [B] int64 on the CPU: indices of other samples of the same classes.
+        `skip` of the others are passed over, in a circle that starts at the partner. The draws
+        belong to the run's seed and the epoch.
         """
         rows = index.numpy()
         target = self._targets[rows]

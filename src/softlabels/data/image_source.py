@@ -16,10 +16,10 @@ from typing_extensions import Self
 
 from softlabels.data.batch import Batch, DataInfo
 from softlabels.data.decoding import Images
-from softlabels.data.extra_views import FurtherImages
-from softlabels.data.source import DataSource, What
+from softlabels.data.extra_views import Reading
+from softlabels.data.source import DataSource
 from softlabels.data.transforms import ImageSettings, ImageTransform, image_transforms
-from softlabels.data.workers import ImageReader, ReaderSettings, SomeImages, Split, View
+from softlabels.data.workers import ImageReader, ReaderSettings, SomeImages, Split
 
 __all__ = ["ImageSource"]
 
@@ -36,8 +36,8 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
         path: Where the images are.
 
     Raises:
-        ValueError: If the images are not where and as the subclass describes, or a setting is out
-            of its range.
+        ValueError: If the images are not where and as the subclass describes, are damaged or do not
+            fit each other, or a setting is out of its range.
     """
 
     path: str | Path = field(kw_only=False)
@@ -115,28 +115,16 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
         self._reader.close()
 
     def _read(
-        self,
-        what: What,
-        steps: Iterator[Tensor],
-        draw: tuple[int, int],
-        device: torch.device,
-        further: FurtherImages,
+        self, steps: Iterator[Tensor], reading: Reading, device: torch.device
     ) -> Iterator[Batch]:
         """Let the workers read, and move what they send to the device."""
-        split: Split = "test" if what == "test" else "train"
-        replaced = what == "train"
-        views = (
-            [View(split, *draw, i, replaced, further) for i in step.tolist()] for step in steps
-        )
-        for samples in self._reader.read(views, pin=device.type == "cuda"):
-            if samples.images is None:
-                if what == "train":
+        views = ([(reading, index) for index in step.tolist()] for step in steps)
+        for values, _ in self._reader.read(views, pin=device.type == "cuda"):
+            if values is None:
+                if reading.what == "train":
                     raise ValueError(f"no training image in {self.path} can be read")
                 continue
-            yield Batch(
-                samples.images.to(device, non_blocking=True),
-                samples.targets.to(device, non_blocking=True),
-                samples.indices,
-                None if what == "test" else torch.full_like(samples.indices, draw[1]),
-                {n: x.to(device, non_blocking=True) for n, x in samples.extras.items()},
-            )
+            index = values.pop("index")
+            draw = None if reading.what == "test" else torch.full_like(index, reading.draw[1])
+            there = {name: x.to(device, non_blocking=True) for name, x in values.items()}
+            yield Batch(there.pop("image"), there.pop("target"), index, draw, there)

@@ -15,8 +15,8 @@ from typing_extensions import Self
 
 from softlabels.data.augment import Augmentation
 from softlabels.data.batch import Batch, DataInfo
-from softlabels.data.extra_views import PARTNER, FurtherImages, Partners
-from softlabels.data.source import DataSource, What
+from softlabels.data.extra_views import PARTNER, Partners, Reading
+from softlabels.data.source import DataSource
 
 _CHUNK = 256
 
@@ -210,33 +210,28 @@ class InMemorySource(DataSource):
         return Partners(self._targets)
 
     def _read(
-        self,
-        what: What,
-        steps: Iterator[Tensor],
-        draw: tuple[int, int],
-        device: torch.device,
-        further: FurtherImages,
+        self, steps: Iterator[Tensor], reading: Reading, device: torch.device
     ) -> Iterator[Batch]:
-        if what == "test":
+        if reading.what == "test":
             self._test = self._test.to(device)
             return (self._test_batch(index) for index in steps)
         self._train = self._train.to(device)
-        return (self._train_batch(index, draw, further) for index in steps)
+        return (self._train_batch(index, reading) for index in steps)
 
-    def _train_batch(self, index: Tensor, draw: tuple[int, int], further: FurtherImages) -> Batch:
+    def _train_batch(self, index: Tensor, reading: Reading) -> Batch:
         """Gather, augment and normalize training samples on their device."""
         rows = index.to(self._train.target.device, non_blocking=True)
         images = self._train.read(rows)
         extras = {}
-        for name in further.names:
+        for name in reading.extras:
             shown = images
             if name == PARTNER:
-                partners = self._partners.of(index, seed=further.seed, epoch=further.epoch)
+                partners = self._partners.of(index, seed=reading.seed, epoch=reading.epoch)
                 shown = self._train.read(partners.to(rows.device, non_blocking=True))
-            extras[name] = self._augmented(shown, rows, *further.key(name, draw))
-        images = self._augmented(images, rows, *draw)
+            extras[name] = self._augmented(shown, rows, *reading.key(name))
+        images = self._augmented(images, rows, *reading.draw)
         target = self._train.target[rows]
-        return Batch(images, target, index, torch.full_like(index, draw[1]), extras)
+        return Batch(images, target, index, torch.full_like(index, reading.draw[1]), extras)
 
     def _test_batch(self, index: Tensor) -> Batch:
         rows = index.to(self._test.target.device, non_blocking=True)

@@ -16,7 +16,7 @@ from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.randomness import derive_seed
 from softlabels.data.split import part_of
 
-_TEST_FOLDERS = ("val", "valid", "validation", "test")
+TEST_NAMES = ("val", "valid", "validation", "test")
 _MOST_NAMES = 10  # in a message
 _EXPECTED = (
     "expected a folder with one subfolder of images for each class, or such in train/ and val/"
@@ -79,8 +79,8 @@ def list_images(
         problem = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {problem}; {_EXPECTED}")
     folders = {folder.name.lower(): folder for folder in subfolders(root)}
-    test_folder = next((folders[name] for name in _TEST_FOLDERS if name in folders), None)
-    if "train" not in folders and test_folder is not None and folders.keys() <= {*_TEST_FOLDERS}:
+    test_folder = next((folders[name] for name in TEST_NAMES if name in folders), None)
+    if "train" not in folders and test_folder is not None and folders.keys() <= {*TEST_NAMES}:
         raise ValueError(f"{root} has {test_folder.name}/ but no train/; {_EXPECTED}")
 
     train_folder = folders.get("train", root)

@@ -122,9 +122,9 @@ def mixup_extras(batch: Batch, *, alpha: float, seed: int, epoch: int, step: int
     Args:
         batch: B images, B even; not changed.
         alpha: Parameter of the Beta distribution of the share, above 0.
-        seed: The run's seed.
-        epoch: The epoch, from 0.
-        step: The step within the epoch, from 0.
+        seed: As of `MixupCutmix`, and so the others.
+        epoch: The epoch.
+        step: The step within it.
 
     Returns:
         The batch with further tensors. `"mixup"`: [B, C, H, W], `weight * images +

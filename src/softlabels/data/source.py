@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.data.batch import (
-    Batch,
-    DataInfo,
-    shard_indices,
-    steps_per_epoch,
-    train_indices,
-)
-from softlabels.data.extra_views import NOTHING_FURTHER, FurtherImages, check_further_images
+from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
+from softlabels.data.extra_views import Reading, check_further_images
 from softlabels.data.randomness import permutation
 from softlabels.data.split import divide
 
-__all__ = ["DataSource", "What"]
-
-What = Literal["train", "views", "test"]
-"""What is read: training batches, training images in their own order, or test images."""
+__all__ = ["DataSource"]
 
 
 class DataSource:
@@ -42,14 +32,9 @@ class DataSource:
     _num_test: int
 
     def _read(
-        self,
-        what: What,
-        steps: Iterator[Tensor],
-        draw: tuple[int, int],
-        device: torch.device,
-        further: FurtherImages,
+        self, steps: Iterator[Tensor], reading: Reading, device: torch.device
     ) -> Iterator[Batch]:
-        """Read the images of these indices, [B] each, as a draw of the augmentation shows them."""
+        """Read the images of these indices, [B] for each batch."""
         raise NotImplementedError
 
     def _content(self) -> Iterable[bytes | memoryview]:
@@ -138,8 +123,8 @@ class DataSource:
             world_size=world_size,
             start_step=start_step,
         )
-        further = FurtherImages(tuple(extras), seed, epoch)
-        return self._read("train", steps, draw or (seed, epoch), torch.device(device), further)
+        reading = Reading("train", draw or (seed, epoch), tuple(extras), seed, epoch)
+        return self._read(steps, reading, torch.device(device))
 
     def train_views(
         self,
@@ -163,7 +148,7 @@ class DataSource:
             Batches without the images that cannot be read.
         """
         steps = iter(torch.arange(self.num_train)[start:stop].split(batch_size))
-        return self._read("views", steps, draw, torch.device(device), NOTHING_FURTHER)
+        return self._read(steps, Reading("views", draw), torch.device(device))
 
     def test_batches(
         self, *, batch_size: int, rank: int = 0, world_size: int = 1, device: torch.device | str
@@ -188,7 +173,7 @@ class DataSource:
         steps = shard_indices(
             self.num_test, batch_size=batch_size, rank=rank, world_size=world_size
         )
-        return self._read("test", steps, (0, 0), torch.device(device), NOTHING_FURTHER)
+        return self._read(steps, Reading("test"), torch.device(device))
 
     def fingerprints(self) -> dict[str, str]:
         """What the training views depend on.

@@ -2,11 +2,13 @@
 
 # The fields' types are also read where subclasses are defined, so they are not deferred to text.
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, cast, get_args
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import auto_augment as policies
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,11 +16,52 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from softlabels.data.lighting import Lighting
-
 AugmentationName = Literal["random_resized_crop", "crop_flip", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
 ImageTransform = Callable[[Image.Image], Tensor]
+
+# Of the covariance of ImageNet's RGB values in 0..1, as the published RegNet recipes use them.
+_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+_EIGENVECTORS = (  # a row for red, green, blue; a column for each eigenvalue
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+@dataclass(frozen=True)
+class Lighting:
+    """Random lighting: adds sum_i a_i * eigenvalue_i * eigenvector_i, a_i ~ N(0, std).
+
+    Source: Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional
+    Neural Networks", NeurIPS 2012, section 4.1. What leaves the range 0..1 is not cut off.
+
+    Args:
+        std: Standard deviation of the three draws; 0.1 for images in 0..1, as published (25.5 in
+            recipes whose images are in 0..255).
+
+    Raises:
+        ValueError: If `std` is negative or not finite.
+    """
+
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise ValueError(f"lighting must be at least 0, got {self.std}")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Draw from torch's running generator and light an image.
+
+        Args:
+            image: [3, H, W] float in 0..1, red first; not changed.
+
+        Returns:
+            [3, H, W].
+        """
+        draws = torch.randn(3).mul_(self.std)
+        color = torch.tensor(_EIGENVECTORS) @ (draws * torch.tensor(_EIGENVALUES))
+        return image + color[:, None, None]
 
 
 def evaluation_transform(

@@ -9,26 +9,27 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from softlabels.data.decoding import DECODING_ERRORS, Images
-from softlabels.data.extra_views import NOTHING_FURTHER, PARTNER, FurtherImages, Partners
+from softlabels.data.extra_views import PARTNER, Partners, Reading
 from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 
-__all__ = ["ImageReader", "ReaderSettings", "Samples", "SomeImages", "Split", "View"]
+__all__ = ["ImageReader", "ReaderSettings", "Samples", "SomeImages", "Split"]
 
 Split = Literal["train", "test"]
+View: TypeAlias = "tuple[Reading, int]"  # with the number of an image
 
 
 class SomeImages(Images):
@@ -53,59 +54,22 @@ class SomeImages(Images):
         return self.images.read(int(self.rows[index]))
 
 
-@dataclass(frozen=True)
-class View:
-    """What a worker needs to know to make one sample.
+class Samples(NamedTuple):
+    """The readable images of a batch, or one image.
 
     Attributes:
-        split: Where the image is.
-        seed: Of the augmentation's draw.
-        draw: Number of the draw.
-        index: The image.
-        replaced: Whether the next good image stands in for one that cannot be read, so that
-            batches keep their size; else it is left out.
-        further: What the sample carries besides; of training images alone.
+        values: `"image"`, `"target"`, `"index"` and further images by name; None if there are none.
+        bad: What could not be read on the way: (name, reason) of each.
     """
 
-    split: Split
-    seed: int
-    draw: int
-    index: int
-    replaced: bool = False
-    further: FurtherImages = NOTHING_FURTHER
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """An image, or None, and what could not be read on the way to it: (name, reason) of each."""
-
-    image: Tensor | None
-    target: int
-    index: int
+    values: dict[str, Any] | None
     bad: list[tuple[str, str]]
-    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Samples(NamedTuple):
-    """The readable samples of a batch; `images` is None if there are none."""
-
-    images: Tensor | None
-    targets: Tensor
-    indices: Tensor
-    bad: list[tuple[str, str]]
-    extras: dict[str, Tensor]
-
-
-def _collate(samples: list[_Sample]) -> Samples:
-    good = [sample for sample in samples if sample.image is not None]
-    names = good[0].extras if good else ()
-    return Samples(
-        torch.stack([s.image for s in good if s.image is not None]) if good else None,
-        torch.tensor([sample.target for sample in good], dtype=torch.int64),
-        torch.tensor([sample.index for sample in good], dtype=torch.int64),
-        [entry for sample in samples for entry in sample.bad],
-        {name: torch.stack([s.extras[name] for s in good]) for name in names},
-    )
+def _collate(samples: list[Samples]) -> Samples:
+    good = [sample.values for sample in samples if sample.values is not None]
+    bad = [entry for sample in samples for entry in sample.bad]
+    return Samples(default_collate(good) if good else None, bad)
 
 
 class _ViewBatches:
@@ -118,7 +82,7 @@ class _ViewBatches:
         return self.batches
 
 
-class _Views(Dataset[_Sample]):
+class _Views(Dataset[Samples]):
     """Reads and transforms single images; all it needs travels with the view."""
 
     def __init__(
@@ -131,47 +95,52 @@ class _Views(Dataset[_Sample]):
         self._transforms = transforms
         self._replacements = replacements
 
-    def __getitem__(self, view: View) -> _Sample:
-        images, bad = self._images[view.split], list[tuple[str, str]]()
+    def __getitem__(self, view: View) -> Samples:
+        reading, number = view
+        split: Split = "test" if reading.what == "test" else "train"
+        images, transform = self._images[split], self._transforms[split]
+        bad: list[tuple[str, str]] = []
         # So many that there are more unreadable ones than allowed if all are in vain: of an image
         # and its partner, each of which may be the unreadable one, one stands for two tries.
-        most = (1 + self._replacements) * (2 if PARTNER in view.further.names else 1)
-        tries = min(len(images), most) if view.replaced else 1
+        most = (1 + self._replacements) * (2 if PARTNER in reading.extras else 1)
+        tries = min(len(images), most) if reading.what == "train" else 1
         for offset in range(tries):
-            index = (view.index + offset) % len(images)
+            index = (number + offset) % len(images)
             image = _image(images, index, bad)
             if image is None:
                 continue
-            further = self._further(view, index, image, bad)
+            further = self._further(reading, index, image, bad)
             if further is None:
                 continue
             # The draws are the image's own, also where it stands in for another.
-            with seeded(view.seed, view.draw, index, "augment"):
-                tensor = self._transforms[view.split](image)
-            return _Sample(tensor, int(images.targets[index]), index, bad, further)
-        return _Sample(None, -1, view.index, bad)
+            with seeded(*reading.draw, index, "augment"):
+                tensor = transform(image)
+            target = int(images.targets[index])
+            return Samples({"image": tensor, "target": target, "index": index, **further}, bad)
+        return Samples(None, bad)
 
     def _further(
-        self, view: View, index: int, image: Image.Image, bad: list[tuple[str, str]]
+        self, reading: Reading, index: int, image: Image.Image, bad: list[tuple[str, str]]
     ) -> dict[str, Tensor] | None:
         """What an image's sample carries besides; None if no partner of it can be read."""
         made = {}
-        for name in view.further.names:
-            shown = self._partner(view, index, bad) if name == PARTNER else image
+        for name in reading.extras:
+            shown = self._partner(reading, index, bad) if name == PARTNER else image
             if shown is None:
                 return None
-            with seeded(*view.further.key(name, (view.seed, view.draw)), index):
-                made[name] = self._transforms[view.split](shown)
+            with seeded(*reading.key(name), index):
+                made[name] = self._transforms["train"](shown)
         return made
 
-    def _partner(self, view: View, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
+    def _partner(
+        self, reading: Reading, index: int, bad: list[tuple[str, str]]
+    ) -> Image.Image | None:
         """The first readable one of the other images of a class, from the partner on."""
-        place = view.further
         for skip in range(min(self._partners.num_others(index), 1 + self._replacements)):
             partner = self._partners.of(
-                torch.tensor([index]), seed=place.seed, epoch=place.epoch, skip=skip
+                torch.tensor([index]), seed=reading.seed, epoch=reading.epoch, skip=skip
             )
-            image = _image(self._images[view.split], int(partner), bad)
+            image = _image(self._images["train"], int(partner), bad)
             if image is not None:
                 return image
         return None
@@ -243,7 +212,7 @@ class ImageReader:
         most_bad = settings.max_bad_images if settings.bad_images == "skip" else 0
         self._views = _Views(images, transforms, most_bad)
         self._num_restarts = 0
-        self._idle: list[DataLoader[_Sample]] = []
+        self._idle: list[DataLoader[Samples]] = []
         self.skipped: dict[str, str] = {}
 
     def read(self, batches: Iterator[list[View]], *, pin: bool) -> Iterator[Samples]:
@@ -298,7 +267,7 @@ class ImageReader:
             if not is_dead:
                 self._idle.append(loader)
 
-    def _new_loader(self, pin: bool) -> DataLoader[_Sample]:
+    def _new_loader(self, pin: bool) -> DataLoader[Samples]:
         return DataLoader(
             self._views,
             batch_sampler=_ViewBatches(),

@@ -115,12 +115,7 @@ def unreadable(num_rows: int, num_classes: int, top: int) -> Answers:
 
 
 def bytes_per_view(num_classes: int, top: int) -> int:
-    """Bytes that one view of one image takes: k (2 + 2) + 4, or k (2 + 4) + 4 above 32,767 classes.
-
-    Args:
-        num_classes: C.
-        top: k.
-    """
+    """Bytes that a view of an image takes, k (2 + 2) + 4, or k (2 + 4) + 4 above 32,767 classes."""
     return top * (2 + _class_type(num_classes).itemsize) + 4
 
 

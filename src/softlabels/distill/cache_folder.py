@@ -135,15 +135,10 @@ class CacheFolder:
         answers: Answers,
         error: Mapping[str, float],
     ) -> None:
-        """Write the answers for one draw of some images, whole or not at all.
+        """Write the answers for one draw of some images, a row each, whole or not at all.
 
-        Args:
-            manifest: What the cache answers.
-            draw: Number of the draw.
-            chunk: Number of the images.
-            answers: One row for each of them, on the CPU.
-            error: What is lost over the images that could be read: `"views"`, how many they are,
-                `"kl_sum"`, `"kl_max"` and `"top1_agreements"`.
+        `error` says what is lost over the images that could be read: `"views"`, how many they are,
+        `"kl_sum"`, `"kl_max"` and `"top1_agreements"`.
         """
         header = _Header(
             **_identity(manifest, draw, chunk), digest=answers.digest(), error=dict(error)

@@ -285,15 +285,14 @@ class Distiller(nn.Module):
 
     def _check_classes(self, logits: Tensor, given: Mapping[str, Value]) -> None:
         for argument, kind in self._inputs.items():
-            value = given.get(argument)
-            if not (isinstance(kind, TeacherLogits) and isinstance(value, Tensor)):
-                continue
-            if value.shape[1] != logits.shape[1]:
-                raise ValueError(
-                    f"the teacher has {value.shape[1]} classes, the student {logits.shape[1]}: "
-                    "pass Teacher(model, class_map=[...]) with the teacher's index of each of the "
-                    "student's classes, or a cache of such a teacher"
-                )
+            if isinstance(kind, TeacherLogits) and argument in given:
+                found, expected = cast("Tensor", given[argument]).shape[1], logits.shape[1]
+                if found != expected:
+                    raise ValueError(
+                        f"the teacher has {found} classes, the student {expected}: pass "
+                        "Teacher(model, class_map=[...]) with the teacher's index of each of the "
+                        "student's classes, or a cache of such a teacher"
+                    )
 
     def _keep(self, values: Mapping[str, Value]) -> None:
         """Keep a training batch for the method's memory, until `after_step`."""

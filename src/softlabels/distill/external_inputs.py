@@ -23,12 +23,7 @@ from softlabels.inputs import (
 from softlabels.losses import Method
 from softlabels.taps import FeatureTap, Layout
 
-__all__ = [
-    "CacheReader",
-    "TeacherReader",
-    "checked_inputs",
-    "external_values",
-]
+__all__ = ["CacheReader", "TeacherReader", "checked_inputs", "external_values"]
 
 
 class TeacherReader:
@@ -66,11 +61,9 @@ class TeacherReader:
             self._providers[kind] = kind.provider(partial(layout, number))
             points[number] |= {point.key for point in self._providers[kind].points}
         self._taps = [
-            FeatureTap(each.model, sorted(keys))
+            FeatureTap(each.model, sorted(keys), enabled=False)
             for each, keys in zip(self._teachers, points, strict=True)
         ]
-        for tap in self._taps:
-            tap.enabled = False
 
     def read(self, images: Tensor, extras: Mapping[str, Tensor] | None) -> dict[Input, Value]:
         """Logits and features of the teachers for a batch, without gradient."""

@@ -77,6 +77,7 @@ class Teacher(nn.Module):
         if self.maps_classes and (index.dim() != 1 or len(index) < 2 or int(index.min()) < 0):
             raise ValueError(f"class_map must be two or more class indices, got {class_map!r:.80}")
         self.register_buffer("class_index", index, persistent=False)
+        self._largest_class = int(index.max()) if self.maps_classes else 0
         self.train(mode == "train")
 
     @property
@@ -128,16 +129,12 @@ class Teacher(nn.Module):
                 raise ValueError(f"the teacher must return [B, C], got {tuple(logits.shape)}")
             if not self.maps_classes:
                 return logits
-            if not torch.compiler.is_compiling():
-                self._check_map(logits.shape[1])
+            largest, num_classes = self._largest_class, logits.shape[1]
+            if largest >= num_classes:
+                raise ValueError(
+                    f"class_map names class {largest}, the teacher has {num_classes} classes"
+                )
             return logits.index_select(1, self.class_index)
-
-    def _check_map(self, num_classes: int) -> None:
-        if self.class_index.device.type == "cpu" and int(self.class_index.max()) >= num_classes:
-            raise ValueError(
-                f"class_map names class {int(self.class_index.max())}, "
-                f"the teacher has {num_classes} classes"
-            )
 
 
 class Teachers(nn.Module):

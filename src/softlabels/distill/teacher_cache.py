@@ -84,11 +84,7 @@ class TeacherCache:
         return views * bytes_per_view(self.num_classes, self.top)
 
     def draw(self, epoch: int) -> tuple[int, int]:
-        """The draw that an epoch shows, (seed, number), for `DataSource.train_batches`.
-
-        Args:
-            epoch: From 0.
-        """
+        """The draw that an epoch, from 0, shows, (seed, number), for `DataSource.train_batches`."""
         return self.seed, epoch % self.num_draws
 
     def logits(self, index: Tensor, draw: Tensor, device: torch.device | str) -> Tensor:

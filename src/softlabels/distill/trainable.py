@@ -74,8 +74,7 @@ class Trainable(nn.Module):
         self.peer = peer
         self.peer_arguments = peer_arguments
         points = {point.key for provider in providers.values() for point in provider.points}
-        self.tap = FeatureTap(student, sorted(points))
-        self.tap.enabled = False
+        self.tap = FeatureTap(student, sorted(points), enabled=False)
 
     def forward(
         self,
@@ -121,14 +120,9 @@ class Trainable(nn.Module):
 def provided(
     inputs: Mapping[str, Input], layout: Callable[[], Layout]
 ) -> tuple[dict[str, Provider], dict[Pass, dict[str, str]]]:
-    """One provider for each input from the student, and which forward each argument is of.
+    """The `providers` and `passes` of a `Trainable` that gives the inputs from the student.
 
-    Args:
-        inputs: What a method reads, by argument.
-        layout: Gives the student's layout; called only if an input needs it.
-
-    Returns:
-        `providers` and `passes` of a `Trainable`.
+    `layout` gives the student's layout; it is called only if an input needs it.
     """
     providers: dict[str, Provider] = {}
     passes: dict[Pass, dict[str, str]] = {Pass(): {}}

@@ -8,6 +8,7 @@ from softlabels.inputs.aux_branches import AuxBranches
 from softlabels.inputs.base import (
     BatchInput,
     Input,
+    NetworkInput,
     Provider,
     StudentInput,
     TeacherInput,
@@ -34,6 +35,7 @@ __all__ = [
     "FromBatch",
     "Input",
     "Logits",
+    "NetworkInput",
     "NormParameters",
     "PeerLogits",
     "Provider",

@@ -128,12 +128,7 @@ def _after(size: int, stride: int) -> int:
 
 
 class AuxBranchesProvider(Provider):
-    """Provides `AuxBranches`: a `Branch` at each place.
-
-    Args:
-        points: The places, shallow to deep; one that is the last map is left out.
-        last: The last map.
-        num_classes: Width of the logits.
+    """Provides `AuxBranches`: a `Branch` at each place, shallow to deep, that is not the last map.
 
     Raises:
         ValueError: No place is left.

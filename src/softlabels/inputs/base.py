@@ -15,6 +15,7 @@ __all__ = [
     "BatchInput",
     "Input",
     "LogitsProvider",
+    "NetworkInput",
     "Provider",
     "StudentInput",
     "TeacherInput",
@@ -73,7 +74,9 @@ class Input:
         return ()
 
 
-class _NetworkInput(Input):
+class NetworkInput(Input):
+    """Base of `StudentInput` and `TeacherInput`."""
+
     def provider(self, layout: Callable[[], Layout]) -> Provider:
         """What provides it.
 
@@ -86,11 +89,11 @@ class _NetworkInput(Input):
         raise NotImplementedError
 
 
-class StudentInput(_NetworkInput):
+class StudentInput(NetworkInput):
     """Base of the inputs from the student; parameters of the provider are trained with it."""
 
 
-class TeacherInput(_NetworkInput):
+class TeacherInput(NetworkInput):
     """Base of the inputs from a teacher, without gradient, and without parameters of their own."""
 
     @property
@@ -108,11 +111,8 @@ class BatchInput(Input):
     """Base of the inputs from the batch."""
 
     def read(self, target: Tensor, extras: Mapping[str, Tensor]) -> Value:
-        """The value.
+        """The value, from the batch's labels and what it brings besides, by name, on their device.
 
-        Args:
-            target: The batch's labels.
-            extras: What the batch brings besides, by name, on the labels' device; all of `extras`
-                is there.
+        All of `extras` is there.
         """
         raise NotImplementedError

@@ -142,7 +142,7 @@ class _AuxLogitsProvider(Provider):
             feature = features[point.key]
             values.append(fc(point.pooled(feature)))
             with torch.no_grad():
-                values.append(point.votes(feature.detach(), logits.shape[1], fc))
+                values.append(point.votes_of(point.as_map(feature.detach()), logits.shape[1], fc))
         return values
 
 

@@ -5,7 +5,7 @@ A *map* is a [B, C, H, W] or [B, H, W, C] output, *tokens* are a [B, N, D] outpu
 
 from softlabels.taps.describe import Finding, TapSurvey, describe_taps
 from softlabels.taps.dry_run import undisturbed
-from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module, votes_of
+from softlabels.taps.feature_tap import FeatureTap, TapPoint, find_module
 from softlabels.taps.layout import Layout
 from softlabels.taps.position_head import PositionHead
 from softlabels.taps.stages import Classifier
@@ -21,5 +21,4 @@ __all__ = [
     "describe_taps",
     "find_module",
     "undisturbed",
-    "votes_of",
 ]

@@ -99,9 +99,8 @@ def describe_taps(
     """Say where the features of a model are found, by a dry run that leaves the model as it was.
 
     Args:
-        model: Any image classifier, [B, C, H, W] -> [B, classes].
-        example_shape: (C, H, W) of an image. None: the channels of the first convolution, and
-            the size in the model's own configuration or 224.
+        model: As of `Layout`, and so the others.
+        example_shape: (C, H, W) of an image, or None.
         overrides: Paths to look at as `"middle"` and `"last"` in place of those found.
 
     Returns:
@@ -175,9 +174,8 @@ def _of_published_runs(model: nn.Module, layout: Layout, middle: TapPoint) -> li
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = layout.found("middle")
-    if middle.path != path:
-        return [f"the published runs of {tap.family} tapped {path}: {tap.place}"]
-    return [f"where the published runs of {tap.family} tapped: {tap.place}"]
+    runs = f"the published runs of {tap.family} tapped"
+    return [f"{runs} {path}: {tap.place}" if middle.path != path else f"where {runs}: {tap.place}"]
 
 
 def _words(model: nn.Module, point: TapPoint) -> str:
@@ -189,10 +187,8 @@ def _words(model: nn.Module, point: TapPoint) -> str:
         token = "class token and " if point.class_token else ""
         return f"{token}{size} patch tokens, {width}"
     module = find_module(model, point.path)
-    if num_layers(module) < 2:
-        kind = "map"
-    else:
-        kind = "CNN stage" if _is_container(module) else "CNN block"
+    kind = "CNN stage" if _is_container(module) else "CNN block"
+    kind = "map" if num_layers(module) < 2 else kind
     if point.kind == "NHWC":
         kind = f"{kind.removeprefix('CNN ')} with channels last"
     return f"{kind}, {size}, {width}"

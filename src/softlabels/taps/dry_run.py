@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from softlabels.taps.feature_tap import Kind
 from softlabels.taps.position_head import TwoHalves
 
-__all__ = ["DryRun", "Record", "example_shape_of", "inside", "undisturbed"]
+__all__ = ["DryRun", "Record", "example_shape_of", "inside", "undisturbed", "within"]
 
 Result = TypeVar("Result")
 
@@ -210,6 +210,11 @@ class DryRun:
 def inside(path: str, other: str) -> bool:
     """Whether the module at `path` is a part of the one at `other`."""
     return path.startswith(f"{other}.") if other else bool(path)
+
+
+def within(path: str, other: str) -> bool:
+    """Whether the module at `path` is the one at `other`, or a part of it."""
+    return path == other or inside(path, other)
 
 
 @contextmanager

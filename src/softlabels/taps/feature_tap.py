@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FeatureTap", "TapPoint", "find_module", "votes_of"]
+__all__ = ["FeatureTap", "TapPoint", "find_module"]
 
 Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
 
@@ -37,7 +37,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 class _Recorder:
-    """Keeps one module's output until it is popped; its bound method is the hook."""
+    """Keeps a module's output, or its input, until it is popped; its bound method is the hook."""
 
     def __init__(self, path: str, tap: FeatureTap) -> None:
         self.path = path
@@ -46,6 +46,8 @@ class _Recorder:
 
     def hooked(self, module: nn.Module) -> RemovableHandle:
         """Hook the module."""
+        if self.path.endswith(_INPUT):
+            return module.register_forward_pre_hook(self.record_input)
         return module.register_forward_hook(self.record)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -62,22 +64,15 @@ class _Recorder:
             )
         self.value = output
 
-    def __getstate__(self) -> dict[str, object]:
-        """All but the feature: a copy or a saved file of the model has no use for it."""
-        return {**self.__dict__, "value": None}
-
-
-class _InputRecorder(_Recorder):
-    """Keeps one module's input, that of its last call: an activation may run more than once."""
-
-    def hooked(self, module: nn.Module) -> RemovableHandle:
-        """Hook the module."""
-        return module.register_forward_pre_hook(self.record_input)
-
     def record_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The input of the last call: an activation may run more than once."""
         if self.tap.enabled and args and isinstance(args[0], Tensor):
             # What works in place would overwrite it.
             self.value = args[0].clone() if getattr(module, "inplace", False) else args[0]
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the feature: a copy or a saved file of the model has no use for it."""
+        return {**self.__dict__, "value": None}
 
 
 class FeatureTap:
@@ -91,9 +86,10 @@ class FeatureTap:
         model: Any module; it is not edited.
         paths: Dotted names of inner modules, as in `model.named_modules()`. `PATH:input` stands for
             what goes into the module when it runs for the last time.
+        enabled: Whether forwards are recorded from now on.
 
     Attributes:
-        enabled: While False, forwards are not recorded.
+        enabled: While False, forwards are recorded by `run` alone.
 
     Raises:
         ValueError: A path that the model does not have; the message lists near names.
@@ -108,15 +104,12 @@ class FeatureTap:
         torch.Size([5, 3])
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, paths: Sequence[str], *, enabled: bool = True) -> None:
         if isinstance(paths, str):
             paths = [paths]
         modules = {path: find_module(model, path.removesuffix(_INPUT)) for path in paths}
-        self.enabled = True
-        self._recorders = {
-            path: (_InputRecorder if path.endswith(_INPUT) else _Recorder)(path, self)
-            for path in modules
-        }
+        self.enabled = enabled
+        self._recorders = {path: _Recorder(path, self) for path in modules}
         self._handles: list[RemovableHandle] = [
             self._recorders[path].hooked(module) for path, module in modules.items()
         ]
@@ -141,12 +134,7 @@ class FeatureTap:
         return features
 
     def run(self, model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a model gives for some images, and the outputs recorded in this forward alone.
-
-        Args:
-            model: The tapped one, or one that calls it.
-            images: What it is called with.
-        """
+        """What a model gives for some images, and what is recorded in this forward alone."""
         before, self.enabled = self.enabled, True
         try:
             return model(images), self.pop()
@@ -233,30 +221,24 @@ class TapPoint:
         patches = feature[:, self.prefix_tokens :] if self.kind == "tokens" else feature[:, None]
         return patches.transpose(1, 2).reshape(len(patches), self.channels, self.height, self.width)
 
-    def votes(
-        self, feature: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The class with the largest logit at each position, [B, H * W]; see `votes_of`."""
-        return votes_of(self.as_map(feature), num_classes, classify)
+    @staticmethod
+    def votes_of(maps: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
+        """The class with the largest logit at each position of [B, D, H, W] maps, [B, H * W].
 
-
-def votes_of(maps: Tensor, num_classes: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
-    """The class with the largest logit at each position of [B, D, H, W] maps, [B, H * W].
-
-    Args:
-        maps: Without gradient.
-        num_classes: Width of what `classify` gives.
-        classify: [n, D] -> [n, num_classes]; called with as many positions at a time as fit
-            in 64 MB with their logits.
-    """
-    positions = maps.flatten(2).transpose(1, 2)
-    num_positions = positions.shape[1]
-    # A position, its copy and what the head makes of it, and its logits.
-    per_position = (3 * maps.shape[1] + num_classes) * maps.element_size()
-    at_once = max(1, _CHUNK_BYTES // per_position)
-    votes = [
-        classify(part).argmax(1)
-        for samples in torch.split(positions, max(1, at_once // num_positions))
-        for part in torch.split(samples.flatten(0, 1), at_once)
-    ]
-    return torch.cat(votes).view(-1, num_positions)
+        Args:
+            maps: Without gradient.
+            num_classes: Width of what `classify` gives.
+            classify: [n, D] -> [n, num_classes]; called with as many positions at a time as fit
+                in 64 MB with their logits.
+        """
+        positions = maps.flatten(2).transpose(1, 2)
+        num_positions = positions.shape[1]
+        # A position, its copy and what the head makes of it, and its logits.
+        per_position = (3 * maps.shape[1] + num_classes) * maps.element_size()
+        at_once = max(1, _CHUNK_BYTES // per_position)
+        votes = [
+            classify(part).argmax(1)
+            for samples in torch.split(positions, max(1, at_once // num_positions))
+            for part in torch.split(samples.flatten(0, 1), at_once)
+        ]
+        return torch.cat(votes).view(-1, num_positions)

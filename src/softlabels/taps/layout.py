@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.taps.dry_run import DryRun, Record, example_shape_of, inside, undisturbed
+from softlabels.taps.dry_run import DryRun, Record, example_shape_of, inside, undisturbed, within
 from softlabels.taps.feature_tap import FeatureTap, Kind, TapPoint, find_module
 from softlabels.taps.position_head import PositionHead
 from softlabels.taps.published import published_tap
-from softlabels.taps.stages import activation_after, last_classifier, norm_before, pyramid
+from softlabels.taps.stages import activation_after, last_classifier, norm_before, num_layers
 
 __all__ = ["Layout"]
 
@@ -88,8 +88,26 @@ class Layout:
                 ends = (math.ceil(len(blocks) * k / _NUM_SPACED) for k in range(1, _NUM_SPACED + 1))
                 self._stages = [blocks[end - 1] for end in dict.fromkeys(ends)]
             else:
-                self._stages = pyramid(self._model, self.dry_run, last, self._child_of_size)
+                self._stages = self._pyramid(last)
         return self._stages
+
+    def _pyramid(self, last: Record) -> list[str]:
+        """One place for each resolution of a CNN's maps; the deepest is the last map.
+
+        Of the others single layers, such as stems, are none, unless the network has nothing else.
+        """
+        size_of, final = self.dry_run.size, self.dry_run.size(last)
+        before = [record for record in self.dry_run.places if record.finished < last.finished]
+        sizes = {size for record in before if (size := size_of(record)) is not None}
+        falling = sorted(sizes, key=math.prod, reverse=True)
+        larger = [size for size in falling if final is None or math.prod(size) > math.prod(final)]
+        paths = [record.path for record in before]
+        deep = [path for path in paths if num_layers(find_module(self._model, path)) > 1]
+        for among in (deep, paths):
+            found = [x for size in larger if (x := self._child_of_size(size, among)) is not None]
+            if found:
+                return [*dict.fromkeys([*found, last.path])]
+        return [last.path]
 
     def blocks(self) -> list[str]:
         """Paths of the longest run of blocks of one class that return tokens.
@@ -269,14 +287,8 @@ class Layout:
         paths = [f"{path}.{name}" if path else name for name in names]
 
         def finished(child: str) -> int:
-            return max(
-                (
-                    record.finished
-                    for record in self.dry_run.records
-                    if record.path == child or inside(record.path, child)
-                ),
-                default=0,
-            )
+            records = (r for r in self.dry_run.records if within(r.path, child))
+            return max((record.finished for record in records), default=0)
 
         return sorted(paths, key=finished)
 
@@ -291,16 +303,12 @@ class Layout:
         ]
         level = ""
         while True:
-            children = self._children(level)
-            for child in reversed(children):
-                if child in paths:
-                    return child
-            for child in reversed(children):
-                if any(inside(path, child) for path in paths):
-                    level = child
-                    break
-            else:
-                return None
+            children = self._children(level)[::-1]
+            found = next((child for child in children if child in paths), None)
+            deeper = (c for c in children if any(inside(path, c) for path in paths))
+            level = next(deeper, "") if found is None else ""
+            if not level:
+                return found
 
     def _middle_without_halving(self, last: Record, final: tuple[int, int]) -> str:
         """The last child above the final resolution, or the stage before the last."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softlabels.taps.feature_tap import TapPoint, find_module, votes_of
+from softlabels.taps.feature_tap import TapPoint, find_module
 
 __all__ = ["PositionHead", "TwoHalves"]
 
@@ -94,7 +94,9 @@ class PositionHead:
                 maps = functional.interpolate(
                     maps, scale_factor=float(upsample), mode=mode, align_corners=False
                 )
-            return votes_of(maps, self.num_classes, lambda part: self.logits(model, part))
+            return self.point.votes_of(
+                maps, self.num_classes, lambda part: self.logits(model, part)
+            )
 
 
 @contextmanager

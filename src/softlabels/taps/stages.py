@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import nn
 
-from softlabels.taps.dry_run import DryRun, Record, inside
+from softlabels.taps.dry_run import DryRun, Record, within
 from softlabels.taps.feature_tap import find_module
 
 __all__ = [
@@ -17,7 +15,6 @@ __all__ = [
     "last_classifier",
     "norm_before",
     "num_layers",
-    "pyramid",
 ]
 
 _ACTIVATIONS = (
@@ -48,36 +45,6 @@ class Classifier:
     out_features: int
 
 
-def pyramid(
-    model: nn.Module,
-    run: DryRun,
-    last: Record,
-    child_of_size: Callable[[tuple[int, int], Collection[str]], str | None],
-) -> list[str]:
-    """Paths of a CNN's stages, shallow to deep: one for each resolution of its maps.
-
-    The deepest is the last map. Of the others single layers, such as stems, are none, unless the
-    network has nothing else.
-
-    Args:
-        model: The network.
-        run: Its dry run.
-        last: The last map.
-        child_of_size: Finds the last child with a map of a size among some paths.
-    """
-    final = run.size(last)
-    before = [record for record in run.places if record.finished < last.finished]
-    sizes = {size for record in before if (size := run.size(record)) is not None}
-    falling = sorted(sizes, key=math.prod, reverse=True)
-    larger = [size for size in falling if final is None or math.prod(size) > math.prod(final)]
-    paths = [record.path for record in before]
-    for among in ([p for p in paths if num_layers(find_module(model, p)) > 1], paths):
-        found = [path for size in larger if (path := child_of_size(size, among)) is not None]
-        if found:
-            return [*dict.fromkeys([*found, last.path])]
-    return [last.path]
-
-
 def activation_after(model: nn.Module, run: DryRun, place: Record) -> str | None:
     """Path of the activation whose output is that of a place, or None."""
     for record in reversed(run.records):
@@ -86,7 +53,7 @@ def activation_after(model: nn.Module, run: DryRun, place: Record) -> str | None
             continue
         # A placeholder (Identity) gives on what came before it.
         given_on = record.finished < place.started and not place.has_parameters
-        if not (given_on or record.path == place.path or inside(record.path, place.path)):
+        if not (given_on or within(record.path, place.path)):
             continue
         if isinstance(find_module(model, record.path), _ACTIVATIONS):
             return record.path
@@ -104,15 +71,15 @@ def norm_before(model: nn.Module, run: DryRun, place: Record) -> Record | None:
     following.sort(key=lambda record: record.started)
     if following and _fits(model, following[0], place):
         return following[0]
-    within = [
+    inner = [
         record
         for record in run.records
-        if (inside(record.path, place.path) or record.path == place.path)
+        if within(record.path, place.path)
         and _fits(model, record, place)
         and not any(name in record.path for name in _SHORTCUTS)
     ]
-    if within:
-        return within[-1]
+    if inner:
+        return inner[-1]
     # A single activation after its norm: the layers are no children of the place.
     earlier = [r for r in run.records if r.finished < place.started and _fits(model, r, place)]
     return earlier[-1] if earlier else None

@@ -62,12 +62,8 @@ SOURCES = {
 def kind_of(source: str | None, path: str | None) -> str:
     """Which source `open_source` opens.
 
-    Args:
-        source: Its name, or None to find out.
-        path: Where the data are.
-
     Raises:
-        ValueError: If the source is unknown, or cannot be found out.
+        ValueError: The source is unknown, or cannot be found out.
     """
     if source is None:
         if path is None:
@@ -80,10 +76,13 @@ def kind_of(source: str | None, path: str | None) -> str:
             )
         return found[0] if found else "folder"
     if source not in SOURCES:
-        near = get_close_matches(source, SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data source {source!r}, expected {', '.join(SOURCES)}{hint}")
+        raise ValueError(f"unknown data source {source!r}, {_expected(source, [*SOURCES])}")
     return source
+
+
+def _expected(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"expected {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def settings_of(source: str) -> list[str]:
@@ -117,11 +116,8 @@ def open_source(
     known = settings_of(source)
     for name in settings:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"the data source {source!r} has no setting {name!r},"
-                f" expected {', '.join(known)}{hint}"
+                f"the data source {source!r} has no setting {name!r}, {_expected(name, known)}"
             )
     if "path" not in parameters:
         if path is not None:

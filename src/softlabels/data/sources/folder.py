@@ -33,9 +33,6 @@ class FolderSource(FileSource):
     Args:
         validation_fraction: Share of each class that is held out for testing if there is no folder
             of test images.
-
-    Raises:
-        ValueError: If the folder is not as described, or a setting is out of its range.
     """
 
     validation_fraction: float = 0.1

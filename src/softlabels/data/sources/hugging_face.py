@@ -16,13 +16,12 @@ from PIL import Image
 
 from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.image_source import ImageSource
-from softlabels.data.listing import check_classes_have_images, check_targets
+from softlabels.data.listing import TEST_NAMES, check_classes_have_images, check_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _TRAIN = ("train",)
-_TEST = ("val", "valid", "validation", "test")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CHUNK = 1000  # rows
 # What `datasets` and Arrow raise for damaged files and for columns of another type.
@@ -68,7 +67,7 @@ class HuggingFaceSource(ImageSource):
     def _find(self) -> tuple[tuple[str, ...], _Rows, _Rows]:
         splits = _load(str(self.path), self.cache)
         train = _choose_split(splits, "train_split", self.train_split, _TRAIN)
-        test = _choose_split(splits, "test_split", self.test_split, _TEST)
+        test = _choose_split(splits, "test_split", self.test_split, TEST_NAMES)
         image = _image_column(splits[train], self.image_column)
         label = _label_column(splits[train], self.label_column)
         self.train_split, self.test_split = train, test
@@ -102,11 +101,7 @@ class _Rows(Images):
 
     @classmethod
     def of(cls, place: str, split: Dataset, column: str, targets: NDArray[np.int64]) -> _Rows:
-        """Take the images' column of a split, whatever its own type.
-
-        Raises:
-            ValueError: If the split has no such column, or something else is in it.
-        """
+        """Take the images' column of a split, whatever its own type."""
         try:
             rows = split.select_columns([column])
             rows = rows.cast_column(column, _datasets().Image(decode=False))
@@ -160,7 +155,7 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
         return found
     for file in sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")]):
         split = re.split(r"[^A-Za-z]", file.stem, maxsplit=1)[0].lower()
-        if split in (*_TRAIN, *_TEST):
+        if split in (*_TRAIN, *TEST_NAMES):
             found.setdefault(split, []).append(str(file))
     return found
 

@@ -64,10 +64,6 @@ class INat21Source(FileSource):
     Args:
         train_split: The training images, `"train_mini"` (50 a species) or `"train"`; None takes the
             first of the two that is there.
-
-    Raises:
-        ValueError: If the folder is not as described, its parts do not fit each other, or a setting
-            is out of its range.
     """
 
     train_split: Literal["train_mini", "train"] | None = None

@@ -39,10 +39,6 @@ class TinyImageNetSource(FileSource):
         image_size: Height and width of the images that are read, pixels. Published runs of Zipf's
             label smoothing have 32.
         crop_fraction: The central part of a test image that is kept, 0..1 of its shorter side.
-
-    Raises:
-        ValueError: If the folder is not as described, its parts do not fit each other, or a setting
-            is out of its range.
     """
 
     image_size: int = 64
@@ -56,7 +52,10 @@ class TinyImageNetSource(FileSource):
             check_classes_have_images(wnids, test.targets, val / _ANNOTATIONS)
         else:
             wnids, training, test = list_folders(train, val)
-        _check_wnids(self._root / "wnids.txt", wnids, train)
+        listed = self._root / "wnids.txt"
+        if listed.is_file():
+            names = tuple(sorted(listed.read_text(encoding="utf-8", errors="replace").split()))
+            check_same_classes(wnids, train, names, listed)
         return _names(self._root / "words.txt", wnids), training, test
 
 
@@ -86,13 +85,6 @@ def _read_annotations(val: Path, wnids: tuple[str, ...]) -> list[tuple[str, int]
     if paths:
         raise ValueError(f"{file} has no line for {min(paths)!r} and {len(paths) - 1} more images")
     return samples
-
-
-def _check_wnids(file: Path, wnids: tuple[str, ...], train: Path) -> None:
-    """Raise unless the list of classes, where there is one, is that of the folders."""
-    if file.is_file():
-        listed = tuple(sorted(file.read_text(encoding="utf-8", errors="replace").split()))
-        check_same_classes(wnids, train, listed, file)
 
 
 def _names(file: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:

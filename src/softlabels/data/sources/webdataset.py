@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.image_source import ImageSource
+from softlabels.data.listing import TEST_NAMES
 from softlabels.data.randomness import permutation
 from softlabels.io.files import replace_file
 
@@ -30,7 +31,6 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 _LABEL = "cls"
 _LARGEST_LABEL = 32  # bytes: a class index as text
 _LONGEST_LABEL = 6  # digits: nobody has a million classes, and each gets a name
-_TEST = ("val", "valid", "validation", "test")
 _COLUMNS = ("shard", "offset", "size", "target")
 _EXPECTED = "expected WebDataset shards (.tar), with `train` or `val` in their names or folders"
 
@@ -82,7 +82,7 @@ def _split_of(name: str) -> str | None:
     words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
     if "train" in words or "training" in words:
         return "train"
-    return "test" if any(word in _TEST for word in words) else None
+    return "test" if any(word in TEST_NAMES for word in words) else None
 
 
 def _find_shards(root: Path) -> dict[str, list[Path]]:
@@ -105,11 +105,7 @@ def _find_shards(root: Path) -> dict[str, list[Path]]:
 
 
 def _index_shard(path: Path) -> list[tuple[int, int, int]]:
-    """(offset, size, target) of the images of a shard, in their order.
-
-    Raises:
-        ValueError: It is no tar file, or a sample in it is not an image with a class.
-    """
+    """(offset, size, target) of the images of a shard, in their order."""
     places: dict[str, tuple[int, int]] = {}
     targets: dict[str, int] = {}
     try:
@@ -243,10 +239,6 @@ class ShardSource(ImageSource):
     Args:
         shuffle_shards: Shards whose images are mixed.
         index: Folder of the index; None: beside the shards, if that can be written to.
-
-    Raises:
-        ValueError: If the folder is not as described, a shard is damaged, or a setting is out of
-            its range.
     """
 
     shuffle_shards: int = 16
