@@ -58,7 +58,8 @@ def soft_cross_entropy(
     values = labels.values if isinstance(labels.values, Tensor) else None
     tensors = logits, labels.classes, values, target_values, non_target
     if not torch.compiler.is_compiling() and in_transform():
-        return _value(_given(*tensors, temperature, weights))
+        given = _given(*tensors, temperature, weights)
+        return _value(given, *_log_sums(given))
     return cast("Tensor", _ClosedForm.apply(*tensors, temperature, weights, rest))
 
 
@@ -81,7 +82,8 @@ def soft_cross_entropy_terms(
     Log-probabilities below `-finfo.max ** 0.75` count as that. Arguments as above.
     """
     sums = row_sums(logits, labels, temperature)
-    target = _target_term(logits, labels, target_values, sums)
+    everything = log_total(logits, labels, sums.rest)
+    target = _target_term(logits, labels, target_values, everything)
     return Terms(target, _non_target_term(logits, non_target, temperature, sums))
 
 
@@ -101,8 +103,8 @@ def log_non_target_mass(logits: Tensor, labels: Labels, temperature: float = 1.0
     return mass.clamp(min=-limit).squeeze(1)
 
 
-def _target_term(logits: Tensor, labels: Labels, values: Tensor, sums: RowSums) -> Tensor:
-    labeled = logits.gather(1, labels.classes) - log_total(logits, labels, sums.rest)
+def _target_term(logits: Tensor, labels: Labels, values: Tensor, everything: Tensor) -> Tensor:
+    labeled = logits.gather(1, labels.classes) - everything
     return -(values * labeled.clamp(min=-finite_limit(logits.dtype))).sum(1)
 
 
@@ -135,15 +137,20 @@ def _given(logits: Tensor, classes: Tensor, values: Tensor | None, *others: Any)
     return _Given(logits, Labels(classes, 1.0 if values is None else values), *others)
 
 
-def _value(given: _Given, sums: RowSums | None = None) -> Tensor:
+def _log_sums(given: _Given) -> tuple[RowSums, Tensor]:
+    """Those of each row over the non-target classes, and that over all."""
+    sums = row_sums(given.logits, given.labels, given.temperature)
+    return sums, log_total(given.logits, given.labels, sums.rest)
+
+
+def _value(given: _Given, sums: RowSums, everything: Tensor) -> Tensor:
     """The weighted sum, [B], with autograd's own gradient."""
     logits, labels, target_values, non_target, temperature, weights = given
-    sums = row_sums(logits, labels, temperature) if sums is None else sums
     value = weights[1] * _non_target_term(logits, non_target, temperature, sums)
     if target_values is None:
         return value
     # Not `+=`, which torch 2.11 compiles to gradients of zero.
-    return value + weights[0] * _target_term(logits, labels, target_values, sums)
+    return value + weights[0] * _target_term(logits, labels, target_values, everything)
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -167,10 +174,10 @@ class _ClosedForm(torch.autograd.Function):
         if given.labels.single():
             value, gradient = _of_single_labels(given, rest, ctx.needs_input_grad[0])
         else:
-            sums = row_sums(logits, given.labels, temperature)
-            value = _value(given, sums)
+            sums = _log_sums(given)
+            value = _value(given, *sums)
             if ctx.needs_input_grad[0]:
-                gradient = _gradient(given, sums)
+                gradient = _gradient(given, *sums)
         ctx.settings = temperature, weights
         if torch.compiler.is_compiling():  # where there is no second gradient
             ctx.save_for_backward(gradient)
@@ -182,7 +189,8 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         found, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            value = _value(_given(*tensors, *ctx.settings))
+            given = _given(*tensors, *ctx.settings)
+            value = _value(given, *_log_sums(given))
             (found,) = torch.autograd.grad(value, tensors[0], outer, create_graph=True)
         else:
             found = found * outer[0].unsqueeze(1)
@@ -236,12 +244,11 @@ def _of_single_labels(
     return value, found.scatter_(1, labels.classes, -moved)
 
 
-def _gradient(given: _Given, sums: RowSums) -> Tensor:
+def _gradient(given: _Given, sums: RowSums, everything: Tensor) -> Tensor:
     """Gradient of `_value` with respect to the logits, [B, C], for a batch sum."""
     logits, labels, target_values, non_target, temperature, weights = given
     if target_values is None:
         target_values = torch.zeros_like(labels.classes, dtype=logits.dtype)
-    everything = log_total(logits, labels, sums.rest)
     pulled = weights[0] * target_values.sum(1, keepdim=True)
     pushed = weights[1] / temperature
     filled = torch.full_like(sums.rest, pushed).masked_fill(sums.rest == -torch.inf, 0.0)
