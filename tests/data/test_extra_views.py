@@ -12,7 +12,10 @@ from softlabels.data.randomness import permutation
 from softlabels.data.sources.folder import FolderSource
 
 TARGETS = np.array([3, 0, 0, 3, 1, 1, 1, 0, 3, 3, 1, 3])  # 3, 4, 0 and 5 samples of a class
-PLAIN = {"augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8}
+PLAIN = {
+    "augmentation": "none", "mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 8,
+    "in_memory": False,
+}  # fmt: skip
 
 
 def test_partners_are_uniform_among_the_others_of_the_class():

@@ -12,7 +12,7 @@ import torch
 
 from softlabels.data.sources.folder import FolderSource
 
-RANDOM = {"image_size": 16, "augmentation": "crop_flip"}
+RANDOM = {"image_size": 16, "augmentation": "crop_flip", "in_memory": False}
 
 
 def batches_of(source: FolderSource, **where) -> list:

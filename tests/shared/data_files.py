@@ -134,7 +134,9 @@ def write_shards(root: Path) -> Path:
     return root
 
 
-def cifar_pickles(label_key: str, names_key: str, names: list[str]) -> dict[str, bytes]:
+def cifar_pickles(
+    label_key: str, names_key: str, names: list[str], counts: tuple[int, int] = (14, 6)
+) -> dict[str, bytes]:
     """The content of a training file, a test file and the file of the names."""
 
     def part(count: int, first: int) -> dict:
@@ -143,14 +145,20 @@ def cifar_pickles(label_key: str, names_key: str, names: list[str]) -> dict[str,
         data[:, 1] = 0  # for the mean to be another
         return {"data": data, label_key: [index % len(names) for index in range(count)]}
 
-    content = {"train": part(14, 1), "test": part(6, 101), "meta": {names_key: names}}
+    content = {
+        "train": part(counts[0], 1),
+        "test": part(counts[1], 101),
+        "meta": {names_key: names},
+    }
     return {name: pickle.dumps(value, protocol=2) for name, value in content.items()}
 
 
-def write_cifar(root: Path, data: type, patch, names: list[str]) -> Path:
+def write_cifar(
+    root: Path, data: type, patch, names: list[str], counts: tuple[int, int] = (14, 6)
+) -> Path:
     """Write the files of a data set of torchvision, and have it expect their digests."""
     contents = cifar_pickles(
-        "fine_labels" if "fine" in data.meta["key"] else "labels", data.meta["key"], names
+        "fine_labels" if "fine" in data.meta["key"] else "labels", data.meta["key"], names, counts
     )
     folder = root / data.base_folder
     train, test, meta = data.train_list[0][0], data.test_list[0][0], data.meta["filename"]

@@ -173,6 +173,82 @@ class CropFlip:
 
 
 @dataclass(frozen=True)
+class RandomResizedCrop:
+    """A crop of random area and shape, resized to a square, then perhaps a mirror image.
+
+    Ten pairs of area and shape are drawn and the first that fits into the image is taken; if none
+    does, it is the largest central part of a shape in range. Resizing is Pillow's with its
+    antialiasing, as two products with matrices, one along each axis: torchvision's
+    `RandomResizedCrop` within rounding.
+
+    Args:
+        size: Height and width of the result, pixels.
+        bicubic: Whether the filter is bicubic, else bilinear.
+        area: (low, high) share of the image's area.
+        shape: (low, high) of width over height.
+        flip: Whether to mirror left and right with probability 1/2.
+    """
+
+    size: int
+    bicubic: bool = False
+    area: tuple[float, float] = (0.08, 1.0)
+    shape: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __call__(self, images: Tensor, index: Tensor, *key: int | str) -> Tensor:
+        """Augment a batch; see `Augmentation`."""
+        top, left, high, wide = self._crops(images.shape[-2:], index, *key)
+        rows = self._weights(top, high, images.shape[-2])
+        columns = self._weights(left, wide, images.shape[-1])
+        if self.flip:
+            mirrored = uniform(derive_seed(*key, "mirror"), index, 1)[:, 0] < 0.5
+            columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+        # Bicubic weights may be negative: as Pillow does, the range is kept after each axis.
+        narrowed = (images @ columns.transpose(1, 2).unsqueeze(1)).clamp_(0, 1)
+        return (rows.unsqueeze(1) @ narrowed).clamp_(0, 1)
+
+    def _crops(
+        self, size: torch.Size, index: Tensor, *key: int | str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Top, left, height and width of each crop, [B] float32, whole numbers."""
+        height, width = size
+        draws = uniform(derive_seed(*key, "crop"), index, 22)
+        area = _between(draws[:, :10], *self.area) * (height * width)
+        low, high = map(math.log, self.shape)
+        shape = _between(draws[:, 10:20], low, high).exp_()
+        wide, tall = (area * shape).sqrt_().round_(), (area / shape).sqrt_().round_()
+        # The last one stands for none that fits.
+        central = min(max(width / height, self.shape[0]), self.shape[1])
+        whole = (min(height, round(width / central)), min(width, round(height * central)))
+        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+        first = fits.int().argmax(1, keepdim=True)
+        found = fits.any(1)
+        tall = torch.where(found, tall.gather(1, first)[:, 0], whole[0])
+        wide = torch.where(found, wide.gather(1, first)[:, 0], whole[1])
+        top = torch.where(found, draws[:, 20], 0.5) * (height - tall + found)
+        left = torch.where(found, draws[:, 21], 0.5) * (width - wide + found)
+        return top.floor_(), left.floor_(), tall, wide
+
+    def _weights(self, start: Tensor, length: Tensor, size: int) -> Tensor:
+        """What each pixel along an axis counts for each of the result, [B, self.size, size]."""
+        pixels = torch.arange(size, device=start.device) + 0.5
+        places = (torch.arange(self.size, device=start.device) + 0.5) / self.size
+        scale = length / self.size
+        centers = start[:, None] + places * length[:, None]
+        # A filter is as wide as a pixel of the result where that is the larger one.
+        distance = (pixels - centers.unsqueeze(2)).div_(scale.clamp(min=1)[:, None, None]).abs_()
+        if self.bicubic:  # Keys' filter with a = -1/2
+            near = (1.5 * distance - 2.5) * distance.square() + 1
+            far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+            weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+        else:
+            weights = (1 - distance).clamp_(min=0)
+        inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
+        weights = weights * inside.unsqueeze(1)
+        return weights / weights.sum(2, keepdim=True)
+
+
+@dataclass(frozen=True)
 class Compose:
     """Several augmentations, one after the other.
 

@@ -6,22 +6,28 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 from typing_extensions import Self
 
 from softlabels.data.batch import Batch, DataInfo
 from softlabels.data.decoding import Images
 from softlabels.data.extra_views import Reading
+from softlabels.data.in_memory import InMemorySource
+from softlabels.data.loading import CannotLoadError, StoredForm, size_of_first
 from softlabels.data.source import DataSource
 from softlabels.data.transforms import ImageSettings, ImageTransform, image_transforms
 from softlabels.data.workers import ImageReader, ReaderSettings, SomeImages, Split
+from softlabels.io.console import say
 
 __all__ = ["ImageSource"]
+
+_SMALL = 64  # pixels; up to here a file is read at its own size if nobody says another
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,6 +40,10 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
 
     Args:
         path: Where the images are.
+        in_memory: Whether all images are decoded once, and augmented batch by batch on the device.
+            Not with `auto_augment`, `random_erasing` and `lighting`; the training images must be
+            square, and for `"random_resized_crop"` of one size, of at most 128 pixels. `"auto"`: if
+            that is so, and they take at most half of the free memory.
 
     Raises:
         ValueError: If the images are not where and as the subclass describes, are damaged or do not
@@ -41,20 +51,31 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
     """
 
     path: str | Path = field(kw_only=False)
+    in_memory: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         ReaderSettings.__post_init__(self)
+        class_names, train, test = self._find()
+        size = size_of_first(train)
+        self._has_own_size = self.image_size is None and size is not None and max(size) <= _SMALL
+        if self._has_own_size and size is not None:
+            self.image_size = min(size)
+            self.augmentation = self.augmentation or "crop_flip"
         ImageSettings.__post_init__(self)
-        named = (f"{each.name}={getattr(self, each.name)!r}" for each in fields(ImageSettings))
-        self._recipe = f"ImageSettings({', '.join(named)})"
         of_train, of_test = image_transforms(self)
         self._transforms: dict[Split, ImageTransform] = {"train": of_train, "test": of_test}
-        class_names, train, test = self._find()
+        self._must_load = self.in_memory is True
+        if self.in_memory:
+            try:
+                self._form = StoredForm.of(self, size, len(train), len(test))
+                self.in_memory = True
+            except CannotLoadError as error:
+                self._not_in_memory(error)
         self._info = DataInfo(
             self._root.resolve().name,
             class_names,
             3,
-            (self.image_size, self.image_size),
+            (self.side, self.side),
             self.mean,
             self.std,
             crop_fraction=cast("float", self.crop_fraction),
@@ -68,8 +89,29 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
     def _read_from(self, train: Images, test: Images) -> None:
         """Take these images from now on."""
         self._targets, self._num_test = train.targets, len(test)
+        self._stored: InMemorySource | None = None
         self._images: dict[Split, Images] = {"train": train, "test": test}
         self._reader = ImageReader(self._images, self._transforms, self)
+
+    def _not_in_memory(self, error: CannotLoadError) -> None:
+        """Read from files, unless that was not wanted."""
+        if self._must_load:
+            raise ValueError(f"in_memory must be false or auto: {error}") from error
+        self.in_memory = False
+
+    def prepare(self, console: Console | None = None) -> None:
+        """Decode what is to lie in memory; see `DataSource`."""
+        if self._stored is not None or not self.in_memory:
+            return
+        size = f"{self.side} pixels"
+        how = f"their own size, {size}, with crop and flip" if self._has_own_size else size
+        number = f"{self.num_train + self.num_test:,} images"
+        say(console, f"{self._info.name}: {number} are decoded into memory at {how}")
+        try:
+            self._stored = self._form.read(self._images, self._info, console)
+        except CannotLoadError as error:
+            self._not_in_memory(error)
+            say(console, f"{self._info.name} is read from disk: {error}")
 
     @property
     def _root(self) -> Path:
@@ -87,12 +129,24 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
     @property
     def found_settings(self) -> dict[str, object]:
         """The settings by name, also those that were left to the data or to each other."""
+        self.prepare()
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def images(self) -> Mapping[Split, Images]:
+        """The images of each split, one by one."""
+        return self._images
 
     @property
     def skipped(self) -> Mapping[str, str]:
         """The images that could not be read so far, with reasons (with `bad_images="skip"`)."""
         return self._reader.skipped
+
+    @property
+    def _recipe(self) -> str:  # type: ignore[override]  # images from memory have other draws
+        self.prepare()
+        named = (f"{each.name}={getattr(self, each.name)!r}" for each in fields(ImageSettings))
+        return f"ImageSettings({', '.join(named)}){' in memory' if self.in_memory else ''}"
 
     def _content(self) -> Iterator[bytes]:
         yield self._targets.tobytes()
@@ -117,7 +171,11 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
     def _read(
         self, steps: Iterator[Tensor], reading: Reading, device: torch.device
     ) -> Iterator[Batch]:
-        """Let the workers read, and move what they send to the device."""
+        """Read from memory, or let the workers read and move what they send to the device."""
+        self.prepare()
+        if self._stored is not None:
+            yield from self._stored._read(steps, reading, device)
+            return
         views = ([(reading, index) for index in step.tolist()] for step in steps)
         for values, _ in self._reader.read(views, pin=device.type == "cuda"):
             if values is None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from softlabels.data.augment import Augmentation
+from softlabels.data.augment import Augmentation, RandomResizedCrop
 from softlabels.data.batch import Batch, DataInfo
 from softlabels.data.extra_views import PARTNER, Partners, Reading
 from softlabels.data.source import DataSource
@@ -175,8 +175,9 @@ class InMemorySource(DataSource):
     ) -> None:
         self.found_settings = dict(found or {})
         shape = (info.in_channels, *info.image_size)
+        resizes = isinstance(augmentation, RandomResizedCrop)
         for name, split in (("training", train), ("test", test)):
-            if split.shape != shape:
+            if split.shape != shape and not (resizes and split is train):
                 raise ValueError(
                     f"{name} images of {info.name} must be {shape} (channels, height, width),"
                     f" got {split.shape}"

@@ -8,6 +8,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from softlabels.data.batch import Batch, DataInfo, shard_indices, steps_per_epoch, train_indices
@@ -210,6 +211,15 @@ class DataSource:
         """
         kept, held_out = divide(self._targets, validation=validation, train_share=train_share)
         return self._part(kept, None if validation is None else held_out)
+
+    def prepare(self, console: Console | None = None) -> None:
+        """Read what is to lie in memory, and find out what is left to the images.
+
+        It is done at the first batch anyway; before, progress can be shown and settings be told.
+
+        Args:
+            console: Where progress is shown; None: nowhere.
+        """
 
     def close(self) -> None:
         """End the worker processes, if there are any. The source can still be read after it."""

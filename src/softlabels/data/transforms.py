@@ -16,9 +16,12 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
+from softlabels.data.augment import Augmentation, CropFlip, RandomResizedCrop
+
 AugmentationName = Literal["random_resized_crop", "crop_flip", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
 ImageTransform = Callable[[Image.Image], Tensor]
+Geometry = Callable[[Image.Image], Image.Image]
 
 # Of the covariance of ImageNet's RGB values in 0..1, as the published RegNet recipes use them.
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -84,10 +87,12 @@ class ImageSettings:
     """What is done to the images of a data set.
 
     Args:
-        image_size: Height and width of the images that are read, pixels.
+        image_size: Height and width of the images that are read, pixels. None: the size of the
+            files if they have at most 64 pixels, else 224.
         augmentation: `"random_resized_crop"`: a crop of random size and shape, and a mirror image
             half of the time. `"crop_flip"`: the shorter side is resized to `image_size`, then a
             random crop with a border of an eighth, and the mirror image. `"none"`: as for testing.
+            None: `"crop_flip"` for small files without an `image_size`, else the first.
         interpolation: How images are resized.
         auto_augment: timm's description of a policy that follows the crop, for example
             `"rand-m9-mstd0.5-inc1"`, or None.
@@ -103,8 +108,8 @@ class ImageSettings:
         ValueError: If one is out of its range.
     """
 
-    image_size: int = 224
-    augmentation: AugmentationName = "random_resized_crop"
+    image_size: int | None = None
+    augmentation: AugmentationName | None = None
     interpolation: Interpolation = "bilinear"
     auto_augment: str | None = None
     random_erasing: float = 0.0
@@ -114,6 +119,8 @@ class ImageSettings:
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
     def __post_init__(self) -> None:
+        self.image_size = 224 if self.image_size is None else self.image_size
+        self.augmentation = self.augmentation or "random_resized_crop"
         for name, value, choices in (
             ("augmentation", self.augmentation, get_args(AugmentationName)),
             ("interpolation", self.interpolation, get_args(Interpolation)),
@@ -131,6 +138,43 @@ class ImageSettings:
             raise ValueError(f"crop_fraction must be above 0, at most 1, got {self.crop_fraction}")
         self.mean, self.std = (*self.mean,), (*self.std,)
 
+    @property
+    def side(self) -> int:
+        """Height and width of the images that are read, pixels."""
+        assert self.image_size is not None, "it is filled in when the settings are made"
+        return self.image_size
+
+    def resize(self) -> transforms.Resize:
+        """Resizing of the shorter side."""
+        return transforms.Resize(self.side, transforms.InterpolationMode(self.interpolation))
+
+
+def batch_augmentation(settings: ImageSettings) -> tuple[Geometry | None, Augmentation | None]:
+    """The training transform in two parts, for images that lie in memory.
+
+    Returns:
+        What is done once to each image, and what is done to whole batches of them.
+
+    Raises:
+        ValueError: If something is done that needs single images.
+    """
+    for name in ("auto_augment", "random_erasing", "lighting"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} is done to single images, got {getattr(settings, name)!r}")
+    if settings.augmentation == "random_resized_crop":
+        return None, RandomResizedCrop(settings.side, settings.interpolation == "bicubic")
+    if settings.augmentation == "none":
+        return evaluation_geometry(settings), None
+    return settings.resize(), CropFlip(settings.side // 8)
+
+
+def evaluation_geometry(settings: ImageSettings) -> Geometry:
+    """The part of the test transform that gives an image of 8 bits: resizing and central crop."""
+    whole = image_transforms(settings)[1]
+    assert isinstance(whole, transforms.Compose)
+    resize, crop, *_ = whole.transforms
+    return cast("Geometry", transforms.Compose([resize, crop]))
+
 
 def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTransform]:
     """Make the transforms for training and testing.
@@ -142,7 +186,7 @@ def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTran
     Raises:
         ValueError: If timm does not know the policy.
     """
-    image_size, interpolation = settings.image_size, settings.interpolation
+    image_size, interpolation = settings.side, settings.interpolation
     test = evaluation_transform(
         image_size,
         interpolation=interpolation,
@@ -179,7 +223,7 @@ def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTran
     if settings.augmentation == "crop_flip":
         crop = transforms.Compose(
             [
-                transforms.Resize(image_size, transforms.InterpolationMode(interpolation)),
+                settings.resize(),
                 transforms.RandomCrop(image_size, padding=image_size // 8),
                 transforms.RandomHorizontalFlip(),
             ]

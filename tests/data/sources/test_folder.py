@@ -13,7 +13,7 @@ from PIL import Image
 from shared.data_files import write_images
 from softlabels.data.sources.folder import FolderSource
 
-SETTINGS = {"image_size": 16, "workers": 0}
+SETTINGS = {"image_size": 16, "workers": 0, "in_memory": False}
 RANDOM = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5}
 
 
@@ -161,7 +161,7 @@ def test_reading_leaves_the_running_generators_alone(image_folder, workers):
 
 def test_workers_stay_between_epochs_and_end_with_close(image_folder):
     before = {child.pid for child in multiprocessing.active_children()}
-    source = FolderSource(image_folder, image_size=16, workers=1)
+    source = FolderSource(image_folder, image_size=16, workers=1, in_memory=False)
 
     def workers():
         return {child.pid for child in multiprocessing.active_children()} - before
@@ -181,7 +181,7 @@ def test_workers_stay_between_epochs_and_end_with_close(image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_readers_that_stop_early_or_overlap_do_not_disturb_each_other(image_folder, workers):
-    source = FolderSource(image_folder, image_size=16, workers=workers)
+    source = FolderSource(image_folder, image_size=16, workers=workers, in_memory=False)
     expected = read(source, batch_size=2)
     left = source.train_batches(seed=3, epoch=1, batch_size=2, device="cpu")
     assert_equal_batches([next(left)], expected[:1])
@@ -215,7 +215,7 @@ def damaged(image_folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_stops_the_run_and_is_named(damaged, workers):
-    source = FolderSource(damaged, image_size=16, workers=workers)
+    source = FolderSource(damaged, image_size=16, workers=workers, in_memory=False)
     with pytest.raises(ValueError, match=rf"^cannot read the image {damaged}/train/bee/[34]\.png"):
         read(source, batch_size=23)
     with pytest.raises(ValueError, match=rf"^cannot read the image {damaged}/val/cow/2\.png"):

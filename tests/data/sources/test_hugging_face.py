@@ -90,7 +90,9 @@ def test_images_may_be_files_beside_the_data(tmp_path):
     splits = hugging_face_splits(image=(file, datasets.Image()), label=CLASS)
     for split in ("train", "test"):
         splits[split] = splits[split].cast_column("image", datasets.Image(decode=False))
-    source = HuggingFaceSource(saved(tmp_path, image=(file, BARE_FILE[1]), label=CLASS), **PLAIN)
+    source = HuggingFaceSource(
+        saved(tmp_path, image=(file, BARE_FILE[1]), label=CLASS), **PLAIN, in_memory=False
+    )
     assert_reads(source)
     (tmp_path / "103.png").unlink()
     with pytest.raises(

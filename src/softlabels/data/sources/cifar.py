@@ -1,16 +1,23 @@
-"""CIFAR-10 and CIFAR-100, from torchvision's files."""
+"""CIFAR-10 and CIFAR-100: torchvision's files, the hub's Parquet files, or folders of images."""
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from softlabels.data.augment import CropFlip
 from softlabels.data.batch import DataInfo
+from softlabels.data.image_source import ImageSource
 from softlabels.data.in_memory import InMemorySource, Split, channel_statistics
+from softlabels.data.loading import CannotLoadError, load_images
+from softlabels.data.sources.folder import FolderSource
+from softlabels.data.sources.hugging_face import HuggingFaceSource, holds_hugging_face
 
 # The 20 superclasses, each with its five classes.
 _SUPERCLASSES = """
@@ -35,6 +42,10 @@ maple_tree oak_tree palm_tree pine_tree willow_tree
 bicycle bus motorcycle pickup_truck train
 lawn_mower rocket streetcar tank tractor
 """
+_CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_SIDE = 32  # pixels
 _GROUPS = {
     name: group
     for group, names in enumerate(_SUPERCLASSES.strip().splitlines())
@@ -52,6 +63,53 @@ def _root(path: str | Path, data: type[CIFAR10]) -> Path:
     """The folder that has the data set's own in it, whichever of the two the path is."""
     folder = Path(path).expanduser()
     return folder.parent if folder.name == data.base_folder else folder
+
+
+def _in_order(split: Split) -> Split:
+    """The images in an order of their own, so that the form in which they came changes nothing."""
+    pairs = zip(split.images.numpy(), split.target.tolist(), strict=True)
+    digests = [
+        blake2b(bytes(image) + bytes([label]), digest_size=8).digest() for image, label in pairs
+    ]
+    return split.some(torch.tensor(sorted(range(len(digests)), key=digests.__getitem__)))
+
+
+def _published_names(data: type[CIFAR10]) -> tuple[str, ...]:
+    """The names of the classes, in the order of the published labels, which is the alphabet's."""
+    return tuple(sorted(_GROUPS)) if data is CIFAR100 else _CIFAR10
+
+
+def _read_files(root: Path, data: type[CIFAR10]) -> tuple[tuple[str, ...], list[Split]]:
+    """Names of the classes and both splits, from Parquet files or from class folders.
+
+    Raises:
+        ValueError: There are neither, or other columns, classes or sizes of images in them.
+    """
+    settings: dict[str, Any] = {"image_size": _SIDE, "workers": 0, "in_memory": False}
+    source: ImageSource
+    if holds_hugging_face(root):
+        column = "fine_label" if data is CIFAR100 else "label"
+        source = HuggingFaceSource(root, label_column=column, **settings)
+    else:
+        source = FolderSource(root, **settings)
+    names, published = source.info.class_names, _published_names(data)
+    if names == tuple(map(str, range(len(published)))):
+        names = tuple(published[int(number)] for number in names)
+    if {*names} != {*published} or len(names) != len(published):
+        other = sorted({*names} ^ {*published})[0]
+        raise ValueError(
+            f"{root} has {len(names)} classes, which are not the {len(published)} of "
+            f"{data.__name__}: {other!r:.80} is in one of them alone"
+        )
+    label = torch.tensor([published.index(name) for name in names])
+    splits = []
+    for title, images in source.images.items():
+        try:
+            split = load_images(images, None, (_SIDE, _SIDE), title=f"{title} images")
+        except CannotLoadError as error:
+            raise ValueError(f"{root} is no {data.__name__}: {error}") from error
+        splits.append(Split(split.images, label[split.target]))
+    return published, splits
 
 
 def _download(root: Path, data: type[CIFAR10]) -> None:
@@ -81,7 +139,9 @@ class _CIFARSource(InMemorySource):
     """A CIFAR data set in memory.
 
     Args:
-        path: The folder that has that of the archive in it, or that folder itself.
+        path: The folder that has that of the archive in it, or that folder itself; or one with
+            Parquet files (`train*.parquet`, `test*.parquet`) in the columns of the public copies;
+            or one with `train/` and `test/` (or `val/`), both with a folder for each class.
         mean: Mean of the red, green and blue channel, for images in 0..1; None: of the training
             images.
         std: Standard deviation of the three channels, likewise.
@@ -109,9 +169,13 @@ class _CIFARSource(InMemorySource):
         root = _root(path, self._data)
         if download:
             _download(root, self._data)
-        parts = _read(root, self._data)
-        train, test = (Split.from_arrays(part.data, np.array(part.targets)) for part in parts)
-        names = tuple(parts[0].classes)
+        if holds_hugging_face(root) or (root / "train").is_dir():
+            names, splits = _read_files(root, self._data)
+        else:
+            parts = _read(root, self._data)
+            names = tuple(parts[0].classes)
+            splits = [Split.from_arrays(part.data, np.array(part.targets)) for part in parts]
+        train, test = map(_in_order, splits)
         own_mean, own_std = channel_statistics(train.images)
         groups = tuple(_GROUPS[name] for name in names if name in _GROUPS)
         info = DataInfo(

@@ -23,6 +23,8 @@ class ImageNetSource(FileSource):
             is out of its range.
     """
 
+    image_size: int | None = 224
+
     def _find(self) -> tuple[tuple[str, ...], ImageList, ImageList]:
         val = self._root / "val"
         if val.is_dir() and not subfolders(val):

@@ -66,6 +66,7 @@ class INat21Source(FileSource):
             first of the two that is there.
     """
 
+    image_size: int | None = 224
     train_split: Literal["train_mini", "train"] | None = None
 
     def _find(self) -> tuple[tuple[str, ...], ImageList, ImageList]:

@@ -41,7 +41,7 @@ class TinyImageNetSource(FileSource):
         crop_fraction: The central part of a test image that is kept, 0..1 of its shorter side.
     """
 
-    image_size: int = 64
+    image_size: int | None = 64
     crop_fraction: float | None = 1.0
 
     def _find(self) -> tuple[tuple[str, ...], ImageList, ImageList]:
