@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import make_dataclass
+from itertools import zip_longest
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -178,11 +179,9 @@ def _long_form(argument: str) -> str:
 
 def _values_of(arguments: list[str]) -> dict[str, str]:
     """What may be the values of options, as they stand among arguments."""
-    found: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        flag, equals, value = argument.partition("=")
-        found[flag] = value if equals else following
-    return found
+    pairs = zip_longest(arguments, arguments[1:], fillvalue="")
+    parts = ((argument.partition("="), following) for argument, following in pairs)
+    return {flag: value if equals else following for (flag, equals, value), following in parts}
 
 
 def _options(settings: BaseModel, prefix: str = "--") -> Iterator[tuple[str, FieldInfo, Any]]:

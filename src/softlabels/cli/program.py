@@ -110,8 +110,11 @@ def _status(name: str, rest: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        _complain(name, _in_words(error))
+    except ModuleNotFoundError as error:
+        _complain(name, f"{error}: the commands need pip install 'softlabels[train]'")
+        return 2
+    except (ValueError, TypeError, OSError) as error:
+        _complain(name, str(error) or type(error).__name__)
         return 2
     except Exception as error:  # no user of the command sees a traceback
         from softlabels.training.errors import RunError
@@ -129,12 +132,6 @@ def _of_failure(error: Exception) -> str:
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate", str(error)):
         return f"not enough memory ({error or kind}): try a smaller batch_size or network"
     return f"stopped by {kind}: {error} ({_TRACEBACK}=1 in the environment shows where)"
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error}: the commands need pip install 'softlabels[train]'"
-    return str(error) or type(error).__name__
 
 
 def _complain(command: str, message: str) -> None:

@@ -15,10 +15,9 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from typing_extensions import Self
 
 from softlabels.distill.answers import Answers, unreadable
 from softlabels.io.files import replace_file
@@ -65,13 +64,11 @@ class Manifest(Record):
     fingerprints: dict[_Fingerprint, str] = Field(min_length=3)
     error: dict[_Error, _Number]
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         if self.top > self.num_classes:
             raise ValueError(f"top must be in 1..{self.num_classes}, got {self.top}")
         if len(self.error) not in (0, 5):
             raise ValueError(f"error must have all numbers or none, got {', '.join(self.error)}")
-        return self
 
     @property
     def files_per_draw(self) -> int:

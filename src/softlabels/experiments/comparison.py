@@ -19,10 +19,10 @@ from softlabels.training.config import (
     ConfigError,
     build_method,
     checked,
+    defaults_of,
     load_recipe,
     method_reads_teacher,
     parse,
-    taught_by_itself,
 )
 from softlabels.training.recipes import merged, parsed_text, read_recipe_text
 from softlabels.training.settings import Section, TeacherSettings
@@ -232,7 +232,7 @@ def _with_teacher(config: Config, own_teacher: bool) -> Config:
         return checked(
             config.model_copy(update={"teacher": TeacherSettings(), "further_teachers": ()})
         )
-    if taught_by_itself(config) and not own_teacher:
+    if defaults_of(build_method(config)).taught_by_itself and not own_teacher:
         student = config.student
         teacher = TeacherSettings(name=student.name, settings=student.settings)
     elif teacher.name is None and teacher.cache is None:
@@ -258,7 +258,7 @@ def _teachers(
     ready = teacher.weights is not None or teacher.pretrained or teacher.cache is not None
     if teacher.name is None or ready:
         return [None] * len(seeds)
-    if not taught_by_itself(config):
+    if not defaults_of(build_method(config)).taught_by_itself:
         return [plan.add("teacher", _of_teacher(teacher, base), seeds[0])] * len(seeds)
     if not variants:
         raise ConfigError("its teacher is the baseline's run, so it cannot be the baseline")

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
 from softlabels.io.files import write_json
@@ -30,6 +30,14 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """Raise a ValueError where fields do not fit each other."""
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -172,9 +172,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def count_stored(path: str | os.PathLike[str]) -> int:
     """Count the numbers that the tensors of a `.safetensors` file hold, without reading them.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file.
+    Raises as `read_metadata`.
     """
     with _opened(path) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping

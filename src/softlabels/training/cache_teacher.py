@@ -213,8 +213,7 @@ class _Builder:
     def run(self, *, batch_size: int) -> None:
         """Write each file that is not there yet, or damaged."""
         manifest = self.manifest
-        files = manifest.files
-        files = files[self.accelerator.process_index :: self.accelerator.num_processes]
+        files = manifest.files[self.accelerator.process_index :: self.accelerator.num_processes]
         with InterruptGuard() as interrupt, progress_bar(self.console) as progress:
             total = sum(len(manifest.images_of(chunk)) for _, chunk in files)
             task = progress.add_task("teacher's answers", total=total, speed="", news="")

@@ -32,11 +32,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on."""
-        ...
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take the state back."""
-        ...
 
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

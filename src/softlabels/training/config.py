@@ -55,7 +55,6 @@ __all__ = [
     "parse",
     "recipe_names",
     "resolve",
-    "taught_by_itself",
     "with_chosen",
     "with_method_defaults",
     "with_object",
@@ -214,11 +213,6 @@ def _settings_of(further: FurtherMethod) -> MethodSettings:
 def method_reads_teacher(method: Method | None) -> bool:
     """Whether a method, with its settings, reads from a teacher."""
     return any(kind.reads_teacher for kind in checked_inputs(method).values())
-
-
-def taught_by_itself(config: Config) -> bool:
-    """Whether the method's teacher is an earlier run of the student itself."""
-    return defaults_of(build_method(config)).taught_by_itself
 
 
 def defaults_of(method: type[Method] | Method | None) -> Defaults:

@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from softlabels.training.config import Config
 from softlabels.training.errors import LostProcessError, RunError
 
-__all__ = ["from_main", "gathered", "lost_processes", "start"]
+__all__ = ["from_main", "lost_processes", "start"]
 
 Result = TypeVar("Result")
 
@@ -62,13 +62,6 @@ def from_main(accelerator: Accelerator, make: Callable[[], Result]) -> Result:
     if found[1] is not None:
         raise found[1]
     return cast("Result", found[0])
-
-
-def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
-    """One object of each process, by rank."""
-    if accelerator.num_processes == 1:
-        return [value]
-    return cast("list[Any]", gather_object([value]))
 
 
 @contextmanager

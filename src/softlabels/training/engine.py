@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from softlabels.distill.distiller import Distiller
 from softlabels.losses import MemoryBank
 from softlabels.training.checkpoint import OptimizerState, Stateful
 from softlabels.training.config import Config
-from softlabels.training.distributed import gathered
 from softlabels.training.epoch_weights import set_weights
 from softlabels.training.errors import Interrupted, InterruptGuard
 from softlabels.training.loss_log import GRADIENT, LossLog
@@ -88,7 +87,10 @@ class Engine:
         # statistics need not be, until an evaluation: sending them in every step costs more than
         # the gradients of a small student.
         accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._buffers = _outside_of_memory(self.core)
+        # What a forward may change, and a skipped step puts back.
+        memories = [part for part in self.core.modules() if isinstance(part, MemoryBank)]
+        kept = {id(buffer) for memory in memories for buffer in memory.buffers()}
+        self._buffers = [buffer for buffer in self.core.buffers() if id(buffer) not in kept]
         distiller.trainable, self.optimizer = accelerator.prepare(distiller.trainable, optimizer)
         self.distiller = distiller
         self.step = 0
@@ -100,7 +102,7 @@ class Engine:
         self.log = LossLog(
             eager=self._may_skip or accelerator.device.type == "cpu",
             most_skipped=most_skipped,
-            gather=partial(gathered, accelerator),
+            gather=lambda found: gather_object([found]),
         )
 
     @property
@@ -352,11 +354,3 @@ class Engine:
 def _store(observers: Sequence[Observer]) -> None:
     for observer in observers:
         observer.store()
-
-
-def _outside_of_memory(module: nn.Module) -> list[Tensor]:
-    """The buffers that a forward may change."""
-    kept = {
-        id(b) for part in module.modules() if isinstance(part, MemoryBank) for b in part.buffers()
-    }
-    return [buffer for buffer in module.buffers() if id(buffer) not in kept]

@@ -20,19 +20,6 @@ __all__ = ["Autocast", "evaluate"]
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
-def _metrics(info: DataInfo) -> dict[str, Metric]:
-    classes = info.num_classes
-    metrics: dict[str, Metric] = {
-        "top1": MulticlassAccuracy(classes, average="micro"),
-        "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
-        "nll": MeanMetric(),
-        "ece": MulticlassCalibrationError(classes, n_bins=NUM_BINS),
-    }
-    if info.groups is not None:
-        metrics["group_top1"] = MulticlassAccuracy(max(info.groups) + 1, average="micro")
-    return metrics
-
-
 def evaluate(
     student: nn.Module,
     batches: Iterable[Batch],
@@ -57,8 +44,17 @@ def evaluate(
     Raises:
         ValueError: No test images.
     """
-    metrics = {name: metric.to(device) for name, metric in _metrics(info).items()}
-    ranked = MeanSortedSoftmax(info.num_classes, device)
+    classes = info.num_classes
+    metrics: dict[str, Metric] = {
+        "top1": MulticlassAccuracy(classes, average="micro"),
+        "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
+        "nll": MeanMetric(),
+        "ece": MulticlassCalibrationError(classes, n_bins=NUM_BINS),
+    }
+    if info.groups is not None:
+        metrics["group_top1"] = MulticlassAccuracy(max(info.groups) + 1, average="micro")
+    metrics = {name: metric.to(device) for name, metric in metrics.items()}
+    ranked = MeanSortedSoftmax(classes, device)
     groups = torch.tensor(info.groups or (), device=device)
     was_training = student.training
     student.eval()

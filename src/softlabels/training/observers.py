@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,7 +22,6 @@ from softlabels.io.records import Record
 from softlabels.io.weights import not_finite, save_weights
 from softlabels.training.checkpoint import Progress, state_of
 from softlabels.training.config import Config
-from softlabels.training.distributed import gathered
 from softlabels.training.errors import NonFiniteLossError
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.schemas import Metrics, Timing
@@ -129,7 +129,9 @@ class Recorder(Observer):
             seconds=progress.seconds + seconds,
             of_epoch=(0.0, 0),
         )
-        skipped = self._skipped_images()
+        # What some process could not read, with the reasons.
+        by_process = gather_object([dict(getattr(self.engine.source, "skipped", {}))])
+        skipped = {path: why for found in by_process for path, why in sorted(found.items())}
         if self.engine.accelerator.is_main_process:
             save_weights(self.engine.network, self.folder.student, metadata=self.metadata)
             if improved:
@@ -138,15 +140,9 @@ class Recorder(Observer):
                 write_json(self.folder.skipped_images, skipped)
         self._since, self._images = time.perf_counter(), 0
 
-    def _skipped_images(self) -> dict[str, str]:
-        """Images that some process could not read, with the reasons."""
-        own = dict(getattr(self.engine.source, "skipped", {}))
-        by_process = gathered(self.engine.accelerator, own)
-        return {path: reason for found in by_process for path, reason in sorted(found.items())}
-
     def _check_weights(self) -> None:
         """Make sure that what is stored can be gone on with: a loss may be finite all the same."""
-        by_process = gathered(self.engine.accelerator, infinite_parts(self.engine))
+        by_process = gather_object([infinite_parts(self.engine)])
         bad = sorted({name for names in by_process for name in names} - self.infinite_before)
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -221,8 +217,6 @@ class Tracker:
         label: Name of the run beside its bar.
     """
 
-    FILES = ("metrics.jsonl", "timings.jsonl")
-
     def __init__(
         self,
         folder: Path | None,
@@ -236,7 +230,8 @@ class Tracker:
         self._files: dict[str, TextIO] = {}
         self._writer: SummaryWriter | None = None
         if folder is not None:
-            self._files = {n: _opened(folder / n, lengths.get(n, 0)) for n in self.FILES}
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                self._files[name] = _opened(folder / name, lengths.get(name, 0))
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._progress = progress_bar(console)
         self._task = self._progress.add_task(

@@ -15,8 +15,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a CPU says of itself when it multiplies bfloat16 as fast as it should.
 _BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "amx_tile")
 _SKIPPED = 50  # a gradient scaler begins too high, and comes down by steps that are not finite
-
-
 _NARROW = 16  # channels, of a block of oneDNN's kernels
 
 

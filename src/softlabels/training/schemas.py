@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic_core import core_schema
-from typing_extensions import Self
 
 from softlabels.io.records import Record
 
@@ -212,11 +211,9 @@ class Summary(Record):
     skipped_images: int = 0
     complete: bool
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         if self.best and not {"top1", "epoch"} <= self.best.keys():
             raise ValueError(f"best must have top1 and epoch, got {', '.join(self.best):.80}")
-        return self
 
 
 class GalleryImage(Record):
@@ -330,13 +327,11 @@ class Zipf(Record):
     r2: float | None
     ranks: tuple[_Count, _Count]
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         if not 1 <= self.ranks[0] <= self.ranks[1] <= len(self.mean_sorted_softmax):
             raise ValueError(
                 f"ranks must be in 1..{len(self.mean_sorted_softmax)}, got {self.ranks}"
             )
-        return self
 
 
 class Reliability(Record):
@@ -352,10 +347,8 @@ class Reliability(Record):
     accuracy: Shares
     count: Counts
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         _check_lengths(self, "confidence", "accuracy", "count")
-        return self
 
 
 class TaughtBy(NamedScore):
@@ -381,12 +374,10 @@ class Features(Record):
     y: Numbers
     explained: tuple[_Share, _Share]
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         if len(self.classes) > _MOST_POINTS:
             raise ValueError(f"expected at most {_MOST_POINTS} points, got {len(self.classes)}")
         _check_lengths(self, "classes", "x", "y")
-        return self
 
 
 class Analysis(Record):
@@ -417,14 +408,12 @@ class Analysis(Record):
     teacher: TaughtBy | None = None
     features: Features | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> None:
         _check_lengths(self, "class_names", "per_class", "groups")
         labels = {label for row in self.confusion for label in row[:2]}
         labels |= set() if self.features is None else set(self.features.classes.tolist())
         if labels and max(labels) >= len(self.class_names):
             raise ValueError(f"expected {len(self.class_names)} classes, got {max(labels)}")
-        return self
 
 
 def _check_lengths(record: Record, *names: str) -> None:

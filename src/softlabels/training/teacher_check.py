@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -47,11 +47,10 @@ def teacher_name(config: Config, teacher: Teacher | Teachers | None) -> str:
     if teacher is None:
         return ""
     every = teacher.all
-    names: Sequence[str | None]
-    names = [settings.name for settings in (config.teacher, *config.further_teachers)]
-    if None in names or len(names) != len(every):
+    names = [settings.name or "" for settings in (config.teacher, *config.further_teachers)]
+    if not all(names) or len(names) != len(every):
         names = [type(each.model).__name__ for each in every]
-    return " + ".join(map(str, names))
+    return " + ".join(names)
 
 
 def checked_teacher(

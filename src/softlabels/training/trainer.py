@@ -242,7 +242,6 @@ def _fit(
 ) -> TrainResult:
     torch.manual_seed(derive_seed(config.seed, "run"))
     info, label = source.info, config.label
-    num_parameters = sum(p.numel() for p in distiller.student.parameters())
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
     schedule = build_schedule(
         config.schedule,
@@ -310,9 +309,7 @@ def _fit(
             ) from error
         except NonFiniteLossError as error:
             if accelerator.is_main_process:
-                Failure(
-                    error=str(error), step=error.step, parts=error.parts, images=error.images
-                ).write(folder.failure)
+                Failure(error=str(error), **vars(error)).write(folder.failure)
             raise
     progress = recorder.progress
     if accelerator.is_main_process:
@@ -321,6 +318,7 @@ def _fit(
         for observer in observers:
             observer.trained(trained)
         seconds = [line.seconds for line in read_lines(folder.timings, Timing)]
+        skipped = len(getattr(source, "skipped", {}))
         Summary(
             label=label,
             method=None if config.method.kind == "none" else config.method.kind,
@@ -335,17 +333,16 @@ def _fit(
             seconds=progress.seconds,
             seconds_per_epoch=statistics.median(seconds) if seconds else None,
             peak_memory=memory,
-            parameters=num_parameters,
+            parameters=sum(p.numel() for p in distiller.student.parameters()),
             assumed=config.assumed,
-            skipped_images=len(getattr(source, "skipped", {})),
+            skipped_images=skipped,
             complete=True,
         ).write(folder.summary)
         for observer in observers:
             observer.completed(trained)
-    skipped = len(getattr(source, "skipped", {}))
-    if skipped:
-        name = folder.skipped_images.name
-        say(console, f"{skipped} unreadable images were left out: {name} names them")
+        if skipped:
+            name = folder.skipped_images.name
+            say(console, f"{skipped} unreadable images were left out: {name} names them")
     accelerator.wait_for_everyone()
     exported = engine.distiller.export() if engine.ema is None else engine.network
     exported = exported.cpu().to(memory_format=torch.contiguous_format).eval()
