@@ -25,6 +25,7 @@ from softlabels.training.build import (
 )
 from softlabels.training.config import Config, load_recipe, resolve
 from softlabels.training.optim import build_optimizer
+from softlabels.training.precision import with_precision
 from softlabels.training.run_folder import RunFolder
 from softlabels.training.schemas import Environment, Summary
 
@@ -161,10 +162,18 @@ def step_ratios(
 
 def _step(config: Config, source: DataSource, batch: Batch) -> Callable[[], None]:
     distiller = build_distiller(with_defaults(config, source.info), source.info)
+    config = with_precision(config, distiller.trainable, batch.images.device)
+    images = batch.images
+    if config.channels_last is True:
+        distiller.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optimizer, distiller.trainable)
+    half = config.precision == "bf16"
 
     def step() -> None:
-        distiller(batch.images, batch.target, index=batch.index).loss.backward()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            loss = distiller(images, batch.target, index=batch.index).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -25,6 +25,7 @@ from softlabels.training.run_folder import RunFolder, fixed_settings
 
 __all__ = ["PlannedRun", "RunPlan", "launch_runs"]
 
+_SECONDS_TO_AN_ESTIMATE = 20
 _SECONDS_BETWEEN_LOOKS = 0.3
 
 
@@ -185,6 +186,8 @@ def _train(
     count = sum(map(len, rounds))
     total = sum(run.config.epochs for runs in rounds for run in runs)
     overall, since = progress.add_task("all runs", total=total, news=""), time.perf_counter()
+    begun: tuple[float, float] | None = None  # when the first steps were seen, and how many epochs
+    told = False
     started: list[_Running] = []
     try:
         for runs in rounds:
@@ -196,12 +199,19 @@ def _train(
                 del runs[:free]
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 _look(progress, [one for one in started if one.is_at_work])
-                # What is left takes as long as it did so far.
+                # What is left takes as long as it did so far, without the start of the programs.
                 done = sum(one.done for one in started)
                 news = f"{sum(not one.is_at_work for one in started)} of {count}"
-                if done:
-                    left = (time.perf_counter() - since) * (total - done) / done
+                now = time.perf_counter()
+                begun = begun or ((now, done) if done else None)
+                if begun and done > begun[1]:
+                    left = (now - begun[0]) * (total - done) / (done - begun[1])
                     news += f", {timedelta(seconds=round(left))} left"
+                    passed = now - since
+                    if not told and passed > _SECONDS_TO_AN_ESTIMATE:
+                        told = True  # a line too, where no bar is shown
+                        whole = timedelta(seconds=round(passed + left))
+                        say(progress.console, f"{count} runs: about {whole} in all")
                 progress.update(overall, completed=done, news=news)
     finally:
         for one in started:
