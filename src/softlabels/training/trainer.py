@@ -170,14 +170,14 @@ def _run_one(
     console = console if accelerator.is_main_process else None
     with opened_source(config, source) as source, ExitStack() as stack:
         config = with_defaults(config, source.info, source.num_train, method)
-        prepare = getattr(source, "prepare", None)  # a source of one's own may have none
-        if prepare is not None:
-            prepare(console)
-        config = with_findings(config, source)
         distiller = build_distiller(
             config, source.info, student=student, teacher=teacher, method=method
         ).to(accelerator.device)
         check_needs(config, distiller, source, accelerator.num_processes)
+        prepare = getattr(source, "prepare", None)  # a source of one's own may have none
+        if prepare is not None:
+            prepare(console)
+        config = with_findings(config, source)
         config = _with_output(config, source.info)
         folder = RunFolder(Path(config.output or ""))
         # The folder is the main process' alone: others may be on machines without it.
