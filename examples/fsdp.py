@@ -131,7 +131,7 @@ def work() -> None:
     # Evaluation: through `trainable`, which gathers what it needs; not through the student.
     distiller.eval()
     with torch.no_grad():
-        logits = distiller.trainable(batch.images)["logits"]
+        logits = distiller.trainable(batch.images).logits
     accelerator.print(f"logits of {len(logits) * accelerator.num_processes} images in eval mode")
 
     weights = whole_weights(distiller)  # or average.whole()
