@@ -1,18 +1,26 @@
 """What published recipes do to an image is what the settings give."""
 
 import math
+import random
 
 import pytest
 import torch
-from PIL import Image
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.nn import functional as F
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from shared.data_files import write_images
 from softlabels.data.sources.folder import FolderSource
-from softlabels.data.transforms import ImageSettings, Lighting, image_transforms
+from softlabels.data.transforms import (
+    ImageSettings,
+    ImageTransform,
+    Lighting,
+    RandomResizedCrop,
+    evaluation_geometry,
+    training_transform,
+)
 
 
 def settings(**changes):
@@ -30,24 +38,16 @@ def settings(**changes):
     return ImageSettings(**{**plain, **changes})
 
 
-def steps_of(transform) -> list:
-    """The steps of a transform in their order."""
-    if isinstance(transform, transforms.Compose):
-        return [step for part in transform.transforms for step in steps_of(part)]
-    return [transform]
+def photograph(height: int = 40, width: int = 60) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
 def test_the_augmentation_of_the_vision_transformers():
-    train, _ = image_transforms(
+    train = training_transform(
         settings(interpolation="bicubic", auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
     )
-    crop, flip, policy, _, _, erasing = steps_of(train)
-    assert isinstance(crop, RandomResizedCropAndInterpolation)
-    assert (crop.size, crop.scale) == ((224, 224), (0.08, 1.0))
-    assert crop.ratio == pytest.approx((3 / 4, 4 / 3))
-    assert crop.interpolation == transforms.InterpolationMode.BICUBIC
-    assert isinstance(flip, transforms.RandomHorizontalFlip)
-    assert flip.p == 0.5
+    assert train.geometry == RandomResizedCrop(224, "bicubic")
+    (policy,) = train.policy.transforms
     assert isinstance(policy, RandAugment)
     assert policy.num_layers == 2
     for operation in policy.ops:
@@ -57,6 +57,7 @@ def test_the_augmentation_of_the_vision_transformers():
         "PosterizeIncreasing",
         "ColorIncreasing",
     }
+    _, erasing = train.finish.transforms
     assert isinstance(erasing, RandomErasing)
     assert (erasing.probability, erasing.per_pixel) == (0.25, True)
     assert (erasing.min_area, erasing.max_area) == pytest.approx((0.02, 1 / 3))
@@ -64,40 +65,77 @@ def test_the_augmentation_of_the_vision_transformers():
 
 
 def test_the_augmentation_of_imagenets_convolutional_networks():
-    train, test = image_transforms(settings())
-    crop, flip, *rest = steps_of(train)
-    assert (crop.size, crop.scale) == ((224, 224), (0.08, 1.0))
-    assert crop.interpolation == transforms.InterpolationMode.BILINEAR
-    assert flip.p == 0.5
-    jitter, *finish = rest
-    assert isinstance(jitter, transforms.ColorJitter)
-    assert [getattr(jitter, name) for name in ("brightness", "contrast", "saturation", "hue")] == [
-        None
-    ] * 4  # so it does nothing
-    assert [type(step).__name__ for step in finish] == ["MaybeToTensor", "Normalize"]
-    resize, center, *_ = steps_of(test)
+    train = training_transform(settings())
+    assert train == ImageTransform(RandomResizedCrop(224, "bilinear"))
+    resize, center = settings().evaluation_geometry().transforms
     assert (resize.size, tuple(center.size)) == (256, (224, 224))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(40, 60), (64, 48), (300, 200)])
+def test_images_are_resized_as_pillow_does(interpolation, size):
+    image = F.avg_pool2d(photograph(2 * size[0], 2 * size[1]).float(), 2).byte()
+    geometry = evaluation_geometry(32, interpolation=interpolation, crop_fraction=0.875)
+    mode = transforms.InterpolationMode(interpolation)
+    of_pillow = transforms.Compose([transforms.Resize(36, mode), transforms.CenterCrop(32)])
+    expected = pil_to_tensor(of_pillow(to_pil_image(image)))
+    assert geometry(image).dtype == torch.uint8
+    assert (geometry(image).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_random_crop_is_a_part_of_the_image_of_the_published_area_and_shape():
+    # Each pixel says where it is, so the crop can be read from its result.
+    rows, columns = torch.arange(200), torch.arange(250)
+    image = torch.stack(
+        (rows[:, None].expand(200, 250), columns.expand(200, 250), torch.zeros(200, 250))
+    ).byte()
+    crop, areas, shapes = RandomResizedCrop(20, "bilinear"), [], []
+    for _ in range(300):
+        down, right, _ = crop(image).float().unbind()
+        height, width = ((x.max() - x.min()) * 20 / 19 for x in (down, right))
+        areas.append(float(height * width / (200 * 250)))
+        shapes.append(float(width / height))
+    assert 0.05 < min(areas) < 0.15
+    assert 0.9 < max(areas) < 1.05
+    assert 0.4 < sum(areas) / len(areas) < 0.54  # uniform, but for what does not fit
+    assert 0.7 < min(shapes) < 0.85
+    assert 1.2 < max(shapes) < 1.42
+
+
 def test_crop_and_flip_of_small_images_has_a_border_of_4():
-    _, crop, flip, *_ = steps_of(
-        image_transforms(settings(image_size=32, augmentation="crop_flip"))[0]
-    )
-    assert (crop.size, crop.padding, crop.fill) == ((32, 32), 4, 0)
-    assert flip.p == 0.5
+    crops = training_transform(settings(image_size=32, augmentation="crop_flip"))
+    white = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    borders = [(crops(white, number)[:, :, 0] == 0).sum().item() for number in range(300)]
+    assert max(borders) == 32 * 32 - 28 * 28
+    assert min(borders) == 0
+
+
+def test_draws_belong_to_their_key_and_leave_every_generator_as_it_was():
+    plain = training_transform(settings(image_size=16))
+    policy = training_transform(settings(image_size=16, auto_augment="rand-m9-mstd0.5-inc1"))
+    image = photograph()
+    for transform in (plain, policy):
+        torch.manual_seed(0)
+        random.seed(0)
+        first = transform(image, 1, 2, "augment")
+        assert (random.random(), torch.rand(()).item()) == (
+            pytest.approx(0.8444218515250481),
+            pytest.approx(0.49625658988952637),
+        )
+        assert torch.equal(first, transform(image, 1, 2, "augment"))
+        assert not torch.equal(first, transform(image, 1, 3, "augment"))
 
 
 @pytest.mark.parametrize("augmentation", ["random_resized_crop", "crop_flip"])
 def test_lighting_comes_before_the_normalization(augmentation):
     """It adds a color; dividing by the channels' deviation scales that too."""
-    image = Image.new("RGB", (32, 32), (100, 100, 100))
+    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
     pixels = []
     for changes in ({}, {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2)}):
-        train, _ = image_transforms(
+        train = training_transform(
             settings(augmentation=augmentation, image_size=32, lighting=0.1, **changes)
         )
-        torch.manual_seed(0)
-        pixels.append(train(image)[:, 16, 16])
+        pixels.append(train(image, 0)[:, 16, 16])
     mean, std = torch.tensor((0.1, 0.2, 0.3)), torch.tensor((0.5, 0.25, 0.2))
     torch.testing.assert_close(pixels[1], (pixels[0] - mean) / std)
     assert not torch.allclose(pixels[0], torch.tensor(100 / 255))

@@ -84,7 +84,7 @@ def test_workers_are_in_no_group_that_a_launcher_signals(image_folder):
 
 def test_an_error_in_a_worker_is_no_death(image_folder):
     class Broken:
-        def __call__(self, image):
+        def __call__(self, image, *key):
             raise RuntimeError("a transform of somebody's own")
 
     source = FolderSource(image_folder, workers=1, **RANDOM)

@@ -1,8 +1,8 @@
-"""Augmentations of whole batches, on any device, whose draws belong to the sample and the epoch.
+"""What is done to whole batches, on any device; draws belong to the sample and the epoch.
 
-Each one takes float images [B, C, H, W] in 0..1, the indices of their samples [B] and the parts
-of a key, such as `(seed, epoch)`, and gives new images of the same shape in 0..1. The same sample
-and key give the same image in any batch.
+Each augmentation takes float images [B, C, H, W] in 0..1, the indices of their samples [B] and the
+parts of a key, such as `(seed, epoch)`, and gives new images of the same shape in 0..1. The same
+sample and key give the same image in any batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -141,6 +142,28 @@ class Noise:
         return noise.mul_(self.std).view(images.shape).add_(images).clamp_(0, 1)
 
 
+def _halves(purpose: str, index: Tensor, *key: int | str) -> Tensor:
+    """Half of the samples, [B, 1, 1, 1] bool."""
+    return (uniform(derive_seed(*key, purpose), index, 1) < 0.5)[:, :, None, None]
+
+
+def mirror_(images: Tensor, index: Tensor, *key: int | str, width: int = 3) -> Tensor:
+    """Mirror half of a batch left and right, in place.
+
+    Args:
+        images: [B, ...] of any type.
+        index: Indices of the samples, [B] int64 on the CPU, so that no device is waited for.
+        *key: What the draws belong to besides the sample.
+        width: Which dimension goes from left to right.
+
+    Returns:
+        The images.
+    """
+    rows = _halves("mirror", index, *key).flatten().nonzero()[:, 0]
+    rows = rows.to(images.device, non_blocking=True)
+    return images.index_copy_(0, rows, images.index_select(0, rows).flip(width))
+
+
 @dataclass(frozen=True)
 class CropFlip:
     """Random crop of the image with a black border, then perhaps a mirror image; exact pixels.
@@ -201,8 +224,8 @@ class RandomResizedCrop:
         rows = self._weights(top, high, images.shape[-2])
         columns = self._weights(left, wide, images.shape[-1])
         if self.flip:
-            mirrored = uniform(derive_seed(*key, "mirror"), index, 1)[:, 0] < 0.5
-            columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+            mirrored = _halves("mirror", index, *key)[:, 0]
+            columns = torch.where(mirrored, columns.flip(1), columns)
         # Bicubic weights may be negative: as Pillow does, the range is kept after each axis.
         narrowed = (images @ columns.transpose(1, 2).unsqueeze(1)).clamp_(0, 1)
         return (rows.unsqueeze(1) @ narrowed).clamp_(0, 1)
@@ -246,6 +269,39 @@ class RandomResizedCrop:
         inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
         weights = weights * inside.unsqueeze(1)
         return weights / weights.sum(2, keepdim=True)
+
+
+class Normalization:
+    """Gives each channel of the data set a mean of 0 and a deviation of 1.
+
+    Args:
+        mean: Of each channel, for images in 0..1.
+        std: Its standard deviation, likewise.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self._mean, self._std = torch.tensor((mean, std)).view(2, 1, -1, 1, 1).unbind()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalize a batch.
+
+        Args:
+            images: [B, C, H, W], uint8 or float in 0..1; not changed.
+
+        Returns:
+            [B, C, H, W] float32, contiguous if the images are uint8.
+        """
+        if self._mean.device != images.device:
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        if images.dtype != torch.uint8:
+            return (images - self._mean).div_(self._std)
+        scale, shift = 1 / (255 * self._std), -self._mean / self._std
+        if images.device.type != "cpu":  # one kernel
+            normalized = torch.empty(images.shape, device=images.device)
+            return torch.addcmul(shift, images, scale, out=normalized)
+        # NumPy asks the system for large pages: half of the time went into getting small ones.
+        normalized = torch.from_numpy(np.empty(images.shape, np.float32))
+        return normalized.copy_(images).mul_(scale).add_(shift)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import Self
 
+from softlabels.data.augment import Normalization, mirror_
 from softlabels.data.batch import Batch, DataInfo
 from softlabels.data.decoding import Images
 from softlabels.data.extra_views import Reading
 from softlabels.data.in_memory import InMemorySource
 from softlabels.data.loading import CannotLoadError, StoredForm, size_of_first
 from softlabels.data.source import DataSource
-from softlabels.data.transforms import ImageSettings, ImageTransform, image_transforms
+from softlabels.data.transforms import ImageSettings, ImageTransform, training_transform
 from softlabels.data.workers import ImageReader, ReaderSettings, SomeImages, Split
 from softlabels.io.console import say
 
@@ -62,8 +63,11 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
             self.image_size = min(size)
             self.augmentation = self.augmentation or "crop_flip"
         ImageSettings.__post_init__(self)
-        of_train, of_test = image_transforms(self)
-        self._transforms: dict[Split, ImageTransform] = {"train": of_train, "test": of_test}
+        self._transforms: dict[Split, ImageTransform] = {
+            "train": training_transform(self),
+            "test": ImageTransform(self.evaluation_geometry()),
+        }
+        self._normalized = Normalization(self.mean, self.std)
         self._must_load = self.in_memory is True
         if self.in_memory:
             try:
@@ -146,7 +150,9 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
     def _recipe(self) -> str:  # type: ignore[override]  # images from memory have other draws
         self.prepare()
         named = (f"{each.name}={getattr(self, each.name)!r}" for each in fields(ImageSettings))
-        return f"ImageSettings({', '.join(named)}){' in memory' if self.in_memory else ''}"
+        return (
+            f"ImageSettings({', '.join(named)}){' in memory' if self.in_memory else ' of 8 bits'}"
+        )
 
     def _content(self) -> Iterator[bytes]:
         yield self._targets.tobytes()
@@ -185,4 +191,17 @@ class ImageSource(ImageSettings, ReaderSettings, DataSource):
             index = values.pop("index")
             draw = None if reading.what == "test" else torch.full_like(index, reading.draw[1])
             there = {name: x.to(device, non_blocking=True) for name, x in values.items()}
-            yield Batch(there.pop("image"), there.pop("target"), index, draw, there)
+            target = there.pop("target")
+            images = self._finished(there.pop("image"), index, reading, *reading.draw)
+            extras = {
+                name: self._finished(x, index, reading, *reading.key(name))
+                for name, x in there.items()
+            }
+            yield Batch(images, target, index, draw, extras)
+
+    def _finished(self, images: Tensor, index: Tensor, reading: Reading, *key: int | str) -> Tensor:
+        """Mirror images and normalization of a batch, on its device."""
+        is_raw = images.dtype == torch.uint8  # then channels are the last dimension
+        if reading.what != "test" and self.augmentation != "none":
+            images = mirror_(images, index, *key, width=2 if is_raw else 3)
+        return self._normalized(images.permute(0, 3, 1, 2)) if is_raw else images

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from softlabels.data.augment import Augmentation, RandomResizedCrop
+from softlabels.data.augment import Augmentation, Normalization, RandomResizedCrop
 from softlabels.data.batch import Batch, DataInfo
 from softlabels.data.extra_views import PARTNER, Partners, Reading
 from softlabels.data.source import DataSource
@@ -188,7 +188,7 @@ class InMemorySource(DataSource):
                     f" got {int(split.target.min())}..{int(split.target.max())}"
                 )
         self._info = info
-        self._mean, self._std = torch.tensor((info.mean, info.std)).view(2, 1, -1, 1, 1).unbind()
+        self._normalized = Normalization(info.mean, info.std)
         self._augmentation = augmentation
         self._recipe = repr((augmentation, info.mean, info.std))
         self._train, self._test = train, test
@@ -242,8 +242,3 @@ class InMemorySource(DataSource):
         if self._augmentation is not None:
             images = self._augmentation(images, rows, *key)
         return self._normalized(images)
-
-    def _normalized(self, images: Tensor) -> Tensor:
-        if self._mean.device != images.device:
-            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
-        return (images - self._mean).div_(self._std)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import is_image_file
 
 from softlabels.data.decoding import Images, read_rgb
@@ -47,7 +47,7 @@ class ImageList(Images):
         """The path of an image's file; see `Images`."""
         return os.fsdecode(bytes(self.paths[index]))
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Tensor:
         """Read an image; see `Images`."""
         return read_rgb(self.name(index))
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-import numpy as np
 import psutil
 import torch
 from rich.console import Console
@@ -24,7 +23,6 @@ from softlabels.data.transforms import (
     Geometry,
     ImageSettings,
     batch_augmentation,
-    evaluation_geometry,
 )
 from softlabels.data.workers import Split as SplitName
 from softlabels.io.console import progress_bar
@@ -54,7 +52,7 @@ class _Chunks(Dataset[Tensor | str]):
     def __getitem__(self, number: int) -> Tensor | str:
         first = number * _CHUNK
         rows = range(first, min(first + _CHUNK, len(self.images)))
-        pixels = np.empty((len(rows), *self.size, 3), np.uint8)
+        pixels = torch.empty((len(rows), 3, *self.size), dtype=torch.uint8)
         for place, row in enumerate(rows):
             try:
                 image = self.images.read(row)
@@ -62,11 +60,12 @@ class _Chunks(Dataset[Tensor | str]):
                 name = self.images.name(row)
                 return f"cannot read the image {name} ({type(error).__name__}: {error})"
             image = image if self.geometry is None else self.geometry(image)
-            if (image.height, image.width) != self.size:
-                there, here = f"{image.width} x {image.height}", f"{self.size[1]} x {self.size[0]}"
+            height, width = image.shape[1:]
+            if (height, width) != self.size:
+                there, here = f"{width} x {height}", f"{self.size[1]} x {self.size[0]}"
                 return f"{self.images.name(row)} has {there} pixels, others have {here}"
-            pixels[place] = np.asarray(image)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            pixels[place] = image
+        return pixels
 
 
 def load_images(
@@ -114,7 +113,8 @@ def size_of_first(images: Images) -> tuple[int, int] | None:
     """Width and height of the first image that can be read; None if none of the first ten can."""
     for index in range(min(len(images), _FIRST)):
         try:
-            return images.read(index).size
+            _, height, width = images.read(index).shape
+            return width, height
         except DECODING_ERRORS:
             continue
     return None
@@ -177,7 +177,7 @@ class StoredForm:
                 f"they take {taken} GiB, more than half of the {left} that are free"
             )
         return cls(
-            {"train": geometry, "test": evaluation_geometry(settings)},
+            {"train": geometry, "test": settings.evaluation_geometry()},
             {"train": stored, "test": side},
             augmentation,
         )

@@ -14,14 +14,18 @@ from timm.data import auto_augment as policies
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torch.nn import functional
 from torchvision import transforms
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from softlabels.data.augment import Augmentation, CropFlip, RandomResizedCrop
+from softlabels.data import augment
+from softlabels.data.augment import Augmentation, CropFlip
+from softlabels.data.randomness import seeded
 
 AugmentationName = Literal["random_resized_crop", "crop_flip", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
-ImageTransform = Callable[[Image.Image], Tensor]
-Geometry = Callable[[Image.Image], Image.Image]
+Geometry = Callable[[Tensor], Tensor]  # of an image, [3, H, W] uint8
 
 # Of the covariance of ImageNet's RGB values in 0..1, as the published RegNet recipes use them.
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -65,21 +69,6 @@ class Lighting:
         draws = torch.randn(3).mul_(self.std)
         color = torch.tensor(_EIGENVECTORS) @ (draws * torch.tensor(_EIGENVALUES))
         return image + color[:, None, None]
-
-
-def evaluation_transform(
-    image_size: int | tuple[int, int],
-    *,
-    interpolation: str,
-    crop_fraction: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> ImageTransform:
-    """The transform for testing, without any draw: resize, central crop, normalization."""
-    transform: ImageTransform = create_transform(
-        image_size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_fraction
-    )
-    return transform
 
 
 @dataclass(kw_only=True, eq=False)
@@ -144,9 +133,69 @@ class ImageSettings:
         assert self.image_size is not None, "it is filled in when the settings are made"
         return self.image_size
 
-    def resize(self) -> transforms.Resize:
+    def resize(self) -> Geometry:
         """Resizing of the shorter side."""
-        return transforms.Resize(self.side, transforms.InterpolationMode(self.interpolation))
+        return ShorterSide(self.side, self.interpolation)
+
+    def evaluation_geometry(self) -> Geometry:
+        """Resizing and central crop of a test image."""
+        return evaluation_geometry(
+            self.side,
+            interpolation=self.interpolation,
+            crop_fraction=cast("float", self.crop_fraction),
+        )
+
+
+def resized(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize an image as Pillow does, within rounding: [3, H, W] uint8 -> [3, *size] uint8."""
+    # As a batch whose channels lie side by side, as decoders leave them: torch is twice as fast
+    # with those, and torchvision's own function does not pass them on as such.
+    batch = image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+    return functional.interpolate(batch, size, mode=interpolation, antialias=True)[0]
+
+
+@dataclass(frozen=True)
+class ShorterSide:
+    """Resizes the shorter side of an image, and the other one in proportion."""
+
+    size: int
+    interpolation: str
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Resize an image, [3, H, W] uint8."""
+        height, width = image.shape[1:]
+        shorter = min(height, width)
+        size = (self.size * height // shorter, self.size * width // shorter)
+        return resized(image, size, self.interpolation)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A crop of random area and shape, resized to a square; draws from torch's generator."""
+
+    size: int
+    interpolation: str
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Crop and resize an image, [3, H, W] uint8."""
+        top, left, height, width = transforms.RandomResizedCrop.get_params(
+            image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3]
+        )
+        crop = image[:, top : top + height, left : left + width]
+        return resized(crop, (self.size, self.size), self.interpolation)
+
+
+def evaluation_geometry(
+    image_size: int | tuple[int, int], *, interpolation: str, crop_fraction: float
+) -> Geometry:
+    """What is done to a test image of 8 bits: resizing and central crop, as timm's evaluation."""
+    whole = create_transform(image_size, interpolation=interpolation, crop_pct=crop_fraction)
+    assert isinstance(whole, transforms.Compose)
+    resize, crop, *_ = whole.transforms
+    if isinstance(resize, transforms.Resize):
+        resize = ShorterSide(resize.size, interpolation)
+    geometry: Geometry = transforms.Compose([resize, crop])
+    return geometry
 
 
 def batch_augmentation(settings: ImageSettings) -> tuple[Geometry | None, Augmentation | None]:
@@ -162,43 +211,66 @@ def batch_augmentation(settings: ImageSettings) -> tuple[Geometry | None, Augmen
         if getattr(settings, name):
             raise ValueError(f"{name} is done to single images, got {getattr(settings, name)!r}")
     if settings.augmentation == "random_resized_crop":
-        return None, RandomResizedCrop(settings.side, settings.interpolation == "bicubic")
+        return None, augment.RandomResizedCrop(settings.side, settings.interpolation == "bicubic")
     if settings.augmentation == "none":
-        return evaluation_geometry(settings), None
+        return settings.evaluation_geometry(), None
     return settings.resize(), CropFlip(settings.side // 8)
 
 
-def evaluation_geometry(settings: ImageSettings) -> Geometry:
-    """The part of the test transform that gives an image of 8 bits: resizing and central crop."""
-    whole = image_transforms(settings)[1]
-    assert isinstance(whole, transforms.Compose)
-    resize, crop, *_ = whole.transforms
-    return cast("Geometry", transforms.Compose([resize, crop]))
+@dataclass(frozen=True)
+class ImageTransform:
+    """What is done to a single image by the process that reads it.
+
+    Args:
+        geometry: Gives all images one size.
+        policy: A policy of timm, on Pillow's images, or None.
+        finish: What is done to the image in 0..1, the normalization among it; or None, and the
+            image keeps its 8 bits.
+    """
+
+    geometry: Geometry
+    policy: Callable[[Image.Image], Image.Image] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, image: Tensor, *key: int | str) -> Tensor:
+        """Transform an image.
+
+        Args:
+            image: [3, H, W] uint8.
+            *key: What its draws belong to; see `derive_seed`.
+
+        Returns:
+            [image_size, image_size, 3] uint8; if there is a `finish`, [3, image_size, image_size]
+            float32.
+        """
+        # Policies and random erasing draw from every generator there is, all others from torch's.
+        simple = self.policy is None and self.finish is None
+        with seeded(*key, torch_alone=simple):
+            image = self.geometry(image)
+            if self.policy is not None:
+                image = pil_to_tensor(self.policy(to_pil_image(image)))
+            if self.finish is None:
+                return image.permute(1, 2, 0).contiguous()
+            return self.finish(image.float().div_(255))
 
 
-def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTransform]:
-    """Make the transforms for training and testing.
-
-    Returns:
-        Two transforms of an RGB image to [3, image_size, image_size] float32. The first draws from
-        the running generators of `random`, NumPy and torch.
+def training_transform(settings: ImageSettings) -> ImageTransform:
+    """What is done to a training image, but for the mirror image.
 
     Raises:
         ValueError: If timm does not know the policy.
     """
-    image_size, interpolation = settings.side, settings.interpolation
-    test = evaluation_transform(
-        image_size,
-        interpolation=interpolation,
-        crop_fraction=cast("float", settings.crop_fraction),
-        mean=settings.mean,
-        std=settings.std,
-    )
     if settings.augmentation == "none":
-        return test, test
+        return ImageTransform(settings.evaluation_geometry())
+    size, interpolation = settings.side, settings.interpolation
+    geometry: Geometry
+    if settings.augmentation == "crop_flip":
+        geometry = transforms.Compose([settings.resize(), v2.RandomCrop(size, padding=size // 8)])
+    else:
+        geometry = RandomResizedCrop(size, interpolation)
     try:
-        crop, policy, finish = create_transform(
-            image_size,
+        _, policy, finish = create_transform(
+            size,
             is_training=True,
             color_jitter=0.0,
             auto_augment=settings.auto_augment,
@@ -215,20 +287,15 @@ def image_transforms(settings: ImageSettings) -> tuple[ImageTransform, ImageTran
             f" got {settings.auto_augment!r}"
         ) from error
     _allow_full_posterization(policy)
-    if settings.lighting:
-        # On values in 0..1: between timm's conversion to a tensor and its normalization.
-        steps = finish.transforms
-        place = next(i for i, s in enumerate(steps) if isinstance(s, transforms.Normalize))
-        steps.insert(place, Lighting(settings.lighting))
-    if settings.augmentation == "crop_flip":
-        crop = transforms.Compose(
-            [
-                settings.resize(),
-                transforms.RandomCrop(image_size, padding=image_size // 8),
-                transforms.RandomHorizontalFlip(),
-            ]
-        )
-    return transforms.Compose([crop, policy, finish]), test
+    _, *steps = finish.transforms  # without the conversion to a tensor
+    if settings.lighting:  # on values in 0..1: before the normalization
+        steps.insert(0, Lighting(settings.lighting))
+    plain = not settings.lighting and not settings.random_erasing
+    return ImageTransform(
+        geometry,
+        policy if settings.auto_augment else None,
+        None if plain else transforms.Compose(steps),
+    )
 
 
 def _allow_full_posterization(policy: transforms.Compose) -> None:

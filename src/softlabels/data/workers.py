@@ -17,13 +17,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from softlabels.data.decoding import DECODING_ERRORS, Images
 from softlabels.data.extra_views import PARTNER, Partners, Reading
-from softlabels.data.randomness import seeded
 from softlabels.data.transforms import ImageTransform
 
 __all__ = ["ImageReader", "ReaderSettings", "Samples", "SomeImages", "Split"]
@@ -49,7 +47,7 @@ class SomeImages(Images):
         """What an error calls an image; see `Images`."""
         return self.images.name(int(self.rows[index]))
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Tensor:
         """Read an image; see `Images`."""
         return self.images.read(int(self.rows[index]))
 
@@ -113,14 +111,13 @@ class _Views(Dataset[Samples]):
             if further is None:
                 continue
             # The draws are the image's own, also where it stands in for another.
-            with seeded(*reading.draw, index, "augment"):
-                tensor = transform(image)
+            tensor = transform(image, *reading.draw, index, "augment")
             target = int(images.targets[index])
             return Samples({"image": tensor, "target": target, "index": index, **further}, bad)
         return Samples(None, bad)
 
     def _further(
-        self, reading: Reading, index: int, image: Image.Image, bad: list[tuple[str, str]]
+        self, reading: Reading, index: int, image: Tensor, bad: list[tuple[str, str]]
     ) -> dict[str, Tensor] | None:
         """What an image's sample carries besides; None if no partner of it can be read."""
         made = {}
@@ -128,13 +125,10 @@ class _Views(Dataset[Samples]):
             shown = self._partner(reading, index, bad) if name == PARTNER else image
             if shown is None:
                 return None
-            with seeded(*reading.key(name), index):
-                made[name] = self._transforms["train"](shown)
+            made[name] = self._transforms["train"](shown, *reading.key(name), index)
         return made
 
-    def _partner(
-        self, reading: Reading, index: int, bad: list[tuple[str, str]]
-    ) -> Image.Image | None:
+    def _partner(self, reading: Reading, index: int, bad: list[tuple[str, str]]) -> Tensor | None:
         """The first readable one of the other images of a class, from the partner on."""
         for skip in range(min(self._partners.num_others(index), 1 + self._replacements)):
             partner = self._partners.of(
@@ -150,7 +144,7 @@ class _Views(Dataset[Samples]):
         return Partners(self._images["train"].targets)
 
 
-def _image(images: Images, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
+def _image(images: Images, index: int, bad: list[tuple[str, str]]) -> Tensor | None:
     """Read an image, or note why it cannot be read."""
     try:
         return images.read(index)

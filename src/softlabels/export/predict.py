@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from softlabels.data import open_source
+from softlabels.data.augment import Normalization
 from softlabels.data.decoding import DECODING_ERRORS, read_rgb
 from softlabels.data.sources.by_name import kind_of, settings_of
-from softlabels.data.transforms import evaluation_transform
+from softlabels.data.transforms import evaluation_geometry
 from softlabels.distill.teacher import Teacher
 from softlabels.models import build_model
 from softlabels.models.record import FileRecord, read_record
@@ -91,12 +92,12 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _read(path: Path, in_channels: int) -> Image.Image:
+def _read(path: Path, in_channels: int) -> Tensor:
     try:
         image = read_rgb(str(path))
     except DECODING_ERRORS as error:
         raise ValueError(f"{path} is no readable image: {error}") from error
-    return image.convert("L") if in_channels == 1 else image
+    return pil_to_tensor(to_pil_image(image).convert("L")) if in_channels == 1 else image
 
 
 def predict(
@@ -122,20 +123,17 @@ def predict(
     """
     if record.image_size is None or record.mean is None or record.std is None:
         raise ValueError("the student's file does not say the size and normalization of its images")
-    transform = evaluation_transform(  # as the data source of the student's run evaluated
-        record.image_size,
-        interpolation=record.interpolation,
-        crop_fraction=record.crop_fraction,
-        mean=record.mean,
-        std=record.std,
+    geometry = evaluation_geometry(  # as the data source of the student's run evaluated
+        record.image_size, interpolation=record.interpolation, crop_fraction=record.crop_fraction
     )
+    normalized = Normalization(record.mean, record.std)
     names = record.class_names or tuple(str(label) for label in range(record.num_classes))
     predictions = []
     for start in range(0, len(images), batch_size):
         paths = images[start : start + batch_size]
-        batch = torch.stack([transform(_read(path, record.in_channels)) for path in paths])
+        batch = torch.stack([geometry(_read(path, record.in_channels)) for path in paths])
         with torch.inference_mode():
-            probabilities = student(batch).float().softmax(1)
+            probabilities = student(normalized(batch)).float().softmax(1)
         for path, row in zip(paths, probabilities, strict=True):
             if not bool(row.isfinite().all()):
                 raise ValueError(f"the student's answer to {path} is not finite")

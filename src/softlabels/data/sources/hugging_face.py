@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from torch import Tensor
 
 from softlabels.data.decoding import Images, read_rgb
 from softlabels.data.image_source import ImageSource
@@ -116,12 +115,12 @@ class _Rows(Images):
         """The split and the row of an image; see `Images`."""
         return f"{self.place} row {index}"
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Tensor:
         """Read an image; see `Images`."""
         file = self.rows[index][self.column]
         if file is None:
             raise OSError("the row has no image")
-        return read_rgb(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"]))
+        return read_rgb(file["path"] if file["bytes"] is None else file["bytes"])
 
     @cached_property
     def sizes(self) -> list[int]:

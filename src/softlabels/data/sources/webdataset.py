@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 import warnings
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
@@ -57,14 +55,14 @@ class ShardImages(Images):
         """The shard and the place of an image; see `Images`."""
         return f"{self.shards[self.shard[index]]} at byte {self.offset[index]}"
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Tensor:
         """Read an image; see `Images`."""
         size = int(self.size[index])
         with open(self.shards[self.shard[index]], "rb", buffering=0) as file:
             content = os.pread(file.fileno(), size, int(self.offset[index]))
         if len(content) != size:
             raise OSError(f"the shard ends after {len(content)} of the image's {size} bytes")
-        return read_rgb(io.BytesIO(content))
+        return read_rgb(content)
 
 
 def holds_shards(root: Path) -> bool:
