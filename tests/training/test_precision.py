@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 from timm import create_model
+from torch import nn
 
 import softlabels
 from shared.patterns import FAST
 from shared.signalling import Signalling
 from softlabels.experiments.comparison import read_comparison
+from softlabels.models.zoo.resnet_small import PointwiseConv2d
 from softlabels.training.config import load_recipe, recipe_names, resolve
 from softlabels.training.errors import Interrupted
 from softlabels.training.precision import with_precision
@@ -40,7 +42,7 @@ def settings_of(path):
     ("network", "expected"),
     [
         ("resnet8", ("bf16", True)),
-        ("resnet8_glyphs", ("bf16", False)),
+        ("resnet8_glyphs", ("bf16", True)),
         ("resnet18", ("bf16", True)),
         ("regnetx_002", ("bf16", True)),  # grouped convolutions, but no depthwise ones
         ("mobilenetv3_small_100", ("no", True)),
@@ -56,9 +58,35 @@ def test_what_is_left_open_follows_from_the_network(network, expected):
 
 
 def test_channels_last_are_refused_where_they_would_damage_memory(source, tmp_path):
-    with pytest.raises(ValueError, match=r"channels_last must be false or auto .*downsample"):
-        softlabels.train(source, output=tmp_path / "run", **FAST, channels_last=True)
+    def student() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(source.info.in_channels, 8, 3), nn.Conv2d(8, 8, 1, stride=2)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, source.info.num_classes)),
+        )
+
+    ours = {**FAST, "epochs": 1, "method": "kd", "teacher": FAST["student"]}
+    with pytest.raises(ValueError, match=r"channels_last must be false or auto .* like student.1, "):
+        softlabels.train(
+            source, output=tmp_path / "run", **{**ours, "student": student()}, channels_last=True
+        )
     assert not (tmp_path / "run").exists()
+    run = softlabels.train(source, output=tmp_path / "auto", **{**ours, "student": student()})
+    assert settings_of(run.folder)[1] is False
+
+
+def test_a_pointwise_convolution_of_ours_is_torchs_in_any_memory_format():
+    torch.manual_seed(0)
+    ours = PointwiseConv2d(8, 12, 1, stride=2, bias=False).double()
+    plain = nn.Conv2d(8, 12, 1, stride=2, bias=False).double()
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 8, 9, 10, dtype=torch.float64)
+    expected = plain(images)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), plain.weight)
+    for form in (torch.contiguous_format, torch.channels_last):
+        found = ours(images.contiguous(memory_format=form))
+        (gradient,) = torch.autograd.grad(found.square().sum(), ours.weight)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("no_bf16")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from softlabels.models.zoo.resnet_small import PointwiseConv2d
 from softlabels.training.config import Config
 
 __all__ = ["describe_precision", "overrun", "with_precision"]
@@ -67,6 +68,7 @@ def overrun(network: nn.Module) -> str | None:
             name
             for name, layer in network.named_modules()
             if isinstance(layer, nn.Conv2d)
+            and not isinstance(layer, PointwiseConv2d)
             and max(layer.kernel_size) == 1
             and max(layer.stride) > 1
             and layer.in_channels // layer.groups < _NARROW

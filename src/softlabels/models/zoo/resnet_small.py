@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.resnet import BasicBlock
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from softlabels.models.zoo.small_network import (
     SmallNetwork,
@@ -21,7 +22,7 @@ from softlabels.models.zoo.small_network import (
     stages,
 )
 
-__all__ = ["SmallResNet"]
+__all__ = ["PointwiseConv2d", "SmallResNet"]
 
 
 class SmallResNet(SmallNetwork):
@@ -66,11 +67,26 @@ class SmallResNet(SmallNetwork):
         normal_weights(self)
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A convolution of 1x1 that may be trained in channels last on a CPU, whatever its stride.
+
+    With a stride and few channels torch's own gradient writes beyond its memory there
+    (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Convolve; in channels last the pixels that the stride leaves out go first."""
+        if images.is_contiguous():
+            return super().forward(images)
+        down, right = self.stride
+        return functional.conv2d(images[:, :, ::down, ::right], self.weight, self.bias)
+
+
 def _block(in_width: int, width: int, stride: int) -> nn.Module:
     shortcut = None
     if stride != 1 or in_width != width:
         shortcut = nn.Sequential(
-            nn.Conv2d(in_width, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+            PointwiseConv2d(in_width, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
         )
     block: nn.Module = BasicBlock(in_width, width, stride=stride, downsample=shortcut)
     return block
