@@ -83,6 +83,12 @@ bench-losses: $(STAMP) ## Measure the losses, and write results/losses.json (6 m
 bench-precision: $(STAMP) ## Measure which precision is fast for which network, and write results/precision.json (5 minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.precision
 
+bench-data: $(STAMP) ## Measure how fast photographs are read, and write results/reading.json (make bench-data DATA=DIR; a minute)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.reading $(DATA)
+
+bench-epochs: $(STAMP) ## Measure epochs on CIFAR-100, and write results/epochs.json (make bench-epochs DATA=DIR; half an hour)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.epochs $(DATA)
+
 bench-cache: $(STAMP) ## Measure what a teacher cache loses, and write results/teacher_cache.json (a minute)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.teacher_cache
 

@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", help="CIFAR-100, in any form that the data source reads")
     parser.add_argument("--output", type=Path, default=Path("results/epochs.json"))
-    parser.add_argument("--images", type=int, default=6400, help="of an epoch")
+    parser.add_argument("--images", type=int, default=640, help="of an epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--students", nargs="*", default=[*STUDENTS])
     options = parser.parse_args()

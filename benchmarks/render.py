@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -280,6 +281,58 @@ def precision() -> str:
     return "\n".join(lines)
 
 
+def reading() -> str:
+    """How fast photographs are read in several ways, and how far their pixels are from Pillow's."""
+    results = _read("reading.json")
+    lines = [
+        "| way | images/s | softlabels is so many times as fast | middle half |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, way in results["ways"].items():
+        speed = statistics.median(way["images_per_second"])
+        low, middle, high = statistics.quantiles(way["softlabels_over_this"], n=4)
+        lines.append(f"| {name} | {speed:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    far = results["difference_from_pillow"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{results['images']} photographs, {results['size']} pixels, {results['rounds']} "
+            "rounds. Test images, resized and cropped, are at most "
+            f"{far['largest']:.0f} of 255 levels from Pillow's, {far['mean']:.4f} in the mean. "
+            f"`{results['command']}` on {_where(results['environment'], 'one core')}.",
+        ]
+    )
+
+
+def epochs() -> str:
+    """Images a second of whole epochs, beside plain training loops."""
+    results = _read("epochs.json")
+    ways = [*results["rows"][0]["ways"]]
+    lines = [
+        f"| student | method | {' | '.join(ways)} |",
+        f"| --- | --- | {' | '.join('---:' for _ in ways)} |",
+    ]
+    for row in results["rows"]:
+        cells = [
+            f"{statistics.median(row['ways'][way]['images_per_second']):.0f} "
+            f"({row['ways'][way]['over_plain']:.2f})"
+            for way in ways
+        ]
+        method = f"{row['method']}, {row['teacher']}" if row["teacher"] else row["method"]
+        lines.append(f"| {' | '.join((row['student'], method, *cells))} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Images a second, medians of {results['rounds']} rounds, and in brackets how many "
+            f"times as fast as the plain loop of the same round. {results['images']} images an "
+            f"epoch, batches of {results['batch_size']}. `{results['command']}` on "
+            f"{_where(results['environment'])}.",
+        ]
+    )
+
+
 def scaling() -> str:
     """What running for long and on several processes costs, beside the bounds."""
     results = _read("scaling.json")
@@ -415,6 +468,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "teacher-cache": teacher_cache,
     "precision": precision,
+    "reading": reading,
+    "epochs": epochs,
 }
 
 
