@@ -305,34 +305,6 @@ def reading() -> str:
     )
 
 
-def epochs() -> str:
-    """Images a second of whole epochs, beside plain training loops."""
-    results = _read("epochs.json")
-    ways = [*results["rows"][0]["ways"]]
-    lines = [
-        f"| student | method | {' | '.join(ways)} |",
-        f"| --- | --- | {' | '.join('---:' for _ in ways)} |",
-    ]
-    for row in results["rows"]:
-        cells = [
-            f"{statistics.median(row['ways'][way]['images_per_second']):.0f} "
-            f"({row['ways'][way]['over_plain']:.2f})"
-            for way in ways
-        ]
-        method = f"{row['method']}, {row['teacher']}" if row["teacher"] else row["method"]
-        lines.append(f"| {' | '.join((row['student'], method, *cells))} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Images a second, medians of {results['rounds']} rounds, and in brackets how many "
-            f"times as fast as the plain loop of the same round. {results['images']} images an "
-            f"epoch, batches of {results['batch_size']}. `{results['command']}` on "
-            f"{_where(results['environment'])}.",
-        ]
-    )
-
-
 def scaling() -> str:
     """What running for long and on several processes costs, beside the bounds."""
     results = _read("scaling.json")
@@ -469,7 +441,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "teacher-cache": teacher_cache,
     "precision": precision,
     "reading": reading,
-    "epochs": epochs,
 }
 
 

@@ -38,6 +38,7 @@ from softlabels.training.validate import teacher_fingerprint
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NUM_IMAGES = 96
 PER_FILE = 40  # 3 files a draw, the last one smaller
+FLOAT32 = {"precision": "no", "channels_last": False}
 FAST = {
     "student": "timm:resnet8_glyphs",
     "batch_size": 32,
@@ -87,9 +88,7 @@ def config_of(weights: Path, **settings: Any) -> Config:
         "weights": str(weights),
         **settings.pop("teacher", {}),
     }
-    return resolve(
-        {"teacher": teacher, "seed": 3, "eval_batch_size": 16, "precision": "no", **settings}
-    )
+    return resolve({"teacher": teacher, "seed": 3, "eval_batch_size": 16, **FLOAT32, **settings})
 
 
 def build(weights: Path, path: Path, source: Any = None, **settings: Any) -> TeacherCache:

@@ -65,9 +65,7 @@ def test_channels_last_are_refused_where_they_would_damage_memory(source, tmp_pa
         )
 
     ours = {**FAST, "epochs": 1, "method": "kd", "teacher": FAST["student"]}
-    with pytest.raises(
-        ValueError, match=r"channels_last must be false or auto .* student.1, "
-    ):
+    with pytest.raises(ValueError, match=r"channels_last must be false or auto .* student.1, "):
         softlabels.train(
             source, output=tmp_path / "run", **{**ours, "student": student()}, channels_last=True
         )
