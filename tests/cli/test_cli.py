@@ -111,6 +111,17 @@ def test_short_options_set_the_same_as_long_ones(capsys):
     assert capsys.readouterr().out == short
 
 
+@pytest.mark.parametrize("given", [["--channels-last", "{}"], ["--channels-last={}"]])
+@pytest.mark.parametrize("answer", ["true", "false"])
+def test_yes_and_no_are_written_as_yaml_or_python_has_them(capsys, given, answer):
+    written = []
+    for word in (answer, answer.title()):
+        assert main(["config", "show", *(part.format(word) for part in given)]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert f"channels_last: {answer}\n" in written[0]
+
+
 def test_train_writes_a_run(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["method"] == "uskd"

@@ -162,7 +162,8 @@ def test_weights_agree(runs, part):
     assert one.keys() == two.keys()
     assert any("weak_logits.fc" in name for name in one)  # the method's head is among them
     for name, value in one.items():
-        scale = float(value.abs().max())
+        # A bias of 1e-6 is itself little more than rounding: it is measured by what counts.
+        scale = max(float(value.abs().max()), 1e-3)
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 

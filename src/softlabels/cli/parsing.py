@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import make_dataclass
 from itertools import zip_longest
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 from pydantic import BaseModel, Field, ValidationError, validate_call
@@ -159,7 +159,7 @@ def configured(
     try:
         given_by = _parsed(
             both,
-            arguments,
+            [*_as_python(arguments, options)],
             f"{prog} [RECIPE]",
             [*options, *_LONG_FORMS],
             default=both(**default),
@@ -175,6 +175,19 @@ def _long_form(argument: str) -> str:
     """An option in the form that the settings have it: `--lr 1` is `--optimizer.lr 1`."""
     flag, equals, value = argument.partition("=")
     return f"{_LONG_FORMS.get(flag, flag)}{equals}{value}"
+
+
+def _as_python(arguments: list[str], options: Mapping[str, tuple[FieldInfo, Any]]) -> Iterator[str]:
+    """The arguments, with YAML's `true` and `false` as tyro has them beside a word like `auto`."""
+    either = {flag for flag, (field, _) in options.items() if bool in get_args(field.annotation)}
+    previous = ""
+    for argument in arguments:
+        flag, equals, value = (
+            argument.partition("=") if "=" in argument else (previous, "", argument)
+        )
+        answer = {"true": "True", "false": "False"}.get(value) if flag in either else None
+        yield argument if answer is None else f"{flag}={answer}" if equals else answer
+        previous = argument
 
 
 def _values_of(arguments: list[str]) -> dict[str, str]:

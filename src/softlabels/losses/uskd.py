@@ -439,6 +439,8 @@ class USKDLoss(Method, name="uskd"):
         rank_from: `"both"` (the method itself), `"both_unnormalized"`, `"weak"` or `"final"`.
         rank_by: `"probability"` (the paper) or `"log_probability"` (later reference code).
         sync_batch_stats: Whether the mean in the target label runs over all processes.
+
+    Distributed: the target label holds a mean over the batch; see `sync_batch_stats`.
     """
 
     target_weight: Weight = 1.0
